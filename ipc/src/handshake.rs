@@ -1,0 +1,269 @@
+//! The control socket: one JSON message a datagram over a unix SEQPACKET socket, descriptors beside
+//! it (WIRE.md §1). Slow, readable, and done before the first block moves.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::layout::{Difference, Layout};
+
+/// Largest message: a layout and its differences are well under 4 KiB.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// Most descriptors in one message.
+const FDS_MAX: usize = 4;
+
+/// What a client asks on the control socket.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case")]
+pub enum Request {
+    /// Open a session.
+    Attach(Attach),
+    /// The session is drained: its slots may be used again at once.
+    Goodbye,
+    /// Counters, as JSON.
+    Stats,
+    /// Stop the server: sessions are closed, writes in flight finish.
+    Stop,
+}
+
+/// Who wants a session.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Attach {
+    /// [`crate::wire::PROTOCOL_VERSION`] of the client.
+    pub protocol: u32,
+    /// FLEXKV_INSTANCE_ID.
+    pub instance_id: u32,
+    /// Random, shared by the processes of one instance and nobody else: leases belong to it.
+    pub instance_token: String,
+    /// Tensor-parallel rank, or 0 for a scheduler.
+    pub rank: u32,
+    /// What this instance's blocks look like.
+    pub layout: Layout,
+}
+
+/// What the server answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// A session: segment, pool, the server's doorbell and the client's come beside it.
+    Welcome(Welcome),
+    /// No session, and why.
+    Refused {
+        /// A sentence for the operator.
+        reason: String,
+        /// Every field in which the layouts differ, if that is why.
+        differences: Vec<Difference>,
+    },
+    /// Answer to `Stats`.
+    Stats(serde_json::Value),
+    /// Answer to `Stop`.
+    Stopping,
+}
+
+/// What a client must know of the pool.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Names this session in logs and statistics.
+    pub session: u32,
+    /// Bytes of the pool's memfd.
+    pub pool_bytes: u64,
+    /// Bytes of one slot.
+    pub slot_bytes: u64,
+    /// Slots in the pool.
+    pub slots_count: u32,
+    /// Bytes of the pages behind it.
+    pub page_bytes: u64,
+    /// The server's process.
+    pub server_pid: u32,
+}
+
+/// A connected control socket.
+#[derive(Debug)]
+pub struct Channel {
+    fd: OwnedFd,
+}
+
+/// Why a message could not be exchanged.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The other side has closed the socket.
+    #[error("the other side closed the connection")]
+    Closed,
+    /// Nothing came in time.
+    #[error("no answer in time")]
+    TimedOut,
+    /// Not a message of this protocol.
+    #[error("not a message of this protocol: {0}")]
+    Malformed(String),
+    /// The kernel refused.
+    #[error("{0}")]
+    System(#[from] Errno),
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn socket() -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+}
+
+/// Binds and listens on a path, mode 0600.
+///
+/// # Errors
+/// What the kernel says: `EADDRINUSE` if the path exists.
+pub fn listen(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let fd = socket()?;
+    let address = SocketAddrUnix::new(path)?;
+    // Nobody can connect before listen, so the mode is right before it matters.
+    rustix::net::bind(&fd, &address)?;
+    rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+    rustix::net::listen(&fd, 64)?;
+    Ok(fd)
+}
+
+impl Channel {
+    /// Connects to a server. Every later wait on this channel is bounded by `timeout`.
+    ///
+    /// # Errors
+    /// What the kernel says: `ENOENT` and `ECONNREFUSED` mean that no server listens there.
+    pub fn connect(path: &Path, timeout: Duration) -> rustix::io::Result<Self> {
+        let fd = socket()?;
+        let channel = Self { fd };
+        // Before connect: a stopped server's full backlog must not block us either.
+        channel.bound(timeout)?;
+        rustix::net::connect(&channel.fd, &SocketAddrUnix::new(path)?)?;
+        Ok(channel)
+    }
+
+    /// A connection that was accepted.
+    pub fn accepted(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    fn bound(&self, timeout: Duration) -> rustix::io::Result<()> {
+        use rustix::net::sockopt::{Timeout, set_socket_timeout};
+        set_socket_timeout(&self.fd, Timeout::Recv, Some(timeout))?;
+        set_socket_timeout(&self.fd, Timeout::Send, Some(timeout))
+    }
+
+    /// Sends one message with descriptors.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; nothing was sent.
+    pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+        let text = serde_json::to_vec(message).map_err(|error| ChannelError::Malformed(error.to_string()))?;
+        if text.len() > MESSAGE_BYTES_MAX {
+            return Err(ChannelError::Malformed(format!("{} bytes are too long", text.len())));
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+        }
+        match rustix::net::sendmsg(&self.fd, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL) {
+            Ok(_) => Ok(()),
+            Err(Errno::PIPE | Errno::CONNRESET) => Err(ChannelError::Closed),
+            Err(Errno::AGAIN) => Err(ChannelError::TimedOut),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Receives one message and its descriptors. `wait` false: [`ChannelError::TimedOut`] if none is there.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    pub fn receive<T: DeserializeOwned>(&self, wait: bool) -> Result<(T, Vec<OwnedFd>), ChannelError> {
+        let mut text = vec![0; MESSAGE_BYTES_MAX + 1];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC | if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+        let received = rustix::net::recvmsg(&self.fd, &mut [IoSliceMut::new(&mut text)], &mut ancillary, flags);
+        let bytes = match received {
+            Ok(received) => received.bytes,
+            Err(Errno::AGAIN) => return Err(ChannelError::TimedOut),
+            Err(Errno::CONNRESET | Errno::PIPE) => return Err(ChannelError::Closed),
+            Err(errno) => return Err(errno.into()),
+        };
+        // Collected first: descriptors of a message that is then refused are closed, not leaked.
+        let mut fds = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        if bytes == 0 {
+            return Err(ChannelError::Closed);
+        }
+        if bytes > MESSAGE_BYTES_MAX {
+            return Err(ChannelError::Malformed(format!("longer than {MESSAGE_BYTES_MAX} bytes")));
+        }
+        let message =
+            serde_json::from_slice(&text[..bytes]).map_err(|error| ChannelError::Malformed(error.to_string()))?;
+        Ok((message, fds))
+    }
+}
+
+/// Asks a server one thing that opens no session.
+///
+/// # Errors
+/// [`ChannelError`]; `ENOENT` or `ECONNREFUSED` mean that no server listens there.
+pub fn ask(path: &Path, request: &Request, timeout: Duration) -> Result<Reply, ChannelError> {
+    let channel = Channel::connect(path, timeout)?;
+    channel.send(request, &[])?;
+    Ok(channel.receive(true)?.0)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    /// The messages as they travel: whoever changes one changes the protocol.
+    #[test]
+    fn the_golden_messages() {
+        let attach = Request::Attach(Attach {
+            protocol: 1,
+            instance_id: 2,
+            instance_token: "t".into(),
+            rank: 3,
+            layout: Layout::opaque(4096),
+        });
+        let text = serde_json::to_string(&attach).unwrap();
+        assert_eq!(
+            text,
+            r#"{"request":"attach","protocol":1,"instance_id":2,"instance_token":"t","rank":3,"layout":{"model":"opaque","dtype":"u8","tokens_per_block":1,"layers":1,"kv_heads":1,"head_size":1,"tp_size":1,"pp_size":1,"kv_layout":"block_first","block_bytes":4096,"key_contract":1}}"#
+        );
+        assert_eq!(serde_json::to_string(&Request::Goodbye).unwrap(), r#"{"request":"goodbye"}"#);
+        let refused = Reply::Refused { reason: "no".into(), differences: vec![] };
+        assert_eq!(serde_json::to_string(&refused).unwrap(), r#"{"reply":"refused","reason":"no","differences":[]}"#);
+    }
+
+    #[test]
+    fn a_message_and_its_descriptors_arrive_and_garbage_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = listen(&path).unwrap();
+        let client = Channel::connect(&path, Duration::from_millis(200)).unwrap();
+        let server = Channel::accepted(rustix::net::accept(&listener).unwrap());
+        client.send(&Request::Stats, &[listener.as_fd()]).unwrap();
+        let (request, fds): (Request, _) = server.receive(true).unwrap();
+        assert!(matches!(request, Request::Stats) && fds.len() == 1);
+        server.send(&serde_json::json!({"reply": "nonsense"}), &[]).unwrap();
+        assert!(matches!(client.receive::<Reply>(true), Err(ChannelError::Malformed(_))));
+        assert!(matches!(client.receive::<Reply>(true), Err(ChannelError::TimedOut)));
+        drop(server);
+        assert!(matches!(client.receive::<Reply>(true), Err(ChannelError::Closed)));
+    }
+}

@@ -1,0 +1,406 @@
+//! One instance's life: it finds the server or starts it, survives its loss, and never waits long.
+//!
+//! Every call is bounded and cannot fail: without a server, or with a slow one, a match is a miss, a
+//! load fails its blocks, a store is dropped, and a thread behind tries to connect again.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use crate::client::{ConnectError, Lease, Matched, Pool, PostError, Session};
+use crate::config::{Config, LaunchMode};
+use crate::handshake::Attach;
+use crate::key::BlockKey;
+use crate::launch::{LaunchError, start_server};
+use crate::layout::Layout;
+use crate::wire::{BATCH_BLOCKS_MAX, Grant, PROTOCOL_VERSION, Status, Tag};
+
+/// How often the thread behind tries.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// What a reserve says of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reserved {
+    /// Fill this slot, then commit it.
+    Slot(Grant),
+    /// Somebody has stored it or is storing it.
+    Present,
+    /// No room, no parent, no server: do not store it.
+    Dropped,
+}
+
+/// How a load ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// Blocks that were handed to the caller while their lease held.
+    pub blocks_dram: u32,
+    /// Of those, how many came from the SSD.
+    pub blocks_ssd: u32,
+    /// Blocks to compute instead.
+    pub blocks_missed: u32,
+}
+
+/// An instance of an inference engine, as the cache knows it.
+pub struct Instance {
+    config: Config,
+    attach: Attach,
+    session: Option<Session>,
+    connecting: Option<Receiver<Result<Session, String>>>,
+    stop: Arc<AtomicBool>,
+    refused: Option<String>,
+    /// Whether a session was ever held: then a server was there, and its loss is ours to mend.
+    was_served: bool,
+    sessions_count: u32,
+}
+
+/// A random token: 128 bits, in hex.
+pub fn random_token() -> String {
+    let mut bytes = [0u8; 16];
+    // Interrupted or short only for requests above 256 bytes.
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    assert_eq!(got, Ok(16), "the kernel gives random bytes");
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Instance {
+    /// Opens an instance: connects, or starts the server if that is ours to do, and waits at most
+    /// `start_wait_ms`. Without a server it goes on, and every answer is a miss until one is there.
+    ///
+    /// # Errors
+    /// Only what will not mend itself: the server refuses this instance, with its reason.
+    pub fn open(config: Config, layout: Layout, rank: u32) -> Result<Self, ConnectError> {
+        Self::open_with_token(config, layout, rank, random_token())
+    }
+
+    /// As [`Instance::open`], for one of several processes that are one instance and share a token.
+    ///
+    /// # Errors
+    /// As [`Instance::open`].
+    pub fn open_with_token(config: Config, layout: Layout, rank: u32, token: String) -> Result<Self, ConnectError> {
+        let attach = Attach {
+            protocol: PROTOCOL_VERSION,
+            instance_id: config.instance_id,
+            instance_token: token,
+            rank,
+            layout,
+        };
+        let mut instance = Self {
+            config,
+            attach,
+            session: None,
+            connecting: None,
+            stop: Arc::new(AtomicBool::new(false)),
+            refused: None,
+            was_served: false,
+            sessions_count: 0,
+        };
+        let deadline = Instant::now() + instance.config.start_wait;
+        // The first try is ours, so that a refusal is an error and not a line in a log.
+        match Session::connect(&instance.config.socket, &instance.attach, instance.connect_wait()) {
+            Ok(session) => instance.adopt(session),
+            Err(error @ ConnectError::Refused { .. }) => return Err(error),
+            Err(_) => instance.connect_behind(),
+        }
+        while instance.session.is_none() && Instant::now() < deadline {
+            instance.look_for_session(Some(deadline));
+            if let Some(reason) = instance.refused.take() {
+                return Err(ConnectError::Refused { reason, differences: Vec::new() });
+            }
+        }
+        Ok(instance)
+    }
+
+    fn connect_wait(&self) -> Duration {
+        self.config.start_wait.clamp(Duration::from_millis(100), Duration::from_secs(5))
+    }
+
+    fn adopt(&mut self, session: Session) {
+        self.session = Some(session);
+        self.was_served = true;
+        self.sessions_count += 1;
+    }
+
+    /// Whether a server is attached now.
+    pub fn is_connected(&self) -> bool {
+        self.session.is_some()
+    }
+    /// How many sessions this instance has had: above 1 after a server was lost and found.
+    pub fn sessions_count(&self) -> u32 {
+        self.sessions_count
+    }
+    /// The session, for those who post by themselves.
+    pub fn session(&mut self) -> Option<&mut Session> {
+        self.look_for_session(None);
+        self.session.as_mut()
+    }
+    /// The pool, while connected.
+    pub fn pool(&self) -> Option<&Pool> {
+        self.session.as_ref().map(Session::pool)
+    }
+    /// Why the server refused to take this instance back, if it did.
+    pub fn refusal(&self) -> Option<&str> {
+        self.refused.as_deref()
+    }
+
+    /// Starts the thread that connects, and starts the server where that is ours to do.
+    fn connect_behind(&mut self) {
+        let (sender, receiver) = channel();
+        let (config, attach, stop) = (self.config.clone(), self.attach.clone(), self.stop.clone());
+        let wait = self.connect_wait();
+        let may_start = config.launch_mode == LaunchMode::Embedded && (config.instance_id == 0 || self.was_served);
+        let connector = move || {
+            let mut next_start = Instant::now();
+            while !stop.load(Ordering::Relaxed) {
+                match Session::connect(&config.socket, &attach, wait) {
+                    Ok(session) => return drop(sender.send(Ok(session))),
+                    Err(error @ ConnectError::Refused { .. }) => return drop(sender.send(Err(error.to_string()))),
+                    Err(ConnectError::NoServer(_)) if may_start && Instant::now() >= next_start => {
+                        // A server that cannot start says why in its log; do not start one a moment.
+                        next_start = Instant::now() + Duration::from_secs(2);
+                        match start_server(&config, &attach.layout) {
+                            Ok(()) | Err(LaunchError::SomebodyElse) => {}
+                            Err(error) => eprintln!("kvring: cannot start the server: {error}"),
+                        }
+                    }
+                    Err(_) => {}
+                }
+                std::thread::sleep(RETRY);
+            }
+        };
+        let spawned = std::thread::Builder::new().name("kvring-connect".into()).spawn(connector);
+        // Without a thread there is no cache this time; the next call tries again.
+        self.connecting = spawned.is_ok().then_some(receiver);
+    }
+
+    fn look_for_session(&mut self, wait_until: Option<Instant>) {
+        if self.session.is_some() || self.refused.is_some() {
+            return;
+        }
+        let Some(receiver) = &self.connecting else { return self.connect_behind() };
+        let received = match wait_until {
+            Some(deadline) => receiver
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+                .map_err(|error| matches!(error, std::sync::mpsc::RecvTimeoutError::Disconnected)),
+            None => receiver.try_recv().map_err(|error| error == TryRecvError::Disconnected),
+        };
+        match received {
+            Ok(Ok(session)) => {
+                self.connecting = None;
+                self.adopt(session);
+            }
+            Ok(Err(reason)) => {
+                self.connecting = None;
+                self.refused = Some(reason);
+            }
+            Err(true) => self.connecting = None,
+            Err(false) => {}
+        }
+    }
+
+    /// Runs one exchange; if the session turns out broken, forgets it and connects anew behind.
+    fn exchange<T>(&mut self, miss: T, exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>) -> T {
+        self.look_for_session(None);
+        let deadline = Instant::now() + self.config.client_wait;
+        let Some(session) = &mut self.session else { return miss };
+        if session.abandoned_count() > 0 {
+            // The server owes answers: do not wait for more of them. A look at the ring may bring
+            // them; a look at the socket tells slow from gone.
+            let broken = session.poll(|_| {}).is_err() || session.is_hung_up();
+            if broken {
+                self.lose_session();
+                return miss;
+            }
+            if session.abandoned_count() > 0 {
+                return miss;
+            }
+        }
+        match exchange(session, deadline) {
+            Ok(value) => value,
+            Err(PostError::Full) => miss,
+            Err(PostError::Broken(_)) => {
+                self.lose_session();
+                miss
+            }
+        }
+    }
+
+    fn lose_session(&mut self) {
+        self.session = None;
+        self.connect_behind();
+    }
+
+    /// The longest resident prefix of a chain, under a lease.
+    pub fn match_prefix(&mut self, keys: &[BlockKey]) -> Matched {
+        if keys.is_empty() {
+            return Matched::MISS;
+        }
+        let keys = &keys[..keys.len().min(crate::wire::MATCH_BLOCKS_MAX as usize)];
+        self.exchange(Matched::MISS, |session, deadline| {
+            let tag = session.post_match(keys)?;
+            let mut matched = Matched::MISS;
+            session.wait(tag, deadline, |_, completion| matched = Matched::from_completion(&completion))?;
+            Ok(matched)
+        })
+    }
+
+    /// Ends a lease. Does not wait.
+    pub fn release(&mut self, lease: Lease) {
+        let broken = self.session.as_mut().is_some_and(|session| session.release_soon(lease.id).is_err());
+        if broken {
+            self.lose_session();
+        }
+    }
+
+    /// Asks for leased blocks to be read into the pool ahead of a load. Does not wait.
+    pub fn prefetch(&mut self, lease: Lease, first: u32, count: u32) {
+        self.exchange((), |session, _| {
+            let tag = session.post_prefetch(lease.id, first, count)?;
+            session.nobody_waits(tag);
+            session.publish();
+            Ok(())
+        });
+    }
+
+    /// Loads leased blocks, the first at depth `first`; each is handed to `copy` with its index as
+    /// soon as it is in the pool. `copy` must be done with the slot when it returns, and its bytes
+    /// count only if the lease still held then: blocks of an expired lease are answered missed.
+    /// `wait` bounds the whole call.
+    pub fn load(
+        &mut self,
+        lease: Lease,
+        first: u32,
+        keys: &[BlockKey],
+        wait: Duration,
+        mut copy: impl FnMut(u32, &Pool, u32),
+    ) -> Loaded {
+        let total = keys.len() as u32;
+        let mut loaded = Loaded::default();
+        let (mut dram, mut ssd) = (0, 0);
+        self.exchange((), |session, _| {
+            let deadline = Instant::now() + wait;
+            // All batches are posted before the first is waited for: the device sees the whole load.
+            let mut posted: Vec<(Tag, u32)> = Vec::new();
+            let mut from = 0;
+            for batch in keys.chunks(BATCH_BLOCKS_MAX as usize) {
+                match session.post_load(lease.id, first + from, batch) {
+                    Ok(tag) => posted.push((tag, from)),
+                    Err(PostError::Full) => break,
+                    Err(error) => return Err(error),
+                }
+                from += batch.len() as u32;
+            }
+            for (tag, from) in posted {
+                let ended = session.wait(tag, deadline, |pool, completion| {
+                    for (index, grant) in completion.grants() {
+                        copy(from + index, pool, grant.slot);
+                        // Read after the copy: a lease that holds now held while it was made.
+                        if crate::client::monotonic_ns() < lease.expires_at_ns {
+                            dram += 1;
+                            ssd += u32::from(completion.from_disk);
+                        }
+                    }
+                })?;
+                if !ended {
+                    // The rest is not ours to wait for; the server need not start it either.
+                    let cancel = session.post_cancel(tag)?;
+                    session.nobody_waits(cancel);
+                    session.publish();
+                }
+            }
+            Ok(())
+        });
+        loaded.blocks_dram = dram - ssd;
+        loaded.blocks_ssd = ssd;
+        loaded.blocks_missed = total - dram;
+        loaded
+    }
+
+    /// Reserves slots for consecutive blocks after `parent`, the first at depth `first`.
+    pub fn reserve(&mut self, parent: BlockKey, first: u32, keys: &[BlockKey]) -> Vec<Reserved> {
+        let mut reserved = vec![Reserved::Dropped; keys.len()];
+        let mut parent = parent;
+        for (start, batch) in (0..).step_by(BATCH_BLOCKS_MAX as usize).zip(keys.chunks(BATCH_BLOCKS_MAX as usize)) {
+            self.exchange((), |session, deadline| {
+                let tag = session.post_reserve(parent, first + start, batch)?;
+                let mut answered = Vec::new();
+                let ended = session.wait(tag, deadline, |_, completion| answered.push(completion))?;
+                for completion in answered {
+                    let at = (start + completion.first) as usize;
+                    match completion.status {
+                        Status::Ok if ended => {
+                            for (index, grant) in completion.grants() {
+                                reserved[(start + index) as usize] = Reserved::Slot(grant);
+                            }
+                        }
+                        // Too late to be told of every slot: those we know of go back.
+                        Status::Ok => {
+                            session.abort_soon(completion.grants().map(|(_, grant)| grant))?;
+                        }
+                        Status::Present => reserved[at..at + completion.count as usize].fill(Reserved::Present),
+                        _ => {}
+                    }
+                }
+                session.publish();
+                Ok(())
+            });
+            parent = *batch.last().unwrap_or(&parent);
+        }
+        reserved
+    }
+
+    /// Commits filled slots; says how many the server took.
+    pub fn commit(&mut self, grants: &[Grant]) -> u32 {
+        let mut taken = 0;
+        for batch in grants.chunks(BATCH_BLOCKS_MAX as usize) {
+            taken += self.exchange(0, |session, deadline| {
+                let tag = session.post_commit(batch)?;
+                let mut taken = 0;
+                session.wait(tag, deadline, |_, completion| taken = completion.payload[0] as u32)?;
+                Ok(taken)
+            });
+        }
+        taken
+    }
+
+    /// Gives slots back unfilled. Does not wait.
+    pub fn abort(&mut self, grants: &[Grant]) {
+        let broken = self.session.as_mut().is_some_and(|session| session.abort_soon(grants.iter().copied()).is_err());
+        if broken {
+            self.lose_session();
+        }
+    }
+
+    /// The server's socket.
+    pub fn socket(&self) -> &PathBuf {
+        &self.config.socket
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn without_a_server_everything_is_a_miss_and_nothing_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.say("server_recv_port", dir.path().join("s").to_str().unwrap()).unwrap();
+        config.say("server_launch_mode", "external").unwrap();
+        config.say("start_wait_ms", "20").unwrap();
+        let mut instance = Instance::open(config, Layout::opaque(4096), 0).unwrap();
+        let started = Instant::now();
+        let keys = [BlockKey::from_words([1, 2])];
+        assert_eq!(instance.match_prefix(&keys), Matched::MISS);
+        assert_eq!(instance.reserve(keys[0], 0, &keys), [Reserved::Dropped]);
+        assert_eq!(instance.commit(&[Grant { slot: 0, generation: 1 }]), 0);
+        assert!(started.elapsed() < Duration::from_secs(1) && !instance.is_connected());
+    }
+}

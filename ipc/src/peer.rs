@@ -1,0 +1,53 @@
+//! Who is on the other end of a socket, and has it died?
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags};
+
+/// A process as the kernel vouched for it when it connected.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its process id, in our namespace.
+    pub pid: Pid,
+    /// Its user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// Readable once the process is dead and its files are closed (kernel/exit.c: `exit_notify`
+    /// comes after `exit_files`).
+    pub pidfd: OwnedFd,
+}
+
+impl Peer {
+    /// The process behind a connected unix socket (SO_PEERCRED), held by a pidfd from now on.
+    ///
+    /// # Errors
+    /// What the kernel says: `ESRCH` if the process is gone already.
+    pub fn of(socket: impl AsFd) -> rustix::io::Result<Self> {
+        let credentials = rustix::net::sockopt::socket_peercred(&socket)?;
+        let pidfd = rustix::process::pidfd_open(credentials.pid, PidfdFlags::empty())?;
+        Ok(Self { pid: credentials.pid, uid: credentials.uid.as_raw(), gid: credentials.gid.as_raw(), pidfd })
+    }
+}
+
+/// Whether a descriptor has something to say: bytes, an end of file, a death.
+pub fn is_readable(fd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut fds, Some(&now)), Ok(1..))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn we_are_our_own_peer_and_alive() {
+        let (a, _b) = UnixStream::pair().unwrap();
+        let peer = Peer::of(&a).unwrap();
+        assert_eq!(peer.pid, rustix::process::getpid());
+        assert!(!is_readable(&peer.pidfd));
+    }
+}
