@@ -419,11 +419,24 @@ impl Session {
 
     /// Makes everything posted visible, and wakes the server if it sleeps. Once a batch.
     pub fn publish(&mut self) {
-        if self.submissions.publish()
-            && doorbell::must_ring(self.segment.server_sleeps())
+        if self.submissions.publish() {
+            self.wake_server();
+        }
+    }
+
+    fn wake_server(&self) {
+        if doorbell::must_ring(self.segment.server_sleeps())
             && let Some(wires) = &self.wires
         {
             ring(&wires.server_bell);
+        }
+    }
+
+    /// Hands consumed places back. A server that sleeps because it had no room is woken.
+    fn hand_back(&mut self, consumed: bool) {
+        if consumed {
+            self.completions.release();
+            self.wake_server();
         }
     }
 
@@ -437,6 +450,7 @@ impl Session {
             take(completion);
             count += 1;
         }
+        let mut consumed = false;
         loop {
             match self.next_completion()? {
                 Next::Live(completion) => {
@@ -446,8 +460,9 @@ impl Session {
                 Next::Abandoned => {}
                 Next::None => break,
             }
+            consumed = true;
         }
-        self.completions.release();
+        self.hand_back(consumed);
         self.give_back_now()?;
         Ok(count)
     }
@@ -564,6 +579,7 @@ impl Session {
         });
         self.inbox = kept;
         loop {
+            let mut consumed = false;
             loop {
                 match self.next_completion()? {
                     Next::Live(completion) if completion.tag == tag => take(&self.pool, completion),
@@ -571,8 +587,9 @@ impl Session {
                     Next::Abandoned => {}
                     Next::None => break,
                 }
+                consumed = true;
             }
-            self.completions.release();
+            self.hand_back(consumed);
             if !self.give_back.is_empty() {
                 self.give_back_now()?;
             }

@@ -34,12 +34,30 @@ pub enum Reserved {
 /// How a load ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Loaded {
-    /// Blocks that were handed to the caller while their lease held.
+    /// Blocks that came from the pool.
     pub blocks_dram: u32,
-    /// Of those, how many came from the SSD.
+    /// Blocks that came from the SSD.
     pub blocks_ssd: u32,
     /// Blocks to compute instead.
     pub blocks_missed: u32,
+}
+
+/// What a load asks of its caller, block by block.
+pub enum LoadStep<'a> {
+    /// Copy this slot; be done with it on return.
+    Copy {
+        /// Index of the block in the load's keys.
+        index: u32,
+        /// The pool.
+        pool: &'a Pool,
+        /// The slot.
+        slot: u32,
+    },
+    /// The lease still held after the copy: its bytes are the block's.
+    Arrived {
+        /// Index of the block in the load's keys.
+        index: u32,
+    },
 }
 
 /// An instance of an inference engine, as the cache knows it.
@@ -263,21 +281,20 @@ impl Instance {
         });
     }
 
-    /// Loads leased blocks, the first at depth `first`; each is handed to `copy` with its index as
-    /// soon as it is in the pool. `copy` must be done with the slot when it returns, and its bytes
-    /// count only if the lease still held then: blocks of an expired lease are answered missed.
-    /// `wait` bounds the whole call.
+    /// Loads leased blocks, the first at depth `first`; `step` is asked to copy each as soon as it is in
+    /// the pool, and told of each whose lease still held then. The others are missed. `wait` bounds
+    /// the whole call.
     pub fn load(
         &mut self,
         lease: Lease,
         first: u32,
         keys: &[BlockKey],
         wait: Duration,
-        mut copy: impl FnMut(u32, &Pool, u32),
+        mut step: impl FnMut(LoadStep<'_>),
     ) -> Loaded {
         let total = keys.len() as u32;
         let mut loaded = Loaded::default();
-        let (mut dram, mut ssd) = (0, 0);
+        let (mut arrived, mut ssd) = (0, 0);
         self.exchange((), |session, _| {
             let deadline = Instant::now() + wait;
             // All batches are posted before the first is waited for: the device sees the whole load.
@@ -294,10 +311,12 @@ impl Instance {
             for (tag, from) in posted {
                 let ended = session.wait(tag, deadline, |pool, completion| {
                     for (index, grant) in completion.grants() {
-                        copy(from + index, pool, grant.slot);
+                        let index = from + index;
+                        step(LoadStep::Copy { index, pool, slot: grant.slot });
                         // Read after the copy: a lease that holds now held while it was made.
                         if crate::client::monotonic_ns() < lease.expires_at_ns {
-                            dram += 1;
+                            step(LoadStep::Arrived { index });
+                            arrived += 1;
                             ssd += u32::from(completion.from_disk);
                         }
                     }
@@ -311,9 +330,9 @@ impl Instance {
             }
             Ok(())
         });
-        loaded.blocks_dram = dram - ssd;
+        loaded.blocks_dram = arrived - ssd;
         loaded.blocks_ssd = ssd;
-        loaded.blocks_missed = total - dram;
+        loaded.blocks_missed = total - arrived;
         loaded
     }
 

@@ -16,7 +16,7 @@ pub struct BlockKey([u64; 2]);
 
 impl BlockKey {
     /// From two words, as they travel.
-    pub fn from_words(words: [u64; 2]) -> Self {
+    pub const fn from_words(words: [u64; 2]) -> Self {
         Self(words)
     }
     /// As two words, low first.

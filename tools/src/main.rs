@@ -1,1 +1,57 @@
-fn main(){}
+//! `kvring`: one command for the server, the replay, the benchmarks and the operator.
+
+mod admin;
+mod bench;
+mod replay;
+mod serve;
+mod settings;
+
+use clap::{Parser, Subcommand};
+
+/// One KV cache for every inference instance on a machine.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a cache until stopped (SIGTERM, SIGINT or `kvring stop`).
+    Serve(serve::ServeArgs),
+    /// Replay a request trace with real instance processes over DRAM and SSD, every byte checked.
+    Replay(replay::ReplayArgs),
+    /// Measure the rings, the pool, the SSD path and eviction beside their floors and ceilings.
+    Bench(bench::BenchArgs),
+    /// Print a running server's counters as JSON.
+    Status(admin::AdminArgs),
+    /// Stop a running server: what is being written is finished.
+    Stop(admin::AdminArgs),
+    #[command(hide = true)]
+    ReplayInstance(replay::worker::WorkerArgs),
+    #[command(hide = true)]
+    BenchPeer(bench::ring::PeerArgs),
+}
+
+fn main() -> std::process::ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(args) => serve::run(args),
+        Command::Replay(args) => replay::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Status(args) => admin::status(&args),
+        Command::Stop(args) => admin::stop(&args),
+        Command::ReplayInstance(args) => replay::worker::run(&args),
+        Command::BenchPeer(args) => bench::ring::peer(&args),
+    };
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvring: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a command ends with: a sentence for the operator.
+type Outcome = Result<(), Box<dyn std::error::Error>>;

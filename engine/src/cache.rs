@@ -1,0 +1,433 @@
+//! The cache without its I/O: index, slots of both tiers and leases, kept consistent with each other.
+//! Pure: everything that takes time is begun here and ended here, and done by the shard between.
+
+use kvring_ipc::key::BlockKey;
+use kvring_ipc::wire::{Grant, LeaseId, Status};
+
+use crate::index::{BlockId, Index, IndexOptions, Place, Tier};
+use crate::lease::{Cover, Leases};
+use crate::tier::disk::DiskSlots;
+use crate::tier::header::Header;
+use crate::tier::host::{HostSlots, RankDone, SessionId, Writer};
+
+/// What a reserve says of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reserve {
+    /// Fill this slot.
+    Slot(Grant),
+    /// It is resident or on its way.
+    Present,
+    /// No room, or no parent.
+    Dropped,
+}
+
+/// What a load finds of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// In this slot.
+    Ready(u32),
+    /// A read is filling this slot.
+    Reading(u32),
+    /// On the disk only.
+    OnDisk,
+    /// Nowhere any more.
+    Gone,
+}
+
+/// A write-back that has begun: from which host slot to which disk slot.
+#[derive(Debug, Clone, Copy)]
+pub struct WriteBack {
+    /// Source.
+    pub host_slot: u32,
+    /// Target.
+    pub disk_slot: u32,
+}
+
+/// Counts of what was evicted since they were last taken.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Evicted {
+    /// From the pool.
+    pub host: u64,
+    /// From the SSD.
+    pub disk: u64,
+}
+
+/// The cache.
+#[derive(Debug)]
+pub struct Cache {
+    /// Blocks by key.
+    pub index: Index,
+    /// Slots of the pool.
+    pub host: HostSlots,
+    /// Slots of the SSD, if there is one.
+    pub disk: Option<DiskSlots>,
+    /// Leases.
+    pub leases: Leases,
+    /// What had to go.
+    pub evicted: Evicted,
+}
+
+impl Cache {
+    /// An empty cache over these slots. All memory it will ever need is allocated here.
+    pub fn new(options: &IndexOptions, host: HostSlots, disk: Option<DiskSlots>) -> Self {
+        Self { index: Index::new(options), host, disk, leases: Leases::default(), evicted: Evicted::default() }
+    }
+
+    /// Rebuilds the index from what the disk's headers say. A block whose parent is not there is
+    /// forgotten. Says how many blocks are back.
+    pub fn recover(&mut self) -> u32 {
+        let Some(disk) = &mut self.disk else { return 0 };
+        let index = &mut self.index;
+        disk.recover(|header: &Header| {
+            if index.find(header.key).is_some() {
+                return None;
+            }
+            let parent = match header.depth {
+                0 => None,
+                depth => Some(index.find(header.parent).filter(|id| index.block(*id).depth + 1 == depth)?),
+            };
+            let id = index.insert(header.key, parent, header.depth)?;
+            index.begin(Tier::Disk, id, header.slot);
+            index.finish(Tier::Disk, id);
+            index.show(id);
+            Some(id)
+        })
+    }
+
+    /// Slots of blocks that were let go come home.
+    fn collect(&mut self) {
+        while let Some((tier, slot)) = self.index.dropped_slots.pop() {
+            match tier {
+                Tier::Host => self.host.release(slot),
+                Tier::Disk => self.release_disk(slot),
+            }
+        }
+    }
+
+    fn release_disk(&mut self, slot: u32) {
+        if let Some(disk) = &mut self.disk {
+            disk.release(slot);
+        }
+    }
+
+    /// The longest resident prefix, under a lease.
+    ///
+    /// # Errors
+    /// [`Status::Quota`].
+    pub fn match_chain(
+        &mut self,
+        count: u32,
+        key_at: impl Fn(u32) -> BlockKey,
+        session: SessionId,
+        instance: u32,
+        expires_at_ns: u64,
+    ) -> Result<Option<(LeaseId, u32)>, Status> {
+        let Some((leaf, count)) = self.index.match_chain(count, key_at) else { return Ok(None) };
+        self.index.touch(leaf);
+        let lease = self.leases.grant(&mut self.index, session, instance, Cover { leaf, count }, expires_at_ns)?;
+        Ok(Some((lease, count)))
+    }
+
+    /// Ends a lease.
+    pub fn release(&mut self, lease: LeaseId, instance: u32) -> bool {
+        let released = self.leases.release(&mut self.index, lease, instance);
+        self.collect();
+        released
+    }
+
+    /// Ends leases whose time has come. Says how many.
+    pub fn expire(&mut self, now_ns: u64) -> u32 {
+        let count = self.leases.expire(&mut self.index, now_ns);
+        self.collect();
+        count
+    }
+
+    /// The blocks at depths `first..` of a leased chain, each compared with the key that is asked for.
+    ///
+    /// # Errors
+    /// [`Status::Stale`] for a lease that is not current or not the instance's;
+    /// [`Status::KeyMismatch`] for a depth it does not cover or a key that is not the chain's.
+    pub fn leased_blocks(
+        &self,
+        lease: LeaseId,
+        instance: u32,
+        first: u32,
+        keys: Option<&[BlockKey]>,
+        blocks: &mut [BlockId],
+    ) -> Result<(), Status> {
+        let cover = self.leases.cover(lease, instance).ok_or(Status::Stale)?;
+        let end = first + blocks.len() as u32;
+        if end > cover.count {
+            return Err(Status::KeyMismatch);
+        }
+        // Up from the leaf: the chain itself says which block is at which depth.
+        let mut at = cover.leaf;
+        for depth in (first..cover.count).rev() {
+            let block = self.index.block(at);
+            if depth < end {
+                let i = (depth - first) as usize;
+                if keys.is_some_and(|keys| keys[i] != block.key) {
+                    return Err(Status::KeyMismatch);
+                }
+                blocks[i] = at;
+            }
+            match block.parent() {
+                Some(parent) => at = parent,
+                None => assert!(depth == 0, "a chain ends at depth 0"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a block is.
+    pub fn find(&self, block: BlockId) -> Found {
+        let block = self.index.block(block);
+        match (block.place(Tier::Host), block.place(Tier::Disk)) {
+            (Place::Ready(slot), _) => Found::Ready(slot),
+            (Place::Filling(slot), Place::Ready(_)) => Found::Reading(slot),
+            (Place::Absent, Place::Ready(_)) => Found::OnDisk,
+            _ => Found::Gone,
+        }
+    }
+
+    /// Puts a block that is in a slot on loan to a lease. `None` if the lease is not current.
+    pub fn loan(&mut self, lease: LeaseId, instance: u32, depth: u32, block: BlockId) -> Option<Grant> {
+        let slot = self.index.block(block).place(Tier::Host).ready()?;
+        self.leases.loan(&mut self.index, lease, instance, depth, block).then(|| self.host.grant(slot))
+    }
+
+    /// A free slot of the pool, at the price of whatever is next to go.
+    fn acquire_host(&mut self) -> Option<u32> {
+        if let Some(slot) = self.host.acquire() {
+            return Some(slot);
+        }
+        let slot = self.index.evict(Tier::Host)?;
+        self.evicted.host += 1;
+        self.host.release(slot);
+        self.collect();
+        self.host.acquire()
+    }
+
+    fn acquire_disk(&mut self) -> Option<u32> {
+        if let Some(slot) = self.disk.as_mut()?.acquire() {
+            return Some(slot);
+        }
+        let slot = self.index.evict(Tier::Disk)?;
+        self.evicted.disk += 1;
+        self.release_disk(slot);
+        self.collect();
+        self.disk.as_mut()?.acquire()
+    }
+
+    /// Reserves a slot for the block with this key after `parent`. Says what became of it, and the
+    /// block, which is the next one's parent.
+    pub fn reserve(
+        &mut self,
+        key: BlockKey,
+        parent: Option<BlockId>,
+        depth: u32,
+        writer: Writer,
+    ) -> (Reserve, Option<BlockId>) {
+        if let Some(id) = self.index.find(key) {
+            let block = self.index.block(id);
+            if block.depth != depth {
+                return (Reserve::Dropped, None);
+            }
+            let joined = match block.place(Tier::Host) {
+                Place::Filling(slot) => self.host.join(slot, writer),
+                _ => None,
+            };
+            return (joined.map_or(Reserve::Present, Reserve::Slot), Some(id));
+        }
+        // Eviction must not take the parent from under us.
+        if parent.is_some_and(|parent| !self.index.pin(parent)) {
+            return (Reserve::Dropped, None);
+        }
+        let slot = self.acquire_host();
+        let id = slot.and_then(|_| self.index.insert(key, parent, depth));
+        if let Some(parent) = parent {
+            self.index.unpin(parent);
+        }
+        match (slot, id) {
+            (Some(slot), Some(id)) => {
+                self.index.begin(Tier::Host, id, slot);
+                (Reserve::Slot(self.host.reserve(slot, id, writer)), Some(id))
+            }
+            (Some(slot), None) => {
+                self.host.release(slot);
+                (Reserve::Dropped, None)
+            }
+            _ => (Reserve::Dropped, None),
+        }
+    }
+
+    /// The parent that a reserve names: `Err` if it is not there at the depth before.
+    ///
+    /// # Errors
+    /// Nothing of the kind is resident.
+    pub fn parent(&self, parent: BlockKey, depth: u32) -> Result<Option<BlockId>, ()> {
+        if depth == 0 {
+            return Ok(None);
+        }
+        let id = self.index.find(parent).ok_or(())?;
+        if self.index.block(id).depth + 1 == depth { Ok(Some(id)) } else { Err(()) }
+    }
+
+    /// A rank has filled its part of a slot. `Err` if the grant is not its own and current;
+    /// `Ok(Some)` if that made the block resident.
+    ///
+    /// # Errors
+    /// The grant is stale.
+    pub fn commit(&mut self, grant: Grant, writer: Writer) -> Result<Option<BlockId>, ()> {
+        match self.host.rank_done(grant, writer, true).ok_or(())? {
+            RankDone::Waiting => Ok(None),
+            RankDone::Lost(block) => {
+                self.lose(grant.slot, block);
+                Ok(None)
+            }
+            RankDone::Complete(block) => {
+                if self.index.block(block).is_detached() {
+                    // Forgotten while it was written, with an ancestor.
+                    self.index.fail(Tier::Host, block);
+                    self.host.release(grant.slot);
+                    self.index.settle(block);
+                    self.collect();
+                    return Ok(None);
+                }
+                self.index.finish(Tier::Host, block);
+                self.index.show(block);
+                Ok(Some(block))
+            }
+        }
+    }
+
+    /// A rank will not fill its part: the block is lost. False if the grant is stale.
+    pub fn abort(&mut self, grant: Grant, writer: Writer) -> bool {
+        let Some(RankDone::Lost(block)) = self.host.rank_done(grant, writer, false) else { return false };
+        self.lose(grant.slot, block);
+        true
+    }
+
+    /// A block being written is lost; its slot is free when no rank writes into it any more.
+    fn lose(&mut self, slot: u32, block: BlockId) {
+        if !self.index.block(block).is_detached() {
+            self.index.detach(block);
+        }
+        if self.host.is_abandoned(slot) {
+            if !self.host.quarantine(slot) {
+                self.host.release(slot);
+            }
+            self.index.fail(Tier::Host, block);
+            self.index.settle(block);
+        }
+        self.collect();
+    }
+
+    /// A session is gone: its leases end. What it was writing is lost; with `drained`, it has promised
+    /// that nothing writes any more, else those slots are quarantined. Says how many blocks were lost.
+    pub fn end_session(&mut self, session: SessionId, drained: bool) -> u32 {
+        self.leases.end_session(&mut self.index, session);
+        self.collect();
+        let mut lost = 0;
+        let mut from = 0;
+        while let Some((slot, block)) = self.host.next_of_dead(session, from) {
+            if drained {
+                self.host.end_quarantine_of_slot(slot);
+            }
+            self.lose(slot, block);
+            (lost, from) = (lost + 1, slot);
+        }
+        lost
+    }
+
+    /// Begins the read of a block that is on the disk only: into which host slot, from which disk slot.
+    pub fn begin_read(&mut self, block: BlockId) -> Option<(u32, u32)> {
+        let disk_slot = self.index.block(block).place(Tier::Disk).ready()?;
+        if !self.index.pin(block) {
+            return None;
+        }
+        let Some(host_slot) = self.acquire_host() else {
+            self.index.unpin(block);
+            self.collect();
+            return None;
+        };
+        self.index.begin(Tier::Host, block, host_slot);
+        Some((host_slot, disk_slot))
+    }
+
+    /// The read has ended. If its bytes are good they are in the pool now; else the block and all that
+    /// continues it are forgotten: says how many.
+    pub fn end_read(&mut self, block: BlockId, good: bool) -> u32 {
+        let mut forgotten = 0;
+        if good {
+            self.index.finish(Tier::Host, block);
+        } else {
+            let Place::Filling(slot) = self.index.block(block).place(Tier::Host) else { unreachable!("a read fills") };
+            self.index.fail(Tier::Host, block);
+            self.host.release(slot);
+            let disk_slot = self.index.leave(Tier::Disk, block);
+            self.release_disk(disk_slot);
+            if !self.index.block(block).is_detached() {
+                forgotten = self.index.detach(block);
+            }
+        }
+        self.index.unpin(block);
+        self.collect();
+        forgotten
+    }
+
+    /// Begins the write-back of a block that is in the pool only, if there still is such a one in this
+    /// slot and the disk has or can make room.
+    pub fn begin_write(&mut self, grant: Grant, block: BlockId) -> Option<WriteBack> {
+        let current = self.host.grant(grant.slot) == grant && self.host.holds(grant.slot);
+        if !current || self.index.block(block).place(Tier::Host) != Place::Ready(grant.slot) {
+            return None;
+        }
+        let b = self.index.block(block);
+        if b.is_detached() || b.place(Tier::Disk) != Place::Absent || !self.index.pin(block) {
+            return None;
+        }
+        let Some(disk_slot) = self.acquire_disk() else {
+            self.index.unpin(block);
+            self.collect();
+            return None;
+        };
+        self.index.begin(Tier::Disk, block, disk_slot);
+        Some(WriteBack { host_slot: grant.slot, disk_slot })
+    }
+
+    /// The write-back has ended.
+    pub fn end_write(&mut self, block: BlockId, good: bool) {
+        let Place::Filling(disk_slot) = self.index.block(block).place(Tier::Disk) else { unreachable!("a write fills") };
+        if good {
+            let b = self.index.block(block);
+            let parent = b.parent().map(|parent| self.index.block(parent).key).unwrap_or_default();
+            if let Some(disk) = &mut self.disk
+                && !b.is_detached()
+            {
+                disk.describe(disk_slot, b.key, parent, b.depth);
+            }
+            self.index.finish(Tier::Disk, block);
+        } else {
+            self.index.fail(Tier::Disk, block);
+            self.release_disk(disk_slot);
+        }
+        self.index.unpin(block);
+        self.collect();
+    }
+
+    /// One use of a block less.
+    pub fn unpin(&mut self, block: BlockId) {
+        self.index.unpin(block);
+        self.collect();
+    }
+
+    /// Checks every invariant: O(everything), for tests and simulations.
+    ///
+    /// # Panics
+    /// If one is broken.
+    pub fn check(&self) {
+        self.index.check();
+        assert!(self.index.dropped_slots.is_empty(), "dropped slots come home");
+    }
+}

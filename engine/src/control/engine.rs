@@ -1,0 +1,445 @@
+//! Building the data plane from a configuration and a layout, and the thread it runs on.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender};
+use kvring_ipc::client::{drain, monotonic_ns, ring};
+use kvring_ipc::config::{Config, IoEngine, Polling};
+use kvring_ipc::layout::Layout;
+use kvring_ipc::segment::SessionState;
+use rustix::event::{EventfdFlags, Timespec, epoll};
+
+use crate::cache::Cache;
+use crate::device::aio::Aio;
+use crate::device::files::{self, FilesError};
+use crate::device::uring::{self, Uring, UringError};
+use crate::device::{Device, DeviceMemory};
+use crate::dma::{self, PoolError, PoolMemory};
+use crate::index::IndexOptions;
+use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
+use crate::metrics::Metrics;
+use crate::shard::session::Session;
+use crate::shard::{End, Shard, ShardOptions};
+use crate::tier::disk::DiskSlots;
+use crate::tier::host::{HostSlots, SessionId};
+
+/// Why there is no data plane, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages are the documentation")]
+pub enum BuildError {
+    #[error("{0}")]
+    Layout(String),
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    #[error("io_engine = uring: {0}: allow io_uring (sysctl kernel.io_uring_disabled, the container's seccomp profile) or set io_engine = aio")]
+    Uring(#[from] UringError),
+    #[error("io_engine = aio: {0}: raise sysctl fs.aio-max-nr or lower iouring_entries")]
+    Aio(rustix::io::Errno),
+    #[error("fixed_buffers = on: the memlock limit is {limit} bytes and the pool has {pool}: raise it (ulimit -l, LimitMEMLOCK=), grant CAP_IPC_LOCK, or set fixed_buffers = off")]
+    Memlock { limit: u64, pool: u64 },
+    #[error("the pool's first piece cannot be registered with the devices: {0}")]
+    Register(rustix::io::Errno),
+    #[error("{what}: {errno}")]
+    System { what: &'static str, errno: std::io::Error },
+}
+
+/// What the control plane tells the shard.
+pub enum ToShard {
+    /// A new session.
+    Attach(Box<Session>),
+    /// A session ends.
+    End(SessionId, End),
+    /// A piece of the pool has its pages.
+    Bear(u32, std::ops::Range<u32>),
+    /// Finish writing and return.
+    Stop,
+}
+
+/// What the shard hands back.
+pub enum FromShard {
+    /// A session that is over: its memory is let go where that may block.
+    Gone(Box<Session>),
+    /// A piece of the pool could not be registered: its slots are not used.
+    Unregistered(u32, rustix::io::Errno),
+}
+
+/// A running data plane.
+pub struct Engine {
+    /// What its blocks look like.
+    pub layout: Layout,
+    /// The pool, for new sessions.
+    pub pool: Arc<PoolMemory>,
+    /// Its counters.
+    pub metrics: Arc<Metrics>,
+    /// What each device is, for the operator.
+    pub devices: Vec<String>,
+    /// What the shard hands back.
+    pub from_shard: Receiver<FromShard>,
+    to_shard: Sender<ToShard>,
+    bell: Arc<OwnedFd>,
+    stop_touching: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Engine {
+    /// Builds everything and starts the shard. When it returns, the first piece of the pool serves.
+    ///
+    /// # Errors
+    /// [`BuildError`]: nothing was started.
+    pub fn start(config: &Config, layout: Layout) -> Result<Self, BuildError> {
+        layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
+        let slot_bytes = layout.block_bytes;
+        // The disk first: what can be refused is refused before the pool takes memory.
+        let with_disk = config.ssd_cache_bytes > 0;
+        let geometry = with_disk
+            .then(|| files::geometry(config.ssd_cache_dirs.len(), config.ssd_cache_bytes, slot_bytes, config.max_file_bytes))
+            .transpose()?;
+        let opened = match &geometry {
+            Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, layout.fingerprint(), config.ssd_on_mismatch)?,
+            None => Vec::new(),
+        };
+        let pool = Arc::new(dma::create(config, slot_bytes)?);
+        if let Some(warning) = &pool.warning {
+            tracing::warn!("{warning}");
+        }
+        let images = opened.iter().map(|device| device.headers.clone()).collect();
+        let host = HostSlots::new(pool.slots_count, layout.tp_size);
+        let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images));
+        let options = IndexOptions {
+            host_slots: pool.slots_count,
+            disk_slots: geometry.map_or(0, |geometry| geometry.slots_count()),
+            policy: config.eviction_policy,
+            protected_hits: config.slru_protected_threshold,
+            secret: secret(),
+        };
+        let mut cache = Cache::new(&options, host, disk);
+        let metrics = Arc::new(Metrics::default());
+        let recovered = cache.recover();
+        metrics.ssd_recovered_blocks_count.add(u64::from(recovered));
+        if with_disk {
+            tracing::info!("{recovered} blocks found on the SSD");
+        }
+        let (devices, locks) = open_devices(config, &pool, opened)?;
+        let described: Vec<String> = devices.iter().map(|(dir, device)| format!("{}: {}", dir.display(), device.describe())).collect();
+        for line in &described {
+            tracing::info!("device {line}");
+        }
+        let shard_options = ShardOptions {
+            slot_bytes,
+            lease_ttl_ns: config.lease_ttl.as_nanos() as u64,
+            load_wait_ns: config.load_wait.as_nanos() as u64,
+            writer_grace_ns: config.writer_grace.as_nanos() as u64,
+            read_depth: config.ssd_read_depth,
+            write_depth: config.ssd_write_depth,
+            checksum: config.checksum,
+        };
+        let devices = devices.into_iter().map(|(_, device)| device).collect();
+        let mut shard = Shard::new(cache, pool.mapping.clone(), devices, shard_options, metrics.clone());
+        pool.touch(0).map_err(|errno| BuildError::System { what: "touch the pool", errno: errno.into() })?;
+        shard.bear(0, pool.slots_of(0)).map_err(BuildError::Register)?;
+
+        let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
+        let (to_shard, for_shard) = crossbeam_channel::unbounded();
+        let (to_control, from_shard) = crossbeam_channel::unbounded();
+        let runner = Runner {
+            shard,
+            for_shard,
+            to_control,
+            bell: bell.clone(),
+            metrics: metrics.clone(),
+            polling: config.polling,
+            spin_ns: config.spin.as_nanos() as u64,
+            _locks: locks,
+        };
+        let cpu = config.server_cpu;
+        let spawn = std::thread::Builder::new().name("kvring-shard".into()).spawn(move || {
+            if let Some(cpu) = cpu {
+                pin_to(cpu);
+            }
+            runner.run();
+        });
+        let thread = Some(spawn.map_err(|errno| BuildError::System { what: "start the shard's thread", errno })?);
+        let engine = Self {
+            layout,
+            pool,
+            metrics,
+            devices: described,
+            from_shard,
+            to_shard,
+            bell,
+            stop_touching: Arc::new(AtomicBool::new(false)),
+            thread,
+        };
+        engine.touch_the_rest();
+        Ok(engine)
+    }
+
+    /// Tells the shard, and wakes it.
+    pub fn tell(&self, message: ToShard) {
+        // The shard holds its end until it has returned.
+        let _ = self.to_shard.send(message);
+        ring(&*self.bell);
+    }
+
+    /// Gives the rest of the pool its pages, in parallel and behind.
+    fn touch_the_rest(&self) {
+        let next = Arc::new(AtomicU32::new(1));
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
+        for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(1) as usize) {
+            let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_touching.clone());
+            let (to_shard, bell) = (self.to_shard.clone(), self.bell.clone());
+            let touch = move || {
+                loop {
+                    let piece = next.fetch_add(1, Ordering::Relaxed);
+                    if piece >= pool.pieces_count() || stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    if let Err(errno) = pool.touch(piece) {
+                        tracing::error!("piece {piece} of the pool has no memory ({errno}): its slots are not used");
+                        continue;
+                    }
+                    let _ = to_shard.send(ToShard::Bear(piece, pool.slots_of(piece)));
+                    ring(&*bell);
+                }
+            };
+            if let Err(error) = std::thread::Builder::new().name("kvring-touch".into()).spawn(touch) {
+                tracing::error!("cannot start a thread to touch the pool: {error}");
+            }
+        }
+    }
+
+    /// Stops the shard: what is being written is finished, for at most five seconds.
+    pub fn stop(&mut self) {
+        self.stop_touching.store(true, Ordering::Relaxed);
+        self.tell(ToShard::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+
+    /// Whether the shard's thread is gone without having been told to stop.
+    pub fn has_failed(&self) -> bool {
+        self.thread.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+}
+
+type AnyDevice = Box<dyn Device + Send>;
+
+fn open_devices(
+    config: &Config,
+    pool: &PoolMemory,
+    opened: Vec<files::DeviceFiles>,
+) -> Result<(Vec<(PathBuf, AnyDevice)>, Vec<std::fs::File>), BuildError> {
+    let use_uring = match config.io_engine {
+        IoEngine::Aio => false,
+        _ if opened.is_empty() => false,
+        IoEngine::Uring => uring::probe().map(|()| true)?,
+        IoEngine::Auto => match uring::probe() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("{error}: libaio drives the SSDs instead");
+                false
+            }
+        },
+    };
+    if use_uring && config.fixed_buffers {
+        check_memlock(pool.mapping.bytes() as u64)?;
+    }
+    let mut devices: Vec<(PathBuf, AnyDevice)> = Vec::new();
+    let mut locks = Vec::new();
+    for device in opened {
+        let memory =
+            DeviceMemory { pool: pool.mapping.clone(), headers: device.headers, piece_bytes: pool.piece_bytes as usize };
+        let opened: AnyDevice = if use_uring {
+            Box::new(Uring::new(device.files, memory, config.iouring_entries, config.fixed_buffers)?)
+        } else {
+            Box::new(Aio::new(device.files, memory, config.iouring_entries).map_err(BuildError::Aio)?)
+        };
+        devices.push((device.dir, opened));
+        locks.push(device.lock);
+    }
+    Ok((devices, locks))
+}
+
+/// Registered buffers count against RLIMIT_MEMLOCK unless the process may lock at will.
+fn check_memlock(pool: u64) -> Result<(), BuildError> {
+    const CAP_IPC_LOCK: u64 = 1 << 14;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current.unwrap_or(u64::MAX);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    if effective & CAP_IPC_LOCK == 0 && limit < pool {
+        return Err(BuildError::Memlock { limit, pool });
+    }
+    Ok(())
+}
+
+fn secret() -> [u64; 2] {
+    let mut bytes = [0u8; 16];
+    // A secret that is not random costs speed against a hostile client, nothing else.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    bytemuck::cast(bytes)
+}
+
+fn pin_to(cpu: u32) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu as usize);
+    match rustix::thread::sched_setaffinity(None, &set) {
+        Ok(()) => tracing::info!("the shard is pinned to CPU {cpu}"),
+        Err(errno) => tracing::warn!("server_cpu = {cpu}: {errno}: the shard runs anywhere"),
+    }
+}
+
+/// The thread of a shard.
+struct Runner {
+    shard: Shard<AnyDevice>,
+    for_shard: Receiver<ToShard>,
+    to_control: Sender<FromShard>,
+    bell: Arc<OwnedFd>,
+    metrics: Arc<Metrics>,
+    polling: Polling,
+    spin_ns: u64,
+    _locks: Vec<std::fs::File>,
+}
+
+impl Runner {
+    fn run(mut self) {
+        let mut sleeper = Sleeper::new(&mut self.shard, &self.bell);
+        let mut last_work_ns = monotonic_ns();
+        loop {
+            while let Ok(message) = self.for_shard.try_recv() {
+                last_work_ns = monotonic_ns();
+                if !self.obey(message, &mut sleeper) {
+                    return;
+                }
+            }
+            let now_ns = monotonic_ns();
+            if self.shard.poll(now_ns) > 0 {
+                last_work_ns = now_ns;
+                continue;
+            }
+            let spinning = self.polling == Polling::Busy || now_ns - last_work_ns < self.spin_ns;
+            let Some(sleeper) = sleeper.as_mut().filter(|_| !spinning) else {
+                std::hint::spin_loop();
+                continue;
+            };
+            self.shard.announce_sleep();
+            // Once more: what was posted before the announcement was seen rings no bell.
+            if self.shard.poll(monotonic_ns()) == 0 && self.for_shard.is_empty() {
+                self.metrics.sleeps_count.add(1);
+                sleeper.sleep(Duration::from_nanos(self.shard.sleep_ns_max()));
+            }
+            self.shard.retract_sleep();
+            last_work_ns = monotonic_ns();
+        }
+    }
+
+    /// False: return.
+    fn obey(&mut self, message: ToShard, sleeper: &mut Option<Sleeper>) -> bool {
+        match message {
+            ToShard::Attach(session) => {
+                if let (Some(sleeper), Some(bell)) = (sleeper, &session.server_bell) {
+                    sleeper.watch(session.writer.session.0 as usize % SESSIONS_MAX, bell);
+                }
+                self.shard.attach(session);
+            }
+            ToShard::End(id, end) => {
+                if let Some(session) = self.shard.end(id, end, monotonic_ns()) {
+                    if let Some(sleeper) = sleeper {
+                        sleeper.unwatch(id.0 as usize % SESSIONS_MAX);
+                    }
+                    let _ = self.to_control.send(FromShard::Gone(session));
+                }
+            }
+            ToShard::Bear(piece, slots) => {
+                if let Err(errno) = self.shard.bear(piece, slots) {
+                    let _ = self.to_control.send(FromShard::Unregistered(piece, errno));
+                }
+            }
+            ToShard::Stop => {
+                self.finish();
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Sessions end; what is dirty is written, as far as five seconds go.
+    fn finish(&mut self) {
+        let ids: Vec<SessionId> = self.shard.sessions().map(|session| session.writer.session).collect();
+        for id in ids {
+            if let Some(mut session) = self.shard.end(id, End::Goodbye, monotonic_ns()) {
+                session.close(SessionState::Closing);
+            }
+        }
+        let deadline_ns = monotonic_ns() + 5_000_000_000;
+        while !self.shard.is_drained() && monotonic_ns() < deadline_ns {
+            if self.shard.poll(monotonic_ns()) == 0 {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// Where a shard sleeps: one epoll over every bell there is.
+struct Sleeper {
+    epoll: OwnedFd,
+    events: Vec<epoll::Event>,
+    /// A copy of the bell of the session in each place, to drain it; last, the shard's own.
+    bells: Vec<Option<OwnedFd>>,
+}
+
+const DEVICE: u64 = u64::MAX;
+const OWN_BELL: usize = SESSIONS_MAX;
+
+impl Sleeper {
+    /// `None` if a device can only be polled: then the shard never sleeps.
+    fn new(shard: &mut Shard<AnyDevice>, bell: &OwnedFd) -> Option<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
+        let bells = (0..=SESSIONS_MAX).map(|_| None).collect();
+        let mut sleeper = Self { epoll, events: Vec::with_capacity(64), bells };
+        sleeper.watch(OWN_BELL, bell);
+        for device in shard.devices() {
+            let fd = device.wake_fd()?;
+            epoll::add(&sleeper.epoll, fd, epoll::EventData::new_u64(DEVICE), epoll::EventFlags::IN).ok()?;
+        }
+        Some(sleeper)
+    }
+
+    fn watch(&mut self, place: usize, bell: &OwnedFd) {
+        self.unwatch(place);
+        let Ok(copy) = bell.try_clone() else { return };
+        let token = epoll::EventData::new_u64(place as u64);
+        if epoll::add(&self.epoll, copy.as_fd(), token, epoll::EventFlags::IN).is_ok() {
+            self.bells[place] = Some(copy);
+        }
+    }
+
+    /// By name: closing our copy alone would leave the client's copy registered.
+    fn unwatch(&mut self, place: usize) {
+        if let Some(bell) = self.bells[place].take() {
+            let _ = epoll::delete(&self.epoll, &bell);
+        }
+    }
+
+    fn sleep(&mut self, at_most: Duration) {
+        let timeout = Timespec { tv_sec: at_most.as_secs() as i64, tv_nsec: i64::from(at_most.subsec_nanos()) };
+        let woken = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut self.events), Some(&timeout));
+        if woken.is_ok() {
+            for event in self.events.drain(..) {
+                // A device's descriptor falls silent when it is polled.
+                if let Some(Some(bell)) = self.bells.get(event.data.u64() as usize) {
+                    drain(bell);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,489 @@
+//! The control plane: who may attach, who has died, what an operator asks. May block, lock, allocate
+//! and log; tells the shard by message and never touches what is its own.
+
+pub mod engine;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kvring_ipc::config::Config;
+use kvring_ipc::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome, listen};
+use kvring_ipc::launch::{beside_socket, try_lock};
+use kvring_ipc::layout::Layout;
+use kvring_ipc::peer::Peer;
+use kvring_ipc::segment::Segment;
+use kvring_ipc::wire::PROTOCOL_VERSION;
+use rustix::event::{EventfdFlags, Timespec, epoll};
+
+use crate::limits::SESSIONS_MAX;
+use crate::shard::End;
+use crate::shard::session::Session;
+use crate::tier::host::{SessionId, Writer};
+use engine::{BuildError, Engine, FromShard, ToShard};
+
+/// How long a connection may be silent before it has asked for anything.
+const FIRST_WORD: Duration = Duration::from_secs(2);
+
+/// Why there is no server.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages are the documentation")]
+pub enum ServeError {
+    #[error("server_recv_port: another server (pid {pid}) serves {socket}: stop it with `kvring stop`, or give this one another socket")]
+    AlreadyServed { socket: String, pid: String },
+    #[error("server_recv_port: {path} exists and is no socket: remove it, or give the server another path")]
+    NoSocket { path: String },
+    #[error("server_recv_port: {what} {path}: {error}: make its directory one that this user may write to")]
+    Socket { what: &'static str, path: String, error: std::io::Error },
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error("{what}: {errno}")]
+    System { what: &'static str, errno: rustix::io::Errno },
+}
+
+/// One connection of the control socket.
+struct Connection {
+    channel: Channel,
+    opened: Instant,
+    session: Option<Attached>,
+}
+
+struct Attached {
+    id: SessionId,
+    instance: u32,
+    peer: Peer,
+    /// The peer has said goodbye, hung up, or died.
+    goodbye: bool,
+    hung_up: bool,
+    died: bool,
+}
+
+/// An instance: sessions that share an id and a token.
+struct Instance {
+    number: u32,
+    id: u32,
+    token: String,
+    sessions_count: u32,
+    pid: i32,
+}
+
+/// A server.
+pub struct Server {
+    config: Config,
+    layout: Option<Layout>,
+    engine: Option<Engine>,
+    epoll: OwnedFd,
+    listener: OwnedFd,
+    stop: OwnedFd,
+    /// Holds the socket for this server as long as it lives.
+    _lock: File,
+    connections: HashMap<u64, Connection>,
+    instances: Vec<Instance>,
+    next_connection: u64,
+    next_session: u32,
+    next_instance: u32,
+    matches_logged: u64,
+    stopping: bool,
+}
+
+const LISTENER: u64 = 0;
+const STOP: u64 = 1;
+/// A connection's socket is `number * 2`, its process `number * 2 + 1`.
+const FIRST_CONNECTION: u64 = 1;
+
+fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> ServeError {
+    move |errno| ServeError::System { what, errno }
+}
+
+impl Server {
+    /// Takes the socket, and with a layout builds the whole data plane. `stop` becoming readable stops it.
+    ///
+    /// # Errors
+    /// [`ServeError`]: another server, a path, or anything that the configuration asks in vain.
+    pub fn new(config: Config, layout: Option<Layout>, stop: OwnedFd) -> Result<Self, ServeError> {
+        let path = config.socket.clone();
+        let name = path.display().to_string();
+        let socket_error = |what| { let path = name.clone(); move |error| ServeError::Socket { what, path, error } };
+        let lock_path = beside_socket(&path, "lock");
+        let Some(mut lock) = try_lock(&lock_path).map_err(socket_error("cannot lock"))? else {
+            let mut pid = String::new();
+            let _ = File::open(&lock_path).and_then(|mut file| file.read_to_string(&mut pid));
+            return Err(ServeError::AlreadyServed { socket: name, pid: pid.trim().to_owned() });
+        };
+        let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
+        remove_stale_socket(&path)?;
+        // The data plane before the socket: whoever connects is served at once.
+        let engine = layout.clone().map(|layout| Engine::start(&config, layout)).transpose()?;
+        let listener = listen(&path).map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(system("epoll"))?;
+        let server = Self {
+            config,
+            layout,
+            engine,
+            epoll,
+            listener,
+            stop,
+            _lock: lock,
+            connections: HashMap::new(),
+            instances: Vec::new(),
+            next_connection: FIRST_CONNECTION,
+            next_session: 0,
+            next_instance: 0,
+            matches_logged: 0,
+            stopping: false,
+        };
+        server.watch(server.listener.as_fd(), LISTENER)?;
+        server.watch(server.stop.as_fd(), STOP)?;
+        tracing::info!("kvring {} serves {}", env!("CARGO_PKG_VERSION"), server.config.socket.display());
+        Ok(server)
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), ServeError> {
+        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN).map_err(system("epoll_ctl"))
+    }
+
+    /// Serves until it is told to stop. False: the data plane failed.
+    pub fn run(mut self) -> bool {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        let mut failed = false;
+        while !self.stopping && !failed {
+            events.clear();
+            let timeout = self.nap();
+            let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
+            let ready: Vec<u64> = events.iter().map(|event| event.data.u64()).collect();
+            for token in ready {
+                match token {
+                    LISTENER => self.accept(),
+                    STOP => self.stopping = true,
+                    token if token % 2 == 0 => self.on_message(token / 2),
+                    token => self.on_death(token / 2),
+                }
+            }
+            self.drop_silent();
+            self.hear_shard();
+            self.log_counters();
+            failed = self.engine.as_ref().is_some_and(Engine::has_failed);
+        }
+        tracing::info!("stopping");
+        // Nobody finds us any more; then the sessions there are end.
+        let _ = std::fs::remove_file(&self.config.socket);
+        if let Some(engine) = &mut self.engine {
+            engine.stop();
+        }
+        !failed
+    }
+
+    /// How long nothing can be missed. Without sessions: for ever, at no cost.
+    fn nap(&self) -> Option<Timespec> {
+        let silent = self.connections.values().any(|connection| connection.session.is_none());
+        match self.connections.is_empty() {
+            true => None,
+            false => Some(Timespec { tv_sec: i64::from(!silent), tv_nsec: if silent { 200_000_000 } else { 0 } }),
+        }
+    }
+
+    fn accept(&mut self) {
+        let Ok(fd) = rustix::net::accept_with(&self.listener, rustix::net::SocketFlags::CLOEXEC) else { return };
+        // Twice the sessions, so that a full house can still be asked for its counters.
+        if self.connections.len() >= 2 * SESSIONS_MAX {
+            return;
+        }
+        let number = self.next_connection;
+        if self.watch(fd.as_fd(), number * 2).is_ok() {
+            self.next_connection += 1;
+            #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
+            let opened = Instant::now();
+            self.connections.insert(number, Connection { channel: Channel::accepted(fd), opened, session: None });
+        }
+    }
+
+    fn drop_silent(&mut self) {
+        self.connections.retain(|_, connection| connection.session.is_some() || connection.opened.elapsed() < FIRST_WORD);
+    }
+
+    fn on_message(&mut self, number: u64) {
+        let Some(connection) = self.connections.get(&number) else { return };
+        let request = match connection.channel.receive::<Request>(false) {
+            Ok((request, _)) => request,
+            Err(ChannelError::TimedOut) => return,
+            Err(error) => {
+                if !matches!(error, ChannelError::Closed) {
+                    self.refuse(number, format!("not understood: {error}"), Vec::new());
+                }
+                return self.on_hang_up(number);
+            }
+        };
+        match request {
+            Request::Attach(attach) => {
+                if let Err((reason, differences)) = self.attach(number, &attach) {
+                    tracing::warn!("instance {} refused: {reason}", attach.instance_id);
+                    self.refuse(number, reason, differences);
+                    self.connections.remove(&number);
+                }
+            }
+            Request::Goodbye => {
+                if let Some(attached) = self.connections.get_mut(&number).and_then(|connection| connection.session.as_mut()) {
+                    attached.goodbye = true;
+                }
+                self.settle(number);
+            }
+            Request::Stats => {
+                self.reply(number, &Reply::Stats(self.stats()));
+                self.drop_if_no_session(number);
+            }
+            Request::Stop => {
+                self.stopping = self.is_same_user(number);
+                self.reply(number, &Reply::Stopping);
+            }
+        }
+    }
+
+    fn drop_if_no_session(&mut self, number: u64) {
+        if self.connections.get(&number).is_some_and(|connection| connection.session.is_none()) {
+            self.connections.remove(&number);
+        }
+    }
+
+    fn reply(&self, number: u64, reply: &Reply) {
+        if let Some(connection) = self.connections.get(&number) {
+            // A peer that does not read its answers loses them.
+            let _ = connection.channel.send(reply, &[]);
+        }
+    }
+
+    fn refuse(&self, number: u64, reason: String, differences: Vec<kvring_ipc::layout::Difference>) {
+        self.reply(number, &Reply::Refused { reason, differences });
+    }
+
+    fn is_same_user(&self, number: u64) -> bool {
+        let Some(connection) = self.connections.get(&number) else { return false };
+        let ours = rustix::process::geteuid().as_raw();
+        Peer::of(connection.channel.as_fd()).is_ok_and(|peer| peer.uid == ours || peer.uid == 0)
+    }
+
+    fn attach(&mut self, number: u64, attach: &Attach) -> Result<(), (String, Vec<kvring_ipc::layout::Difference>)> {
+        let plain = |reason: String| (reason, Vec::new());
+        let Some(connection) = self.connections.get(&number) else { return Ok(()) };
+        if connection.session.is_some() {
+            return Err(plain("this connection has a session already".into()));
+        }
+        let peer = Peer::of(connection.channel.as_fd()).map_err(|errno| plain(format!("who connects is unknown: {errno}")))?;
+        let ours = rustix::process::geteuid().as_raw();
+        if peer.uid != ours && peer.uid != 0 {
+            return Err(plain(format!("user {} may not attach to the server of user {ours}", peer.uid)));
+        }
+        if attach.protocol != PROTOCOL_VERSION {
+            return Err(plain(format!(
+                "the server speaks protocol {PROTOCOL_VERSION}, this instance {}: use one version of kvring",
+                attach.protocol
+            )));
+        }
+        if attach.rank >= attach.layout.tp_size {
+            return Err(plain(format!("rank = {} is not below tp_size = {}", attach.rank, attach.layout.tp_size)));
+        }
+        let layout = self.engine.as_ref().map(|engine| &engine.layout).or(self.layout.as_ref());
+        if let Some(layout) = layout {
+            let differences = layout.differences(&attach.layout);
+            if !differences.is_empty() {
+                return Err(("its parallel configuration is not the server's".into(), differences));
+            }
+        }
+        let taken = self.instances.iter().find(|instance| instance.id == attach.instance_id && instance.token != attach.instance_token);
+        if let Some(other) = taken {
+            return Err(plain(format!(
+                "instance_id = {} is in use by process {}: give each instance its own",
+                attach.instance_id, other.pid
+            )));
+        }
+        if self.engine.is_none() {
+            let engine = Engine::start(&self.config, attach.layout.clone()).map_err(|error| {
+                tracing::error!("{error}");
+                plain(error.to_string())
+            })?;
+            self.engine = Some(engine);
+        }
+        let id = self.free_session_id().ok_or_else(|| plain(format!("all {SESSIONS_MAX} sessions are taken")))?;
+        let instance = self.instance_of(attach, peer.pid.as_raw_nonzero().get());
+        self.open_session(number, id, instance, attach.rank, peer).map_err(|errno| {
+            self.leave_instance(instance);
+            plain(format!("no session can be made: {errno}"))
+        })
+    }
+
+    fn free_session_id(&mut self) -> Option<SessionId> {
+        let taken: std::collections::HashSet<usize> = self
+            .connections
+            .values()
+            .filter_map(|connection| connection.session.as_ref())
+            .map(|attached| attached.id.0 as usize % SESSIONS_MAX)
+            .collect();
+        (0..SESSIONS_MAX as u32).find_map(|_| {
+            // Wraps after four billion sessions; u32::MAX means nobody.
+            self.next_session = (self.next_session + 1) % (u32::MAX - 1);
+            (!taken.contains(&(self.next_session as usize % SESSIONS_MAX))).then_some(SessionId(self.next_session))
+        })
+    }
+
+    fn instance_of(&mut self, attach: &Attach, pid: i32) -> u32 {
+        let known = self.instances.iter_mut().find(|i| i.id == attach.instance_id && i.token == attach.instance_token);
+        if let Some(instance) = known {
+            instance.sessions_count += 1;
+            return instance.number;
+        }
+        self.next_instance += 1;
+        let number = self.next_instance;
+        self.instances.push(Instance { number, id: attach.instance_id, token: attach.instance_token.clone(), sessions_count: 1, pid });
+        tracing::info!("instance {} attached (process {pid})", attach.instance_id);
+        number
+    }
+
+    fn leave_instance(&mut self, number: u32) {
+        self.instances.retain_mut(|instance| {
+            if instance.number != number {
+                return true;
+            }
+            instance.sessions_count -= 1;
+            if instance.sessions_count == 0 {
+                tracing::info!("instance {} is gone", instance.id);
+            }
+            instance.sessions_count > 0
+        });
+    }
+
+    fn open_session(&mut self, number: u64, id: SessionId, instance: u32, rank: u32, peer: Peer) -> rustix::io::Result<()> {
+        let (Some(engine), Some(connection)) = (&self.engine, self.connections.get_mut(&number)) else { return Ok(()) };
+        let (segment, segment_fd) = Segment::create()?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let (server_bell, client_bell) = (rustix::event::eventfd(0, flags)?, rustix::event::eventfd(0, flags)?);
+        let pool = &engine.pool;
+        let welcome = Welcome {
+            session: id.0,
+            pool_bytes: pool.mapping.bytes() as u64,
+            slot_bytes: pool.slot_bytes,
+            slots_count: pool.slots_count,
+            page_bytes: pool.pages.bytes(),
+            server_pid: std::process::id(),
+        };
+        epoll::add(&self.epoll, &peer.pidfd, epoll::EventData::new_u64(number * 2 + 1), epoll::EventFlags::IN)?;
+        let fds = [segment_fd.as_fd(), pool.fd.as_fd(), server_bell.as_fd(), client_bell.as_fd()];
+        if connection.channel.send(&Reply::Welcome(welcome), &fds).is_err() {
+            return Err(rustix::io::Errno::PIPE);
+        }
+        let writer = Writer { session: id, instance, rank };
+        let session = Box::new(Session::new(writer, segment, Some(server_bell), Some(client_bell)));
+        connection.session = Some(Attached { id, instance, peer, goodbye: false, hung_up: false, died: false });
+        engine.tell(ToShard::Attach(session));
+        Ok(())
+    }
+
+    fn on_hang_up(&mut self, number: u64) {
+        let Some(connection) = self.connections.get_mut(&number) else { return };
+        let Some(attached) = &mut connection.session else {
+            self.connections.remove(&number);
+            return;
+        };
+        attached.hung_up = true;
+        let _ = epoll::delete(&self.epoll, connection.channel.as_fd());
+        self.settle(number);
+    }
+
+    fn on_death(&mut self, number: u64) {
+        let Some(attached) = self.connections.get_mut(&number).and_then(|connection| connection.session.as_mut()) else { return };
+        attached.died = true;
+        let _ = epoll::delete(&self.epoll, &attached.peer.pidfd);
+        self.settle(number);
+    }
+
+    /// A session ends: by goodbye at once; else it is suspect at the first sign and dead at the second
+    /// (a process that hung up may live and write; one that died may have left its files to a child).
+    fn settle(&mut self, number: u64) {
+        let (Some(engine), Some(connection)) = (&self.engine, self.connections.get(&number)) else { return };
+        let Some(attached) = &connection.session else { return };
+        let end = match (attached.goodbye, attached.hung_up, attached.died) {
+            (true, ..) => End::Goodbye,
+            (false, true, true) => End::Dead,
+            _ => End::Suspect,
+        };
+        engine.tell(ToShard::End(attached.id, end));
+        if end != End::Suspect {
+            let instance = attached.instance;
+            if end == End::Dead {
+                tracing::warn!("session {} of process {} died", attached.id.0, attached.peer.pid.as_raw_nonzero());
+            }
+            self.connections.remove(&number);
+            self.leave_instance(instance);
+        }
+    }
+
+    fn hear_shard(&mut self) {
+        let Some(engine) = &self.engine else { return };
+        while let Ok(message) = engine.from_shard.try_recv() {
+            match message {
+                FromShard::Gone(session) => drop(session),
+                FromShard::Unregistered(piece, errno) => {
+                    tracing::error!("piece {piece} of the pool cannot be registered ({errno}): its slots are not used");
+                }
+            }
+        }
+    }
+
+    fn log_counters(&mut self) {
+        let (Some(engine), interval) = (&self.engine, self.config.num_log_interval_requests) else { return };
+        let m = &engine.metrics;
+        let matches = m.matches_count.get();
+        if interval == 0 || matches < self.matches_logged + interval {
+            return;
+        }
+        self.matches_logged = matches;
+        let (asked, hit) = (m.match_blocks_requested_count.get(), m.match_blocks_hit_count.get());
+        tracing::info!(
+            "{matches} matches, {hit} of {asked} blocks hit ({:.1} %), {} loaded from DRAM and {} from SSD, {} stored, {} of {} slots free",
+            100.0 * hit as f64 / asked.max(1) as f64,
+            m.load_blocks_dram_count.get(),
+            m.load_blocks_ssd_count.get(),
+            m.commit_blocks_count.get(),
+            m.host_slots_free_count.get(),
+            m.host_slots_count.get(),
+        );
+    }
+
+    fn stats(&self) -> serde_json::Value {
+        let instances: Vec<_> = self
+            .instances
+            .iter()
+            .map(|i| serde_json::json!({"instance_id": i.id, "pid": i.pid, "sessions": i.sessions_count}))
+            .collect();
+        let mut stats = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "server_pid": std::process::id(),
+            "socket": self.config.socket,
+            "instances": instances,
+        });
+        if let Some(engine) = &self.engine {
+            let counters: serde_json::Map<_, _> =
+                engine.metrics.all().into_iter().map(|(name, _, value)| (name.to_owned(), value.into())).collect();
+            stats["layout"] = serde_json::to_value(&engine.layout).unwrap_or_default();
+            stats["page_bytes"] = engine.pool.pages.bytes().into();
+            stats["slot_bytes"] = engine.pool.slot_bytes.into();
+            stats["devices"] = engine.devices.clone().into();
+            stats["metrics"] = counters.into();
+        }
+        stats
+    }
+}
+
+/// A socket file whose server is gone: we hold the lock, so nobody serves it.
+fn remove_stale_socket(path: &PathBuf) -> Result<(), ServeError> {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {
+            tracing::info!("removing the socket file that a dead server left at {}", path.display());
+            std::fs::remove_file(path).map_err(|error| ServeError::Socket { what: "cannot remove the stale", path: path.display().to_string(), error })
+        }
+        Ok(_) => Err(ServeError::NoSocket { path: path.display().to_string() }),
+        Err(_) => Ok(()),
+    }
+}

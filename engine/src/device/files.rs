@@ -1,0 +1,277 @@
+//! The files of the SSD tier: made, locked, sized and recognised before the first I/O (DISK.md §1).
+//! May block: start-up only.
+
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use kvring_ipc::config::OnMismatch;
+use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
+use rustix::fs::{FallocateFlags, FlockOperation};
+
+use crate::limits::SECTOR_BYTES;
+use crate::tier::disk::DiskGeometry;
+use crate::tier::header::{MAGIC, Superblock};
+
+/// Why the SSD tier cannot be had, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages are the documentation")]
+pub enum FilesError {
+    #[error("ssd_cache_dir {dir}: cannot be used: {error}: make it a directory that this user may write to")]
+    Directory { dir: String, error: std::io::Error },
+    #[error("{file} is in use by another kvring server: give this one another ssd_cache_dir, or stop the other")]
+    InUse { file: String },
+    #[error("ssd_cache_dir {dir} holds {available_gb:.2} GB free and {needed_gb:.2} GB more are needed: lower ssd_cache_gb or free space")]
+    NoSpace { dir: String, available_gb: f64, needed_gb: f64 },
+    #[error("{file} cannot do direct I/O: {error}: put ssd_cache_dir on a file system with O_DIRECT (ext4, xfs, btrfs)")]
+    NoDirect { file: String, error: std::io::Error },
+    #[error("{file} does direct I/O in units of {sector} bytes, of which {slot_bytes} is no multiple: choose tokens_per_block so that the block size is")]
+    Sector { file: String, sector: u64, slot_bytes: u64 },
+    #[error("{file} was made for something else ({why}): remove it, or set ssd_on_mismatch = reset to empty it")]
+    Mismatch { file: String, why: String },
+    #[error("ssd_cache_gb is too small: a device of {devices} needs room for at least one block of {slot_bytes} bytes and its headers: raise ssd_cache_gb")]
+    TooSmall { devices: usize, slot_bytes: u64 },
+    #[error("{file}: {error}")]
+    Io { file: String, error: std::io::Error },
+}
+
+/// One device, ready for I/O.
+#[derive(Debug)]
+pub struct DeviceFiles {
+    /// Opened with O_DIRECT, in the order of the geometry's files.
+    pub files: Vec<OwnedFd>,
+    /// The header zone as it is on the disk.
+    pub headers: Arc<Mapping>,
+    /// Held for as long as the device is used.
+    pub lock: File,
+    /// Where it lies.
+    pub dir: PathBuf,
+}
+
+/// How `ssd_cache_gb` becomes slots: what fits it, headers included, the same for each directory.
+///
+/// # Errors
+/// [`FilesError::TooSmall`].
+pub fn geometry(dirs: usize, ssd_cache_bytes: u64, slot_bytes: u64, max_file_bytes: Option<u64>) -> Result<DiskGeometry, FilesError> {
+    let too_small = || FilesError::TooSmall { devices: dirs, slot_bytes };
+    let per_device = ssd_cache_bytes / dirs as u64;
+    let with = |slots: u64| DiskGeometry {
+        devices_count: dirs as u32,
+        slots_per_device: slots as u32,
+        slots_per_file: max_file_bytes.map_or(u32::MAX, |bytes| u32::try_from(bytes / slot_bytes).unwrap_or(u32::MAX)).min(slots as u32),
+        slot_bytes,
+    };
+    let mut slots = (per_device / slot_bytes).min(crate::limits::SLOTS_MAX / dirs as u64);
+    // Headers cost 64 bytes a slot: a few slots less than the plain quotient.
+    while slots > 0 && with(slots).data_offset() + slots * slot_bytes > per_device.max(slot_bytes + (2 << 20)) {
+        slots -= 1.max(slots >> 16);
+    }
+    let geometry = with(slots);
+    if slots == 0 || geometry.slots_per_file == 0 || geometry.files_per_device() > 1024 {
+        return Err(too_small());
+    }
+    Ok(geometry)
+}
+
+fn path_of(dir: &Path, file: u32) -> PathBuf {
+    dir.join(if file == 0 { "kvring.cache".to_owned() } else { format!("kvring.cache.{file}") })
+}
+
+/// Opens or makes every device's files. Nothing of another cache is touched before all are locked.
+///
+/// # Errors
+/// [`FilesError`].
+pub fn open(dirs: &[PathBuf], geometry: &DiskGeometry, layout: u64, on_mismatch: OnMismatch) -> Result<Vec<DeviceFiles>, FilesError> {
+    let locks = dirs.iter().map(|dir| lock(dir)).collect::<Result<Vec<_>, _>>()?;
+    // Any cache id will do for a new cache; devices that disagree were never one cache.
+    let mut cache_id = None;
+    let mut devices = Vec::new();
+    for ((index, dir), lock) in (0..).zip(dirs).zip(locks) {
+        devices.push(open_device(dir, lock, index, geometry, layout, on_mismatch, &mut cache_id)?);
+    }
+    Ok(devices)
+}
+
+fn lock(dir: &Path) -> Result<File, FilesError> {
+    let cannot = |error| FilesError::Directory { dir: dir.display().to_string(), error };
+    std::fs::create_dir_all(dir).map_err(cannot)?;
+    let path = dir.join("kvring.lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(cannot)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(FilesError::InUse { file: path_of(dir, 0).display().to_string() }),
+        Err(errno) => Err(cannot(errno.into())),
+    }
+}
+
+fn open_device(
+    dir: &Path,
+    lock: File,
+    index: u64,
+    geometry: &DiskGeometry,
+    layout: u64,
+    on_mismatch: OnMismatch,
+    cache_id: &mut Option<u64>,
+) -> Result<DeviceFiles, FilesError> {
+    let first = path_of(dir, 0);
+    let name = first.display().to_string();
+    let io = |file: &Path| { let file = file.display().to_string(); move |error| FilesError::Io { file, error } };
+    let expected = |cache_id| Superblock {
+        magic: MAGIC,
+        layout,
+        slot_bytes: geometry.slot_bytes,
+        slots_count: u64::from(geometry.slots_per_device),
+        slots_per_file: u64::from(geometry.slots_per_file),
+        device: index << 32 | u64::from(geometry.devices_count),
+        cache_id,
+        crc: 0,
+    };
+    let found = read_superblock(&first).map_err(io(&first))?;
+    let reuse = match &found {
+        Found::Nothing => false,
+        Found::Foreign => mismatch(on_mismatch, &name, "it is no kvring cache of this version")?,
+        Found::Super(found) => match differs(found, &expected(cache_id.unwrap_or(found.cache_id))) {
+            None => true,
+            Some(why) => mismatch(on_mismatch, &name, &why)?,
+        },
+    };
+    if !reuse {
+        for file in 0.. {
+            match std::fs::remove_file(path_of(dir, file)) {
+                Ok(()) => {}
+                Err(_) => break,
+            }
+        }
+    }
+    let needed: u64 = (0..geometry.files_per_device())
+        .map(|file| {
+            let held = std::fs::metadata(path_of(dir, file)).map_or(0, |m| std::os::unix::fs::MetadataExt::blocks(&m) * 512);
+            geometry.file_bytes(file).saturating_sub(held)
+        })
+        .sum();
+    let space = rustix::fs::statvfs(dir).map_err(|errno| FilesError::Directory { dir: dir.display().to_string(), error: errno.into() })?;
+    let available = space.f_bavail * space.f_frsize;
+    if needed > available {
+        let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        return Err(FilesError::NoSpace { dir: dir.display().to_string(), available_gb: gb(available), needed_gb: gb(needed) });
+    }
+    let mut files = Vec::new();
+    for number in 0..geometry.files_per_device() {
+        let path = path_of(dir, number);
+        let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path).map_err(io(&path))?;
+        let bytes = geometry.file_bytes(number);
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+            Ok(()) => {}
+            // Not every file system can: then the file is sparse and a full disk is a write error.
+            Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(bytes).map_err(io(&path))?,
+            Err(errno) => return Err(io(&path)(errno.into())),
+        }
+        let direct = OpenOptions::new().read(true).write(true).custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32).open(&path);
+        let direct = direct.map_err(|error| FilesError::NoDirect { file: path.display().to_string(), error })?;
+        let unit = direct_unit(&direct);
+        if !geometry.slot_bytes.is_multiple_of(unit) {
+            return Err(FilesError::Sector { file: path.display().to_string(), sector: unit, slot_bytes: geometry.slot_bytes });
+        }
+        files.push(OwnedFd::from(direct));
+    }
+    let headers = read_headers(&first, geometry, reuse).map_err(io(&first))?;
+    match found {
+        Found::Super(found) if reuse => *cache_id = Some(cache_id.unwrap_or(found.cache_id)),
+        _ => {
+            let id = *cache_id.get_or_insert_with(|| kvring_ipc::client::monotonic_ns() | 1);
+            write_superblock(&first, geometry, &expected(id).sealed()).map_err(io(&first))?;
+        }
+    }
+    Ok(DeviceFiles { files, headers, lock, dir: dir.to_path_buf() })
+}
+
+fn mismatch(on_mismatch: OnMismatch, file: &str, why: &str) -> Result<bool, FilesError> {
+    match on_mismatch {
+        OnMismatch::Refuse => Err(FilesError::Mismatch { file: file.into(), why: why.into() }),
+        OnMismatch::Reset => Ok(false),
+    }
+}
+
+enum Found {
+    Nothing,
+    Foreign,
+    Super(Superblock),
+}
+
+fn read_superblock(path: &Path) -> std::io::Result<Found> {
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(error) => return Err(error),
+    };
+    let mut superblock = Superblock::zeroed();
+    match file.read_exact(bytemuck::bytes_of_mut(&mut superblock)) {
+        Ok(()) if superblock == Superblock::zeroed() => Ok(Found::Nothing),
+        Ok(()) if superblock.is_sound() => Ok(Found::Super(superblock)),
+        Ok(()) => Ok(Found::Foreign),
+        // Shorter than a superblock: a start that was cut short.
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(Found::Nothing),
+        Err(error) => Err(error),
+    }
+}
+
+fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
+    let fields = [
+        ("layout fingerprint", found.layout, expected.layout),
+        ("block bytes", found.slot_bytes, expected.slot_bytes),
+        ("slots", found.slots_count, expected.slots_count),
+        ("slots per file", found.slots_per_file, expected.slots_per_file),
+        ("device index and count", found.device, expected.device),
+        ("cache id", found.cache_id, expected.cache_id),
+    ];
+    let (name, found, expected) = fields.into_iter().find(|(_, found, expected)| found != expected)?;
+    Some(format!("{name} {found} there, {expected} configured"))
+}
+
+/// New files have no headers; those of a new format must not be believed, so zeros are written.
+fn write_superblock(path: &Path, geometry: &DiskGeometry, superblock: &Superblock) -> std::io::Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let zeros = vec![0u8; 1 << 20];
+    let mut at = 0;
+    while at < geometry.data_offset() {
+        let bytes = (geometry.data_offset() - at).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..bytes as usize], at)?;
+        at += bytes;
+    }
+    // The superblock last: a start that is cut short leaves zeros, which are nothing.
+    file.sync_data()?;
+    file.write_all_at(bytemuck::bytes_of(superblock), 0)?;
+    file.sync_data()
+}
+
+fn read_headers(path: &Path, geometry: &DiskGeometry, reuse: bool) -> std::io::Result<Arc<Mapping>> {
+    let bytes = geometry.header_sectors() * SECTOR_BYTES;
+    let memfd = sealed_memfd("kvring-headers", bytes, Pages::Small)?;
+    let mapping = Mapping::new(&memfd, bytes as usize)?;
+    if reuse {
+        let file = File::open(path)?;
+        let mut piece = vec![0u8; 1 << 20];
+        let mut at = 0;
+        while at < bytes {
+            let length = (bytes - at).min(piece.len() as u64) as usize;
+            file.read_exact_at(&mut piece[..length], SECTOR_BYTES + at)?;
+            mapping.copy_in(at as usize, &piece[..length]);
+            at += length as u64;
+        }
+    }
+    Ok(Arc::new(mapping))
+}
+
+/// The unit of direct I/O (statx, STATX_DIOALIGN, Linux 6.1); a sector where it is not told.
+fn direct_unit(file: &File) -> u64 {
+    use rustix::fs::{AtFlags, StatxFlags};
+    // STATX_DIOALIGN of linux/stat.h, newer than rustix's table.
+    let mask = StatxFlags::from_bits_retain(0x2000);
+    let told = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, mask).ok();
+    let unit = told.map_or(0, |statx| u64::from(statx.stx_dio_offset_align));
+    if unit == 0 { SECTOR_BYTES } else { unit }
+}

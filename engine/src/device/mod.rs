@@ -1,0 +1,128 @@
+//! Block I/O, one contract: submit without waiting, poll for what is done, exact results.
+//!
+//! A device moves bytes between registered memory and files. It does not interpret them, does not
+//! retry and does not hide: a short transfer is reported short. `tests/tests/devices.rs` runs one
+//! conformance suite over every implementation.
+
+#[expect(unsafe_code, reason = "linux-aio has no safe binding: three system calls and one struct")]
+pub mod aio;
+pub mod files;
+pub mod sim;
+#[expect(unsafe_code, reason = "an SQE names memory by address, and the kernel believes it")]
+pub mod uring;
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use kvring_ipc::mapping::Mapping;
+use rustix::io::Errno;
+
+/// Memory that a device may move bytes to and from.
+#[derive(Debug, Clone)]
+pub struct DeviceMemory {
+    /// The pool: slots.
+    pub pool: Arc<Mapping>,
+    /// The device's header zone.
+    pub headers: Arc<Mapping>,
+    /// The pool is registered in pieces of this many bytes; no slot crosses two.
+    pub piece_bytes: usize,
+}
+
+/// Which of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Region {
+    /// The pool.
+    Pool,
+    /// The header zone's image.
+    Headers,
+}
+
+/// Which way bytes move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From the device.
+    Read,
+    /// To the device.
+    Write,
+}
+
+/// One transfer. All numbers are multiples of the sector size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Io {
+    /// Echoed when it is done.
+    pub tag: u32,
+    /// Which way.
+    pub direction: Direction,
+    /// Which of the device's files.
+    pub file: u16,
+    /// Where in it.
+    pub offset_in_file: u64,
+    /// Which memory.
+    pub region: Region,
+    /// Where in it.
+    pub offset_in_region: usize,
+    /// How much. A pool transfer stays inside one piece.
+    pub bytes: u32,
+}
+
+/// A transfer that is over: bytes moved, or why none were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// Its tag.
+    pub tag: u32,
+    /// Bytes moved, perhaps fewer than asked; or the error.
+    pub result: Result<u32, Errno>,
+}
+
+/// Something with sectors.
+pub trait Device {
+    /// What it is, in one line for the operator.
+    fn describe(&self) -> String;
+    /// Most transfers in flight.
+    fn depth(&self) -> u32;
+    /// Transfers in flight.
+    fn inflight(&self) -> u32;
+    /// Takes a transfer, or gives it back when `depth` are in flight. May not start before `flush`.
+    ///
+    /// # Errors
+    /// No room: the transfer itself.
+    fn submit(&mut self, io: Io) -> Result<(), Io>;
+    /// Hands what was submitted to the device: at most one system call.
+    fn flush(&mut self);
+    /// Reports what is over, at most `budget` of them. `now_ns` is the caller's time.
+    fn poll(&mut self, now_ns: u64, budget: usize, done: &mut Vec<Done>);
+    /// Readable when `poll` has something to report; `None` if only polling tells.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+    /// The pool's piece `piece` has pages now and may be used from now on.
+    ///
+    /// # Errors
+    /// The kernel refuses to pin it: a memlock limit.
+    fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()>;
+}
+
+impl<D: Device + ?Sized> Device for Box<D> {
+    fn describe(&self) -> String {
+        (**self).describe()
+    }
+    fn depth(&self) -> u32 {
+        (**self).depth()
+    }
+    fn inflight(&self) -> u32 {
+        (**self).inflight()
+    }
+    fn submit(&mut self, io: Io) -> Result<(), Io> {
+        (**self).submit(io)
+    }
+    fn flush(&mut self) {
+        (**self).flush();
+    }
+    fn poll(&mut self, now_ns: u64, budget: usize, done: &mut Vec<Done>) {
+        (**self).poll(now_ns, budget, done);
+    }
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        (**self).wake_fd()
+    }
+    fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
+        (**self).register_piece(piece)
+    }
+}

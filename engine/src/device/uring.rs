@@ -1,0 +1,139 @@
+//! io_uring on files with O_DIRECT: fixed files, and the pool as fixed buffers.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use io_uring::{IoUring, opcode, types};
+use rustix::io::Errno;
+
+use super::{Device, DeviceMemory, Direction, Done, Io, Region};
+
+/// One device's ring.
+pub struct Uring {
+    // Dropped first: the kernel finishes or cancels what is in flight before the memory goes.
+    ring: IoUring,
+    memory: DeviceMemory,
+    /// Kept open as long as the ring knows them.
+    _files: Vec<OwnedFd>,
+    fixed_buffers: bool,
+    depth: u32,
+    inflight: u32,
+    unflushed: u32,
+}
+
+/// Why there is no ring.
+#[derive(Debug, thiserror::Error)]
+#[error("io_uring: {what}: {errno}")]
+pub struct UringError {
+    /// The step that failed.
+    pub what: &'static str,
+    /// What the kernel said.
+    pub errno: std::io::Error,
+}
+
+/// Whether io_uring can be had at all here: seccomp and `kernel.io_uring_disabled` forbid it.
+///
+/// # Errors
+/// What the kernel says.
+pub fn probe() -> Result<(), UringError> {
+    IoUring::new(2).map(drop).map_err(|errno| UringError { what: "io_uring_setup", errno })
+}
+
+impl Uring {
+    /// A ring over files that were opened with O_DIRECT.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn new(files: Vec<OwnedFd>, memory: DeviceMemory, entries: u32, fixed_buffers: bool) -> Result<Self, UringError> {
+        let failed = |what| move |errno| UringError { what, errno };
+        // The completion ring is twice as deep by default, and no more than `entries` are in flight.
+        let ring = IoUring::builder().build(entries).map_err(failed("io_uring_setup"))?;
+        let raw: Vec<i32> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        ring.submitter().register_files(&raw).map_err(failed("register files"))?;
+        if fixed_buffers {
+            let pieces = memory.pool.bytes().div_ceil(memory.piece_bytes) as u32;
+            ring.submitter().register_buffers_sparse(pieces).map_err(failed("register a table of buffers"))?;
+        }
+        Ok(Self { ring, memory, _files: files, fixed_buffers, depth: entries, inflight: 0, unflushed: 0 })
+    }
+}
+
+impl Device for Uring {
+    fn describe(&self) -> String {
+        let buffers = if self.fixed_buffers { "fixed buffers" } else { "no fixed buffers" };
+        format!("io_uring, O_DIRECT, fixed files, {buffers}, {} entries", self.depth)
+    }
+
+    fn depth(&self) -> u32 {
+        self.depth
+    }
+
+    fn inflight(&self) -> u32 {
+        self.inflight
+    }
+
+    fn submit(&mut self, io: Io) -> Result<(), Io> {
+        if self.inflight == self.depth {
+            return Err(io);
+        }
+        let mapping = match io.region {
+            Region::Pool => &self.memory.pool,
+            Region::Headers => &self.memory.headers,
+        };
+        let address = mapping.address(io.offset_in_region, io.bytes as usize);
+        let file = types::Fixed(u32::from(io.file));
+        let fixed = self.fixed_buffers && io.region == Region::Pool;
+        let piece = (io.offset_in_region / self.memory.piece_bytes) as u16;
+        let entry = match (io.direction, fixed) {
+            (Direction::Read, true) => opcode::ReadFixed::new(file, address, io.bytes, piece).offset(io.offset_in_file).build(),
+            (Direction::Write, true) => opcode::WriteFixed::new(file, address.cast_const(), io.bytes, piece).offset(io.offset_in_file).build(),
+            (Direction::Read, false) => opcode::Read::new(file, address, io.bytes).offset(io.offset_in_file).build(),
+            (Direction::Write, false) => opcode::Write::new(file, address.cast_const(), io.bytes).offset(io.offset_in_file).build(),
+        };
+        let entry = entry.user_data(u64::from(io.tag));
+        // SAFETY: `address` is valid for io.bytes (checked by Mapping::address) and stays mapped while
+        // the ring lives, because self holds the mapping and drops the ring first. The memory is
+        // shared and never referenced, so the kernel may write it at any time.
+        if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            return Err(io);
+        }
+        self.inflight += 1;
+        self.unflushed += 1;
+        Ok(())
+    }
+
+    fn flush(&mut self) {
+        if self.unflushed == 0 {
+            return;
+        }
+        // EINTR, EAGAIN and EBUSY leave the rest in the ring for the next flush; nothing else can be
+        // the matter with a ring that was set up.
+        if let Ok(count) = self.ring.submit() {
+            self.unflushed -= (count as u32).min(self.unflushed);
+        }
+    }
+
+    fn poll(&mut self, _now_ns: u64, budget: usize, done: &mut Vec<Done>) {
+        for completion in self.ring.completion().take(budget) {
+            self.inflight -= 1;
+            let result = u32::try_from(completion.result()).map_err(|_| Errno::from_raw_os_error(-completion.result()));
+            done.push(Done { tag: completion.user_data() as u32, result });
+        }
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: the ring's descriptor is open as long as the ring, which self owns.
+        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+    }
+
+    fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
+        if !self.fixed_buffers {
+            return Ok(());
+        }
+        let offset = piece as usize * self.memory.piece_bytes;
+        let bytes = self.memory.piece_bytes.min(self.memory.pool.bytes() - offset);
+        let buffer = libc::iovec { iov_base: self.memory.pool.address(offset, bytes).cast(), iov_len: bytes };
+        // SAFETY: the buffer is a range of the pool's mapping, which self keeps mapped as long as the ring.
+        let registered = unsafe { self.ring.submitter().register_buffers_update(piece, &[buffer], None) };
+        registered.map(drop).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}

@@ -1,0 +1,139 @@
+//! Memory for DMA: the pool, a sealed memfd on hugepages where there are any (ARCHITECTURE §4).
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvring_ipc::config::{Config, Hugepages};
+use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
+
+/// Pieces of the pool are touched and registered one by one, so that serving starts with the first.
+/// io_uring takes 16,384 buffers of at most 1 GiB (io_uring/rsrc.c).
+const PIECE_BYTES: u64 = 64 << 20;
+const PIECES_MAX: u64 = 8192;
+
+/// Why there is no pool, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages are the documentation")]
+pub enum PoolError {
+    #[error("cpu_cache_gb is too small: {pool_bytes} bytes hold no block of {slot_bytes}: raise cpu_cache_gb")]
+    TooSmall { pool_bytes: u64, slot_bytes: u64 },
+    #[error("hugepages = require: {needed} hugepages of {page_bytes} bytes are needed and {free} are free: `echo {total} > {file}`, lower cpu_cache_gb, or set hugepages = try")]
+    NoHugepages { needed: u64, free: u64, total: u64, page_bytes: u64, file: String },
+    #[error("cpu_cache_gb: {gb:.2} GB cannot be had: {errno}: lower cpu_cache_gb; the machine has {available_gb:.2} GB available")]
+    NoMemory { gb: f64, available_gb: f64, errno: rustix::io::Errno },
+}
+
+/// The pool's memory.
+#[derive(Debug)]
+pub struct PoolMemory {
+    /// Passed to every session.
+    pub fd: OwnedFd,
+    /// Ours.
+    pub mapping: Arc<Mapping>,
+    /// What it is made of.
+    pub pages: Pages,
+    /// Slots in it.
+    pub slots_count: u32,
+    /// Bytes of one.
+    pub slot_bytes: u64,
+    /// Bytes touched and registered at once: a multiple of the slot.
+    pub piece_bytes: u64,
+    /// Set when it is not what was asked for: a sentence for the log.
+    pub warning: Option<String>,
+}
+
+fn sysfs(page_bytes: u64, file: &str) -> String {
+    format!("/sys/kernel/mm/hugepages/hugepages-{}kB/{file}", page_bytes >> 10)
+}
+
+fn read_number(path: &str) -> u64 {
+    std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
+fn available_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(u64::MAX, |kib| kib << 10)
+}
+
+/// Makes the pool. Its pages come later, piece by piece.
+///
+/// # Errors
+/// [`PoolError`].
+pub fn create(config: &Config, slot_bytes: u64) -> Result<PoolMemory, PoolError> {
+    let slots = (config.cpu_cache_bytes / slot_bytes).min(crate::limits::SLOTS_MAX);
+    if slots == 0 {
+        return Err(PoolError::TooSmall { pool_bytes: config.cpu_cache_bytes, slot_bytes });
+    }
+    let huge = if config.hugepage_size_bytes == 1 << 30 { Pages::Huge1G } else { Pages::Huge2M };
+    let used = slots * slot_bytes;
+    let mut warning = None;
+    if config.hugepages != Hugepages::Off {
+        let free = read_number(&sysfs(huge.bytes(), "free_hugepages"));
+        let needed = used.div_ceil(huge.bytes());
+        if needed <= free
+            && let Ok(memory) = map(used, slot_bytes, huge)
+        {
+            return Ok(memory);
+        }
+        let file = sysfs(huge.bytes(), "nr_hugepages");
+        let total = read_number(&file) + needed.saturating_sub(free);
+        if config.hugepages == Hugepages::Require {
+            return Err(PoolError::NoHugepages { needed, free, total, page_bytes: huge.bytes(), file });
+        }
+        warning = Some(format!(
+            "the pool is on 4 KiB pages: {needed} hugepages of {} bytes are needed and {free} are free; `echo {total} > {file}` for fewer TLB misses",
+            huge.bytes()
+        ));
+    }
+    let available = available_bytes();
+    let no_memory = |errno| PoolError::NoMemory {
+        gb: used as f64 / f64::from(1 << 30),
+        available_gb: available as f64 / f64::from(1 << 30),
+        errno,
+    };
+    // Touched later and by the kernel's leave only: better refused now than killed then.
+    if used > available {
+        return Err(no_memory(rustix::io::Errno::NOMEM));
+    }
+    let mut memory = map(used, slot_bytes, Pages::Small).map_err(no_memory)?;
+    memory.mapping.advise_hugepages();
+    memory.warning = warning;
+    Ok(memory)
+}
+
+fn map(used: u64, slot_bytes: u64, pages: Pages) -> rustix::io::Result<PoolMemory> {
+    let bytes = used.next_multiple_of(pages.bytes());
+    let fd = sealed_memfd("kvring-pool", bytes, pages)?;
+    let mapping = Arc::new(Mapping::new(&fd, bytes as usize)?);
+    let wanted = PIECE_BYTES.max(bytes / PIECES_MAX);
+    let piece_bytes = (wanted / slot_bytes).max(1) * slot_bytes;
+    Ok(PoolMemory { fd, mapping, pages, slots_count: (used / slot_bytes) as u32, slot_bytes, piece_bytes, warning: None })
+}
+
+impl PoolMemory {
+    /// How many pieces there are.
+    pub fn pieces_count(&self) -> u32 {
+        (u64::from(self.slots_count) * self.slot_bytes).div_ceil(self.piece_bytes) as u32
+    }
+
+    /// The slots of a piece.
+    pub fn slots_of(&self, piece: u32) -> std::ops::Range<u32> {
+        let per_piece = (self.piece_bytes / self.slot_bytes) as u32;
+        piece * per_piece..((piece + 1) * per_piece).min(self.slots_count)
+    }
+
+    /// Gives a piece its pages.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn touch(&self, piece: u32) -> rustix::io::Result<()> {
+        let offset = u64::from(piece) * self.piece_bytes;
+        let bytes = self.piece_bytes.min(self.mapping.bytes() as u64 - offset);
+        match self.mapping.populate(offset as usize, bytes as usize) {
+            // Before Linux 5.14: pages come when they are used.
+            Err(rustix::io::Errno::INVAL) => Ok(()),
+            result => result,
+        }
+    }
+}

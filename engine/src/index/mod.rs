@@ -1,0 +1,500 @@
+//! Where is it: blocks by key, their chains, and which tier holds them. Pure: no I/O, no time.
+//!
+//! Blocks form trees, a child one block deeper than its parent. Two invariants carry everything:
+//!
+//! * A block that is *visible* has a visible parent. So residency along a chain is monotone, and the
+//!   longest resident prefix is found by bisection: a match of 256 keys looks at 9.
+//! * A block with children stays. So a lease on the deepest block of a prefix protects all of it.
+//!
+//! A block on which doubt falls is *detached* with all its descendants: no key finds them any more;
+//! each goes as soon as nothing holds it.
+
+pub mod evict;
+pub mod table;
+
+use kvring_ipc::key::BlockKey;
+
+use evict::Evict;
+use table::Table;
+
+/// A place in the block table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockId(pub u32);
+
+const NONE: u32 = u32::MAX;
+
+/// A tier that holds slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tier {
+    /// The pool.
+    Host = 0,
+    /// The SSD.
+    Disk = 1,
+}
+
+/// A block's place in one tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Not there.
+    Absent,
+    /// A slot is being filled: by writers or a read (host), by a write (disk).
+    Filling(u32),
+    /// The slot holds its bytes.
+    Ready(u32),
+}
+
+impl Place {
+    /// The slot, if it holds the block's bytes.
+    pub fn ready(self) -> Option<u32> {
+        match self {
+            Self::Ready(slot) => Some(slot),
+            _ => None,
+        }
+    }
+}
+
+/// One block.
+#[derive(Debug, Clone, Copy)]
+pub struct Block {
+    /// Its key.
+    pub key: BlockKey,
+    /// Its parent, unless it begins a chain.
+    parent: u32,
+    first_child: u32,
+    next_sibling: u32,
+    prev_sibling: u32,
+    /// Blocks before it in its chain.
+    pub depth: u32,
+    places: [Place; 2],
+    /// Children that are ready in each tier.
+    children: [u32; 2],
+    /// Leases that end at this block.
+    pub leases: u16,
+    /// Loans of its host slot, and I/O under way.
+    pub pins: u16,
+    visible: bool,
+    detached: bool,
+    in_use: bool,
+}
+
+impl Block {
+    /// Where it is in a tier.
+    pub fn place(&self, tier: Tier) -> Place {
+        self.places[tier as usize]
+    }
+    /// Whether matches may end here.
+    pub fn is_visible(&self) -> bool {
+        self.visible
+    }
+    /// Whether it has been forgotten and only waits to be let go.
+    pub fn is_detached(&self) -> bool {
+        self.detached
+    }
+    /// Its parent.
+    pub fn parent(&self) -> Option<BlockId> {
+        (self.parent != NONE).then_some(BlockId(self.parent))
+    }
+    fn has_children(&self) -> bool {
+        self.first_child != NONE
+    }
+}
+
+const VACANT: Block = Block {
+    key: BlockKey::from_words([0, 0]),
+    parent: NONE,
+    first_child: NONE,
+    next_sibling: NONE,
+    prev_sibling: NONE,
+    depth: 0,
+    places: [Place::Absent; 2],
+    children: [0; 2],
+    leases: 0,
+    pins: 0,
+    visible: false,
+    detached: false,
+    in_use: false,
+};
+
+/// The index.
+#[derive(Debug)]
+pub struct Index {
+    blocks: Box<[Block]>,
+    free: Vec<u32>,
+    table: Table,
+    evict: [Evict; 2],
+    /// Slots of blocks that were let go, for their owners to take back.
+    pub dropped_slots: Vec<(Tier, u32)>,
+}
+
+/// What an index is made for.
+#[derive(Debug, Clone, Copy)]
+pub struct IndexOptions {
+    /// Slots of the pool.
+    pub host_slots: u32,
+    /// Slots of the SSD tier.
+    pub disk_slots: u32,
+    /// Policy of both tiers.
+    pub policy: kvring_ipc::config::EvictionPolicy,
+    /// SLRU's threshold.
+    pub protected_hits: u32,
+    /// Folded into every hash.
+    pub secret: [u64; 2],
+}
+
+impl Index {
+    /// An empty index. Everything it will ever need is allocated here.
+    pub fn new(options: &IndexOptions) -> Self {
+        // A block has a slot in some tier, or it is detached and held by a lease.
+        let capacity = options.host_slots as usize + options.disk_slots as usize + crate::limits::LEASES_MAX;
+        let evict = |slots| Evict::new(options.policy, options.protected_hits, capacity, slots);
+        Self {
+            blocks: vec![VACANT; capacity].into_boxed_slice(),
+            free: (0..capacity as u32).rev().collect(),
+            table: Table::new(capacity, options.secret),
+            evict: [evict(options.host_slots), evict(options.disk_slots)],
+            dropped_slots: Vec::with_capacity(options.host_slots as usize + options.disk_slots as usize),
+        }
+    }
+
+    /// Blocks known.
+    pub fn count(&self) -> usize {
+        self.blocks.len() - self.free.len()
+    }
+
+    /// A block.
+    pub fn block(&self, id: BlockId) -> &Block {
+        let block = &self.blocks[id.0 as usize];
+        debug_assert!(block.in_use);
+        block
+    }
+
+    fn block_mut(&mut self, id: BlockId) -> &mut Block {
+        &mut self.blocks[id.0 as usize]
+    }
+
+    /// The block with this key.
+    pub fn find(&self, key: BlockKey) -> Option<BlockId> {
+        self.table.find(key, |id| self.blocks[id.0 as usize].key == key)
+    }
+
+    /// The deepest visible block of a chain, and its depth plus one: how many blocks are resident.
+    pub fn match_chain(&self, count: u32, key_at: impl Fn(u32) -> BlockKey) -> Option<(BlockId, u32)> {
+        let visible_at = |depth: u32| {
+            let id = self.find(key_at(depth))?;
+            let block = self.block(id);
+            (block.visible && block.depth == depth).then_some(id)
+        };
+        // A chain that is wholly there, or not at all, is the common case.
+        if let Some(id) = visible_at(count - 1) {
+            return Some((id, count));
+        }
+        let (mut found, mut low, mut high) = (None, 0, count - 1);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match visible_at(middle) {
+                Some(id) => (found, low) = (Some(id), middle + 1),
+                None => high = middle,
+            }
+        }
+        found.map(|id| (id, low))
+    }
+
+    /// A match ended at this block.
+    pub fn touch(&mut self, id: BlockId) {
+        for tier in [Tier::Host, Tier::Disk] {
+            if self.block(id).place(tier).ready().is_some() {
+                self.evict[tier as usize].touch(id);
+            }
+        }
+    }
+
+    /// Adds a block that no key finds yet, after `parent`. `None` if the table is full.
+    pub fn insert(&mut self, key: BlockKey, parent: Option<BlockId>, depth: u32) -> Option<BlockId> {
+        let id = BlockId(self.free.pop()?);
+        let mut block = Block { key, depth, in_use: true, ..VACANT };
+        if let Some(parent) = parent {
+            let sibling = self.block(parent).first_child;
+            (block.parent, block.next_sibling) = (parent.0, sibling);
+            if sibling != NONE {
+                self.blocks[sibling as usize].prev_sibling = id.0;
+            }
+            self.block_mut(parent).first_child = id.0;
+        }
+        self.blocks[id.0 as usize] = block;
+        self.table.insert(key, id);
+        Some(id)
+    }
+
+    /// A slot of a tier is being filled for this block.
+    pub fn begin(&mut self, tier: Tier, id: BlockId, slot: u32) {
+        let block = self.block_mut(id);
+        assert!(block.places[tier as usize] == Place::Absent);
+        block.places[tier as usize] = Place::Filling(slot);
+    }
+
+    /// The slot being filled is full: the tier holds the block now.
+    pub fn finish(&mut self, tier: Tier, id: BlockId) {
+        let block = self.block_mut(id);
+        let Place::Filling(slot) = block.places[tier as usize] else { panic!("{tier:?}: only what fills can be full") };
+        block.places[tier as usize] = Place::Ready(slot);
+        let (parent, key) = (block.parent(), block.key);
+        self.evict[tier as usize].insert(id, self.table.fingerprint(key));
+        if let Some(parent) = parent {
+            self.block_mut(parent).children[tier as usize] += 1;
+        }
+        // With a second copy, the first may go now.
+        self.unpark(id, false);
+    }
+
+    /// Lets go of a detached block if nothing holds it any more.
+    pub fn settle(&mut self, id: BlockId) {
+        self.let_go_upwards(id);
+    }
+
+    /// The filling failed; the slot is the caller's again.
+    pub fn fail(&mut self, tier: Tier, id: BlockId) {
+        let block = self.block_mut(id);
+        assert!(matches!(block.places[tier as usize], Place::Filling(_)));
+        block.places[tier as usize] = Place::Absent;
+    }
+
+    /// Takes a block's bytes out of a tier; the slot is the caller's again.
+    pub fn leave(&mut self, tier: Tier, id: BlockId) -> u32 {
+        let t = tier as usize;
+        let block = self.block_mut(id);
+        let Place::Ready(slot) = block.places[t] else { panic!("{tier:?}: only what is there can leave") };
+        block.places[t] = Place::Absent;
+        let parent = block.parent();
+        self.evict[t].remove(id);
+        if let Some(parent) = parent {
+            self.evict[t].child_left(parent, id);
+            self.block_mut(parent).children[t] -= 1;
+            self.unpark(parent, false);
+        }
+        slot
+    }
+
+    /// A block has become complete: it is visible if its parent is, and then so are its complete
+    /// descendants.
+    pub fn show(&mut self, id: BlockId) {
+        let parent_visible = self.block(id).parent().is_none_or(|parent| self.block(parent).visible);
+        if !parent_visible || !self.is_complete(id) {
+            return;
+        }
+        self.block_mut(id).visible = true;
+        // Down into every complete child, in the tree's own links: no stack, no allocation.
+        let mut at = id;
+        loop {
+            let mut next = self.block(at).first_child;
+            while next == NONE || self.block(BlockId(next)).visible || !self.is_complete(BlockId(next)) {
+                if next != NONE {
+                    next = self.block(BlockId(next)).next_sibling;
+                    continue;
+                }
+                if at == id {
+                    return;
+                }
+                next = self.block(at).next_sibling;
+                at = BlockId(self.block(at).parent);
+            }
+            at = BlockId(next);
+            self.block_mut(at).visible = true;
+        }
+    }
+
+    fn is_complete(&self, id: BlockId) -> bool {
+        let block = self.block(id);
+        !block.detached && block.places.iter().any(|place| place.ready().is_some())
+    }
+
+    /// Forgets a block and all that continues it. What nothing holds goes at once; its slots are in
+    /// `dropped_slots`. Says how many blocks no key finds any more because of it.
+    pub fn detach(&mut self, id: BlockId) -> u32 {
+        let mut count = 0;
+        // Down to a leaf, then leaf by leaf back up: a parent is let go after its children.
+        let mut at = id;
+        loop {
+            if !self.block(at).detached {
+                let key = self.block(at).key;
+                let blocks = &self.blocks;
+                self.table.remove(key, at, |other| blocks[other.0 as usize].key);
+                let block = self.block_mut(at);
+                (block.detached, block.visible) = (true, false);
+                count += 1;
+                if block.has_children() {
+                    at = BlockId(block.first_child);
+                    continue;
+                }
+            }
+            // `at` and everything below it are detached.
+            let Block { next_sibling, parent, .. } = *self.block(at);
+            let done = at == id;
+            self.let_go(at);
+            if done {
+                return count;
+            }
+            at = BlockId(if next_sibling != NONE { next_sibling } else { parent });
+        }
+    }
+
+    /// Frees a detached block, and detached ancestors that only it held, if nothing holds them.
+    /// Says whether the block itself went.
+    fn let_go(&mut self, id: BlockId) -> bool {
+        let block = self.block(id);
+        let filling = block.places.iter().any(|place| matches!(place, Place::Filling(_)));
+        if !block.detached || block.has_children() || block.leases > 0 || block.pins > 0 || filling {
+            return false;
+        }
+        for tier in [Tier::Host, Tier::Disk] {
+            if self.block(id).place(tier).ready().is_some() {
+                let slot = self.leave(tier, id);
+                self.dropped_slots.push((tier, slot));
+            }
+        }
+        self.free_block(id);
+        true
+    }
+
+    /// Lets go of a detached block and then of each ancestor that waited for it.
+    fn let_go_upwards(&mut self, id: BlockId) {
+        let mut at = Some(id);
+        while let Some(id) = at {
+            at = self.block(id).parent();
+            if !self.let_go(id) {
+                return;
+            }
+        }
+    }
+
+    fn free_block(&mut self, id: BlockId) {
+        let Block { parent, prev_sibling, next_sibling, .. } = *self.block(id);
+        match prev_sibling {
+            NONE if parent != NONE => self.blocks[parent as usize].first_child = next_sibling,
+            NONE => {}
+            prev => self.blocks[prev as usize].next_sibling = next_sibling,
+        }
+        if next_sibling != NONE {
+            self.blocks[next_sibling as usize].prev_sibling = prev_sibling;
+        }
+        self.blocks[id.0 as usize].in_use = false;
+        self.free.push(id.0);
+        if parent != NONE {
+            self.unpark(BlockId(parent), false);
+        }
+    }
+
+    /// A lease ends at this block from now on.
+    pub fn lease(&mut self, id: BlockId) -> bool {
+        let block = self.block_mut(id);
+        let Some(leases) = block.leases.checked_add(1) else { return false };
+        block.leases = leases;
+        true
+    }
+
+    /// One lease less.
+    pub fn unlease(&mut self, id: BlockId) {
+        self.block_mut(id).leases -= 1;
+        self.unpark(id, true);
+        self.let_go_upwards(id);
+    }
+
+    /// Its host slot is on loan, or an I/O uses it. False if it is as often as can be counted.
+    pub fn pin(&mut self, id: BlockId) -> bool {
+        let block = self.block_mut(id);
+        let Some(pins) = block.pins.checked_add(1) else { return false };
+        block.pins = pins;
+        true
+    }
+
+    /// One use less.
+    pub fn unpin(&mut self, id: BlockId) {
+        self.block_mut(id).pins -= 1;
+        self.unpark(id, true);
+        self.let_go_upwards(id);
+    }
+
+    /// Puts a block back in line, in each tier where it waited outside and may go now.
+    pub fn unpark(&mut self, id: BlockId, used: bool) {
+        for tier in [Tier::Host, Tier::Disk] {
+            if self.evict[tier as usize].is_parked(id) && may_leave(self.block(id), tier) {
+                self.evict[tier as usize].unpark(id, used);
+            }
+        }
+    }
+
+    /// Makes room in a tier: the next block to go leaves it, and is gone if it was nowhere else. Its
+    /// slot is the caller's.
+    pub fn evict(&mut self, tier: Tier) -> Option<u32> {
+        let (blocks, table) = (&self.blocks, &self.table);
+        let id = self.evict[tier as usize].victim(
+            crate::limits::VICTIM_BUDGET,
+            |id| may_leave(&blocks[id.0 as usize], tier),
+            |id| table.fingerprint(blocks[id.0 as usize].key),
+        )?;
+        let slot = self.leave(tier, id);
+        let block = self.block(id);
+        if block.places == [Place::Absent; 2] {
+            // A leaf without lease or pin, by `may_leave`: it goes at once.
+            let key = block.key;
+            if !block.detached {
+                let blocks = &self.blocks;
+                self.table.remove(key, id, |other| blocks[other.0 as usize].key);
+            }
+            self.free_block(id);
+        }
+        Some(slot)
+    }
+
+    /// Checks every invariant: O(blocks), for tests and simulations.
+    ///
+    /// # Panics
+    /// If one is broken.
+    pub fn check(&self) {
+        let mut in_use = 0;
+        for (at, block) in self.blocks.iter().enumerate().filter(|(_, block)| block.in_use) {
+            let id = BlockId(at as u32);
+            in_use += 1;
+            let mut children = [0, 0];
+            let mut child = block.first_child;
+            while child != NONE {
+                let c = self.block(BlockId(child));
+                assert!(c.parent == id.0 && c.depth == block.depth + 1);
+                for tier in [0, 1] {
+                    children[tier] += u32::from(c.places[tier].ready().is_some());
+                }
+                child = c.next_sibling;
+            }
+            assert_eq!(children, block.children, "counted children are the children");
+            if let Some(parent) = block.parent() {
+                assert!(!block.visible || self.block(parent).visible, "a visible block has a visible parent");
+                assert!(block.detached || !self.block(parent).detached, "what continues a detached block is detached");
+            }
+            assert_eq!(self.find(block.key) == Some(id), !block.detached, "a key finds what is not detached");
+            if block.visible {
+                assert!(self.is_complete(id), "what is visible has its bytes somewhere");
+            }
+            for tier in [Tier::Host, Tier::Disk] {
+                let parked = self.evict[tier as usize].is_parked(id);
+                let ready = block.place(tier).ready().is_some();
+                assert!(ready || parked, "only what is in a tier is in its lists");
+                assert!(!(ready && parked && may_leave(block, tier)), "what may go is in line");
+            }
+            assert!(!block.detached || block.has_children() || block.leases + block.pins > 0
+                || block.places.iter().any(|p| matches!(p, Place::Filling(_))), "something holds a detached block");
+        }
+        assert_eq!(in_use, self.count());
+    }
+}
+
+/// Whether a block's bytes may leave a tier now.
+fn may_leave(block: &Block, tier: Tier) -> bool {
+    let elsewhere = block.places[1 - tier as usize].ready().is_some();
+    block.place(tier).ready().is_some()
+        && block.pins == 0
+        && block.children[tier as usize] == 0
+        && (elsewhere || (!block.has_children() && block.leases == 0))
+}
+
+#[cfg(test)]
+#[path = "index_test.rs"]
+mod test;

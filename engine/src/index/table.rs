@@ -1,0 +1,122 @@
+//! Key → block: open addressing, fixed at start, no tombstones, nothing allocated after.
+//!
+//! Keys are uniform already unless a client lies, so they are folded with a secret of this process:
+//! nobody outside can choose keys that collide.
+
+use kvring_ipc::key::BlockKey;
+
+use super::BlockId;
+
+/// The table. Knows hashes and ids; keys live in the blocks.
+#[derive(Debug)]
+pub struct Table {
+    /// (upper half of the hash, block or NONE).
+    places: Box<[(u32, u32)]>,
+    mask: usize,
+    secret: [u64; 2],
+}
+
+const EMPTY: (u32, u32) = (0, u32::MAX);
+
+impl Table {
+    /// A table for up to `capacity` blocks, at most half full.
+    pub fn new(capacity: usize, secret: [u64; 2]) -> Self {
+        let places = (capacity * 2).next_power_of_two().max(16);
+        Self { places: vec![EMPTY; places].into_boxed_slice(), mask: places - 1, secret: [secret[0] | 1, secret[1] | 1] }
+    }
+
+    fn hash(&self, key: BlockKey) -> u64 {
+        let [low, high] = key.to_words();
+        let product = u128::from(low ^ self.secret[0]) * u128::from(high ^ self.secret[1]);
+        product as u64 ^ (product >> 64) as u64
+    }
+
+    /// Short name of a key, for the ghosts of S3-FIFO.
+    pub fn fingerprint(&self, key: BlockKey) -> u64 {
+        self.hash(key)
+    }
+
+    /// The block with this key, if `is` says that one of the candidates has it.
+    pub fn find(&self, key: BlockKey, is: impl Fn(BlockId) -> bool) -> Option<BlockId> {
+        let hash = self.hash(key);
+        let (tag, mut at) = ((hash >> 32) as u32, hash as usize & self.mask);
+        loop {
+            let (place_tag, block) = self.places[at];
+            if block == EMPTY.1 {
+                return None;
+            }
+            if place_tag == tag && is(BlockId(block)) {
+                return Some(BlockId(block));
+            }
+            at = (at + 1) & self.mask;
+        }
+    }
+
+    /// Adds a block. Its key is not in the table, and the table is not full: the caller's facts.
+    pub fn insert(&mut self, key: BlockKey, block: BlockId) {
+        let hash = self.hash(key);
+        let mut at = hash as usize & self.mask;
+        while self.places[at].1 != EMPTY.1 {
+            at = (at + 1) & self.mask;
+        }
+        self.places[at] = ((hash >> 32) as u32, block.0);
+    }
+
+    /// Removes a block that is in the table. Those behind it move up, so that no gap breaks a search;
+    /// `key_of` gives the key of each that is looked at.
+    ///
+    /// # Panics
+    /// If the block is not in the table: our own bug.
+    pub fn remove(&mut self, key: BlockKey, block: BlockId, key_of: impl Fn(BlockId) -> BlockKey) {
+        let mut gap = self.hash(key) as usize & self.mask;
+        while self.places[gap].1 != block.0 {
+            assert!(self.places[gap].1 != EMPTY.1, "the block is in the table");
+            gap = (gap + 1) & self.mask;
+        }
+        let mut at = gap;
+        loop {
+            at = (at + 1) & self.mask;
+            let place = self.places[at];
+            if place.1 == EMPTY.1 {
+                break;
+            }
+            let home = self.hash(key_of(BlockId(place.1))) as usize & self.mask;
+            // It may move to the gap unless its home lies cyclically in (gap, at].
+            if (at.wrapping_sub(home) & self.mask) >= (at.wrapping_sub(gap) & self.mask) {
+                self.places[gap] = place;
+                gap = at;
+            }
+        }
+        self.places[gap] = EMPTY;
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    proptest! {
+        /// The same calls on the table and on a HashMap, with so few keys that chains form.
+        #[test]
+        fn it_does_what_a_hash_map_does(steps in prop::collection::vec((any::<bool>(), 0u64..24), 0..400)) {
+            let key = |n: u64| BlockKey::from_words([n, n]);
+            let key_of = |block: BlockId| key(u64::from(block.0));
+            let mut table = Table::new(24, [3, 5]);
+            let mut model = HashMap::new();
+            for (add, n) in steps {
+                let block = BlockId(n as u32);
+                if add && model.insert(n, block).is_none() {
+                    table.insert(key(n), block);
+                } else if !add && model.remove(&n).is_some() {
+                    table.remove(key(n), block, key_of);
+                }
+                for n in 0..24 {
+                    let found = table.find(key(n), |block| key_of(block) == key(n));
+                    prop_assert_eq!(found, model.get(&n).copied());
+                }
+            }
+        }
+    }
+}

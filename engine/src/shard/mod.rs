@@ -1,0 +1,756 @@
+//! The data plane: one pinned core and all it owns, one loop.
+//!
+//! Each [`Shard::poll`] does at most its budget and says how much it did. It never blocks, locks,
+//! allocates or logs; time is passed in. Room in a session's completion ring is taken before its
+//! submission is, so every request is answered exactly once and the answer always fits.
+
+pub mod load;
+pub mod session;
+pub mod transfer;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use kvring_ipc::doorbell;
+use kvring_ipc::key::BlockKey;
+use kvring_ipc::mapping::Mapping;
+use kvring_ipc::ring::Poisoned;
+use kvring_ipc::segment::SessionState;
+use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Completion, GRANTS_PER_ENTRY, Grant, LeaseId, Op, Span, Status, Submission, Tag};
+
+use crate::cache::{Cache, Found, Reserve};
+use crate::checksum;
+use crate::device::{Device, Direction, Done, Io, Region};
+use crate::index::BlockId;
+use crate::limits::{DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, SESSION_BUDGET, SESSIONS_MAX};
+use crate::metrics::Metrics;
+use crate::tier::host::SessionId;
+use load::{Dirty, Loads, Waiter};
+use session::Session;
+use transfer::{Purpose, Transfers};
+
+/// What a shard is told.
+#[derive(Debug, Clone, Copy)]
+pub struct ShardOptions {
+    /// Bytes of a slot.
+    pub slot_bytes: u64,
+    /// How long a lease holds.
+    pub lease_ttl_ns: u64,
+    /// How long a load waits for a slot.
+    pub load_wait_ns: u64,
+    /// How long a dead writer's slots wait.
+    pub writer_grace_ns: u64,
+    /// Reads in flight on a device.
+    pub read_depth: u32,
+    /// Write-backs in flight on a device.
+    pub write_depth: u32,
+    /// Whether blocks on the disk have checksums.
+    pub checksum: bool,
+}
+
+/// Why a session ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It said goodbye: nothing of its own writes into the pool any more.
+    Goodbye,
+    /// Its process hung up or died, but not both yet: it may still be writing.
+    Suspect,
+    /// It hung up and died.
+    Dead,
+}
+
+/// A shard.
+pub struct Shard<D> {
+    cache: Cache,
+    pool: Arc<Mapping>,
+    devices: Vec<Transfers<D>>,
+    sessions: Vec<Option<Box<Session>>>,
+    /// Indices of sessions there are, so that a poll looks at no empty place.
+    live: Vec<usize>,
+    loads: Loads,
+    /// Loads with blocks that wait for a slot.
+    hungry_count: u32,
+    dirty: VecDeque<Dirty>,
+    metrics: Arc<Metrics>,
+    options: ShardOptions,
+    done: Vec<Done>,
+    keys: Box<[BlockKey]>,
+    blocks: Box<[BlockId]>,
+    next_housekeeping_ns: u64,
+}
+
+/// Consecutive blocks of one request with one fate, on their way into one completion.
+struct Run {
+    completion: Completion,
+}
+
+impl Run {
+    fn new(tag: Tag, op: Op) -> Self {
+        Self { completion: Completion { last: false, ..Completion::plain(tag, Some(op), Status::Ok) } }
+    }
+
+    /// Adds the block at `index`. Gives back the completion that had to be closed for it.
+    fn add(&mut self, index: u32, status: Status, grant: Option<Grant>) -> Option<Completion> {
+        let open = &mut self.completion;
+        let full = open.count as usize == GRANTS_PER_ENTRY && status == Status::Ok;
+        let closed = (open.count > 0 && (open.status != status || full)).then_some(*open);
+        if closed.is_some() || open.count == 0 {
+            (open.count, open.first, open.status, open.payload) = (0, index, status, [0; GRANTS_PER_ENTRY]);
+        }
+        if let Some(grant) = grant {
+            open.payload[open.count as usize] = grant.to_word();
+        }
+        open.count += 1;
+        closed
+    }
+}
+
+impl<D: Device> Shard<D> {
+    /// A shard over a cache, a pool and devices. Everything it will ever need is allocated here.
+    pub fn new(cache: Cache, pool: Arc<Mapping>, devices: Vec<D>, options: ShardOptions, metrics: Arc<Metrics>) -> Self {
+        let host_slots = cache.host.count();
+        let transfers = |device| Transfers::new(device, options.read_depth, options.write_depth, host_slots);
+        Self {
+            pool,
+            devices: devices.into_iter().map(transfers).collect(),
+            sessions: (0..SESSIONS_MAX).map(|_| None).collect(),
+            live: Vec::with_capacity(SESSIONS_MAX),
+            loads: Loads::new(host_slots),
+            hungry_count: 0,
+            // A block is queued once for each time it becomes resident; the oldest are dropped.
+            dirty: VecDeque::with_capacity(host_slots as usize),
+            metrics,
+            options,
+            done: Vec::with_capacity(DEVICE_BUDGET),
+            keys: vec![BlockKey::default(); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
+            blocks: vec![BlockId(0); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
+            next_housekeeping_ns: 0,
+            cache,
+        }
+    }
+
+    /// The cache, for checks and statistics.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+    /// The devices.
+    pub fn devices(&mut self) -> impl Iterator<Item = &mut D> {
+        self.devices.iter_mut().map(|transfers| &mut transfers.device)
+    }
+    /// The sessions there are.
+    pub fn sessions(&self) -> impl Iterator<Item = &Session> {
+        self.live.iter().filter_map(|at| self.sessions[*at].as_deref())
+    }
+    /// Takes the shard apart: a simulated crash keeps the devices.
+    pub fn into_devices(self) -> Vec<D> {
+        self.devices.into_iter().map(|transfers| transfers.device).collect()
+    }
+
+    /// These slots of the pool have pages, and the devices know their piece.
+    ///
+    /// # Errors
+    /// A device cannot register the piece.
+    pub fn bear(&mut self, piece: u32, slots: std::ops::Range<u32>) -> rustix::io::Result<()> {
+        for transfers in &mut self.devices {
+            transfers.device.register_piece(piece)?;
+        }
+        self.cache.host.bear(slots);
+        Ok(())
+    }
+
+    /// Adds a session. Its id, modulo the limit, is a free place: whoever numbers sessions sees to it.
+    pub fn attach(&mut self, session: Box<Session>) {
+        let at = session.writer.session.0 as usize % SESSIONS_MAX;
+        assert!(self.sessions[at].is_none(), "a session's place is its own");
+        self.sessions[at] = Some(session);
+        self.live.push(at);
+    }
+
+    /// Ends a session. With `Goodbye` and `Dead` it is given back, for its memory to be let go.
+    pub fn end(&mut self, id: SessionId, end: End, now_ns: u64) -> Option<Box<Session>> {
+        let at = id.0 as usize % SESSIONS_MAX;
+        if self.sessions[at].as_ref().is_none_or(|session| session.writer.session != id) {
+            return None;
+        }
+        self.take_back(at, end == End::Goodbye);
+        if end == End::Suspect {
+            return None;
+        }
+        if end == End::Dead {
+            let free_at_ns = now_ns.saturating_add(self.options.writer_grace_ns);
+            self.cache.host.end_quarantine(id, free_at_ns);
+            self.metrics.sessions_gone_count.add(1);
+        }
+        self.live.retain(|live| *live != at);
+        self.sessions[at].take()
+    }
+
+    /// Takes back what a session holds, once.
+    fn take_back(&mut self, at: usize, drained: bool) {
+        let Some(session) = self.sessions[at].as_deref_mut() else { return };
+        if std::mem::replace(&mut session.ended, true) {
+            return;
+        }
+        let id = session.writer.session;
+        let mut from = 0;
+        while let Some(load) = self.loads.next_where(from, |load| load.session == Some(at)) {
+            self.orphan(load);
+            from = load + 1;
+        }
+        let lost = self.cache.end_session(id, drained);
+        self.metrics.abort_blocks_count.add(u64::from(lost));
+    }
+
+    /// Nobody is left to answer: the load ends when its last read does.
+    fn orphan(&mut self, at: u32) {
+        let load = self.loads.get(at);
+        load.session = None;
+        let unstarted = load.count - load.next;
+        self.hungry_count -= u32::from(unstarted > 0);
+        load.next = load.count;
+        load.answered += unstarted;
+        if load.answered == load.count {
+            self.loads.end(at);
+        }
+    }
+
+    /// Does at most one budget of everything. Says how much was done: 0 is idle.
+    pub fn poll(&mut self, now_ns: u64) -> u32 {
+        let mut work = 0;
+        for i in 0..self.live.len() {
+            work += self.poll_session(self.live[i], now_ns);
+        }
+        for device in 0..self.devices.len() {
+            work += self.poll_device(device, now_ns);
+        }
+        if self.hungry_count > 0 {
+            self.feed_hungry(now_ns);
+        }
+        work += self.start_writes();
+        for device in 0..self.devices.len() {
+            work += self.start_transfers(device);
+        }
+        if now_ns >= self.next_housekeeping_ns {
+            self.next_housekeeping_ns = now_ns + HOUSEKEEPING_NS;
+            self.keep_house(now_ns);
+        }
+        for i in 0..self.live.len() {
+            if let Some(session) = self.sessions[self.live[i]].as_deref_mut()
+                && !session.ended
+            {
+                session.publish();
+            }
+        }
+        work
+    }
+
+    fn poll_session(&mut self, at: usize, now_ns: u64) -> u32 {
+        let mut count = 0;
+        while count < SESSION_BUDGET {
+            match self.poll_submission(at, now_ns) {
+                Ok(true) => count += 1,
+                Ok(false) => break,
+                Err(Poisoned { .. }) => {
+                    self.poison(at);
+                    break;
+                }
+            }
+        }
+        count
+    }
+
+    fn poison(&mut self, at: usize) {
+        if let Some(session) = self.sessions[at].as_deref_mut() {
+            session.close(SessionState::Poisoned);
+        }
+        self.metrics.sessions_poisoned_count.add(1);
+        // Its process lives and may be writing: its slots wait until it is dead.
+        self.take_back(at, false);
+    }
+
+    /// Answers or starts one request. False: none is there, or there is no room for its answer.
+    fn poll_submission(&mut self, at: usize, now_ns: u64) -> Result<bool, Poisoned> {
+        let Some(session) = self.sessions[at].as_deref_mut() else { return Ok(false) };
+        if session.ended {
+            return Ok(false);
+        }
+        let Some(entry) = session.submissions.peek()? else { return Ok(false) };
+        let (tag, parsed) = Submission::parse(&entry, kvring_ipc::segment::ARENA_BYTES);
+        let submission = match parsed {
+            Ok(submission) => submission,
+            Err(status) => {
+                if !session.promise(1)? {
+                    return Ok(false);
+                }
+                session.submissions.take();
+                session.complete(&Completion::plain(tag, None, status));
+                return Ok(true);
+            }
+        };
+        if let Submission::Load { .. } = submission
+            && (!self.loads.has_room() || session.loads_count == LOADS_PER_SESSION_MAX)
+        {
+            return Ok(false);
+        }
+        let rooms = submission.completions_max();
+        if !session.promise(rooms)? {
+            return Ok(false);
+        }
+        session.submissions.take();
+        match submission {
+            Submission::Ping => {
+                let payload = [now_ns, 0, 0, 0, 0, 0];
+                session.complete(&Completion { payload, ..Completion::plain(tag, Some(Op::Ping), Status::Ok) });
+            }
+            Submission::Match { keys } => self.answer_match(at, tag, keys, now_ns),
+            Submission::Release { lease } => {
+                let released = self.cache.release(lease, session.writer.instance);
+                let status = if released { Status::Ok } else { Status::Stale };
+                session.complete(&Completion::plain(tag, Some(Op::Release), status));
+            }
+            Submission::Load { lease, first, keys } => self.begin_load(at, tag, lease, first, keys, now_ns),
+            Submission::Prefetch { lease, first, count } => self.answer_prefetch(at, tag, lease, first, count),
+            Submission::Reserve { parent, first, keys } => self.answer_reserve(at, tag, parent, first, keys),
+            Submission::Commit { grants } => self.answer_commit(at, tag, grants),
+            Submission::Abort { grants } => self.answer_abort(at, tag, grants),
+            Submission::Cancel { target } => self.answer_cancel(at, tag, target, now_ns),
+        }
+        Ok(true)
+    }
+
+    fn answer_match(&mut self, at: usize, tag: Tag, keys: Span, now_ns: u64) {
+        let Some(session) = self.sessions[at].as_deref_mut() else { return };
+        let expires_at_ns = now_ns + self.options.lease_ttl_ns;
+        // Bisection reads few of the keys: they are copied out one by one, each once.
+        let segment = &session.segment;
+        let writer = session.writer;
+        let key_at = |i| segment.read_key(keys, i);
+        let matched = self.cache.match_chain(keys.count, key_at, writer.session, writer.instance, expires_at_ns);
+        self.metrics.matches_count.add(1);
+        self.metrics.match_blocks_requested_count.add(u64::from(keys.count));
+        let mut completion = Completion::plain(tag, Some(Op::Match), Status::Ok);
+        match matched {
+            Ok(Some((lease, count))) => {
+                completion.count = count;
+                completion.payload[0] = lease.0;
+                completion.payload[1] = expires_at_ns;
+                self.metrics.match_blocks_hit_count.add(u64::from(count));
+            }
+            Ok(None) => {}
+            Err(status) => completion.status = status,
+        }
+        session.complete(&completion);
+    }
+
+    fn begin_load(&mut self, at: usize, tag: Tag, lease: LeaseId, first: u32, keys: Span, now_ns: u64) {
+        let Some(session) = self.sessions[at].as_deref_mut() else { return };
+        let count = keys.count as usize;
+        for (i, key) in (0..).zip(&mut self.keys[..count]) {
+            *key = session.segment.read_key(keys, i);
+        }
+        let instance = session.writer.instance;
+        let covered = self.cache.leased_blocks(lease, instance, first, Some(&self.keys[..count]), &mut self.blocks[..count]);
+        self.metrics.loads_count.add(1);
+        if let Err(status) = covered {
+            session.complete(&Completion { count: keys.count, ..Completion::plain(tag, Some(Op::Load), status) });
+            session.give_back(keys.count - 1);
+            return;
+        }
+        session.loads_count += 1;
+        let deadline_ns = now_ns + self.options.load_wait_ns;
+        let load = self.loads.begin(tag, at, lease, instance, first, &self.blocks[..count], deadline_ns);
+        self.hungry_count += 1;
+        self.advance_load(load, now_ns);
+    }
+
+    /// Starts or answers as many blocks of a load as can be now. On entry it counts as hungry.
+    fn advance_load(&mut self, at: u32, now_ns: u64) {
+        let load = *self.loads.get(at);
+        let mut run = Run::new(load.tag, Op::Load);
+        let current = self.cache.leases.cover(load.lease, load.instance).is_some();
+        let mut next = load.next;
+        while next < load.count {
+            let (index, block) = (next, load.blocks[next as usize]);
+            let waiter = Waiter { load: at, index };
+            // Without its lease the block may be another by now: not even looked at.
+            let found = if current && !load.cancelled { Some(self.cache.find(block)) } else { None };
+            let (status, grant) = match found {
+                None if load.cancelled => (Status::Cancelled, None),
+                None => (Status::Stale, None),
+                Some(Found::Gone) => (Status::Miss, None),
+                Some(Found::Ready(_)) => match self.cache.loan(load.lease, load.instance, load.first + index, block) {
+                    Some(grant) => (Status::Ok, Some(grant)),
+                    None => (Status::Busy, None),
+                },
+                Some(Found::Reading(slot)) => {
+                    self.metrics.load_blocks_coalesced_count.add(1);
+                    self.loads.wait(slot, waiter);
+                    next += 1;
+                    continue;
+                }
+                Some(Found::OnDisk) => match self.begin_read(block) {
+                    Some(slot) => {
+                        self.loads.wait(slot, waiter);
+                        next += 1;
+                        continue;
+                    }
+                    None if now_ns >= load.deadline_ns => (Status::Busy, None),
+                    None => break,
+                },
+            };
+            next += 1;
+            match status {
+                Status::Ok => self.metrics.load_blocks_dram_count.add(1),
+                _ => self.metrics.load_blocks_miss_count.add(1),
+            }
+            if let Some(closed) = run.add(index, status, grant) {
+                self.answer_load(at, closed);
+            }
+        }
+        self.loads.get(at).next = next;
+        self.hungry_count -= u32::from(next == load.count);
+        if run.completion.count > 0 {
+            self.answer_load(at, run.completion);
+        }
+    }
+
+    /// Sends one completion of a load, and ends the load with its last.
+    fn answer_load(&mut self, at: u32, mut completion: Completion) {
+        let load = self.loads.get(at);
+        load.answered += completion.count;
+        completion.last = load.answered == load.count;
+        let session = load.session.and_then(|index| self.sessions[index].as_deref_mut());
+        if let Some(session) = session {
+            session.complete(&completion);
+            load.rooms -= 1;
+            if completion.last {
+                session.give_back(load.rooms);
+                session.loads_count -= 1;
+            }
+        }
+        if completion.last {
+            self.loads.end(at);
+        }
+    }
+
+    /// Queues the read of a block that is on the disk only. The host slot it goes to, if there is one.
+    fn begin_read(&mut self, block: BlockId) -> Option<u32> {
+        let (host_slot, disk_slot) = self.cache.begin_read(block)?;
+        let io = self.io(Direction::Read, host_slot, disk_slot);
+        let device = self.device_of(disk_slot);
+        self.devices[device].queue_read(Purpose::Read { block, host_slot, disk_slot }, io);
+        Some(host_slot)
+    }
+
+    fn device_of(&self, disk_slot: u32) -> usize {
+        self.cache.disk.as_ref().map_or(0, |disk| disk.geometry().device_of(disk_slot))
+    }
+
+    fn io(&self, direction: Direction, host_slot: u32, disk_slot: u32) -> Io {
+        let place = self.cache.disk.as_ref().map(|disk| disk.geometry().offset_of(disk_slot));
+        let (file, offset_in_file) = place.unwrap_or_default();
+        Io {
+            tag: 0,
+            direction,
+            file,
+            offset_in_file,
+            region: Region::Pool,
+            offset_in_region: self.offset_of(host_slot),
+            bytes: self.options.slot_bytes as u32,
+        }
+    }
+
+    fn offset_of(&self, host_slot: u32) -> usize {
+        host_slot as usize * self.options.slot_bytes as usize
+    }
+
+    /// Loads whose blocks wait for a slot: oldest place first, until slots run out.
+    fn feed_hungry(&mut self, now_ns: u64) {
+        let mut from = 0;
+        while let Some(at) = self.loads.next_where(from, |load| load.next < load.count) {
+            self.advance_load(at, now_ns);
+            from = at + 1;
+        }
+    }
+
+    fn answer_prefetch(&mut self, at: usize, tag: Tag, lease: LeaseId, first: u32, count: u32) {
+        let Some(session) = self.sessions[at].as_deref() else { return };
+        let instance = session.writer.instance;
+        let mut started = 0;
+        let mut status = Status::Ok;
+        let mut from = first;
+        while from < first + count {
+            let batch = (first + count - from).min(BATCH_BLOCKS_MAX) as usize;
+            if let Err(error) = self.cache.leased_blocks(lease, instance, from, None, &mut self.blocks[..batch]) {
+                status = error;
+                break;
+            }
+            for i in 0..batch {
+                // Best effort: without a slot the load will read it.
+                if self.cache.find(self.blocks[i]) == Found::OnDisk && self.begin_read(self.blocks[i]).is_some() {
+                    started += 1;
+                }
+            }
+            from += batch as u32;
+        }
+        let payload = [started, 0, 0, 0, 0, 0];
+        if let Some(session) = self.sessions[at].as_deref_mut() {
+            session.complete(&Completion { payload, ..Completion::plain(tag, Some(Op::Prefetch), status) });
+        }
+    }
+
+    fn answer_reserve(&mut self, at: usize, tag: Tag, parent: BlockKey, first: u32, keys: Span) {
+        let Some(session) = self.sessions[at].as_deref_mut() else { return };
+        let mut rooms = keys.count;
+        let mut run = Run::new(tag, Op::Reserve);
+        let mut parent = self.cache.parent(parent, first);
+        for index in 0..keys.count {
+            let key = session.segment.read_key(keys, index);
+            let (reserve, block) = match parent {
+                Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer),
+                Err(()) => (Reserve::Dropped, None),
+            };
+            // What follows a block that is not there has no parent.
+            parent = block.map(Some).ok_or(());
+            let (status, grant) = match reserve {
+                Reserve::Slot(grant) => (Status::Ok, Some(grant)),
+                Reserve::Present => (Status::Present, None),
+                Reserve::Dropped => (Status::Dropped, None),
+            };
+            match status {
+                Status::Ok => self.metrics.reserve_blocks_count.add(1),
+                Status::Present => self.metrics.reserve_blocks_present_count.add(1),
+                _ => self.metrics.reserve_blocks_dropped_count.add(1),
+            }
+            if let Some(closed) = run.add(index, status, grant) {
+                session.complete(&closed);
+                rooms -= 1;
+            }
+        }
+        session.complete(&Completion { last: true, ..run.completion });
+        session.give_back(rooms - 1);
+    }
+
+    fn answer_commit(&mut self, at: usize, tag: Tag, grants: Span) {
+        let Some(session) = self.sessions[at].as_deref_mut() else { return };
+        let mut taken = 0;
+        for index in 0..grants.count {
+            let grant = session.segment.read_grant(grants, index);
+            let Ok(complete) = self.cache.commit(grant, session.writer) else { continue };
+            taken += 1;
+            let Some(block) = complete else { continue };
+            self.metrics.commit_blocks_count.add(1);
+            if self.cache.disk.is_some() {
+                if self.dirty.len() == self.dirty.capacity() {
+                    self.dirty.pop_front();
+                }
+                self.dirty.push_back(Dirty { grant, block });
+            }
+        }
+        let payload = [taken, 0, 0, 0, 0, 0];
+        let status = if taken == u64::from(grants.count) { Status::Ok } else { Status::Stale };
+        session.complete(&Completion { payload, ..Completion::plain(tag, Some(Op::Commit), status) });
+    }
+
+    fn answer_abort(&mut self, at: usize, tag: Tag, grants: Span) {
+        let Some(session) = self.sessions[at].as_deref_mut() else { return };
+        let mut taken = 0;
+        for index in 0..grants.count {
+            let grant = session.segment.read_grant(grants, index);
+            taken += u64::from(self.cache.abort(grant, session.writer));
+        }
+        self.metrics.abort_blocks_count.add(taken);
+        let status = if taken == u64::from(grants.count) { Status::Ok } else { Status::Stale };
+        session.complete(&Completion::plain(tag, Some(Op::Abort), status));
+    }
+
+    fn answer_cancel(&mut self, at: usize, tag: Tag, target: Tag, now_ns: u64) {
+        let found = self.loads.next_where(0, |load| load.session == Some(at) && load.tag == target);
+        if let Some(load) = found {
+            let load_ref = self.loads.get(load);
+            load_ref.cancelled = true;
+            if load_ref.next < load_ref.count {
+                self.advance_load(load, now_ns);
+            }
+        }
+        let status = if found.is_some() { Status::Ok } else { Status::Stale };
+        if let Some(session) = self.sessions[at].as_deref_mut() {
+            session.complete(&Completion::plain(tag, Some(Op::Cancel), status));
+        }
+    }
+
+    fn poll_device(&mut self, at: usize, now_ns: u64) -> u32 {
+        let mut done = std::mem::take(&mut self.done);
+        self.devices[at].device.poll(now_ns, DEVICE_BUDGET, &mut done);
+        let count = done.len() as u32;
+        for done in done.drain(..) {
+            let Some(landed) = self.devices[at].land(done) else { continue };
+            match landed.purpose {
+                Purpose::Read { block, host_slot, disk_slot } => self.end_read(block, host_slot, disk_slot, landed.good),
+                Purpose::Write { block } => self.end_write(block, landed.good),
+                Purpose::Header { sector } => {
+                    self.metrics.ssd_header_writes_count.add(1);
+                    if !landed.good {
+                        self.metrics.ssd_write_errors_count.add(1);
+                    }
+                    if let Some(disk) = &mut self.cache.disk {
+                        disk.header_written(at, sector);
+                    }
+                }
+            }
+        }
+        self.done = done;
+        self.metrics.ssd_short_count.add(std::mem::take(&mut self.devices[at].short_count));
+        count
+    }
+
+    /// A block has come from the disk, or has not: its bytes are compared with what was written, and
+    /// all that wait for it are answered.
+    fn end_read(&mut self, block: BlockId, host_slot: u32, disk_slot: u32, moved: bool) {
+        let bytes = self.options.slot_bytes;
+        if moved {
+            self.metrics.ssd_read_bytes.add(bytes);
+        } else {
+            self.metrics.ssd_read_errors_count.add(1);
+        }
+        let expected = self.cache.disk.as_ref().map_or(0, |disk| disk.data_crc(disk_slot));
+        let sound = !self.options.checksum
+            || !moved
+            || checksum::of_mapping(&self.pool, self.offset_of(host_slot), bytes as usize) == expected;
+        if !sound {
+            self.metrics.ssd_checksum_errors_count.add(1);
+        }
+        let good = moved && sound;
+        // Held until every waiter has its loan, so that no eviction comes between.
+        let held = self.cache.index.pin(block);
+        let forgotten = self.cache.end_read(block, good);
+        self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
+        while let Some(Waiter { load: at, index }) = self.loads.next_waiter(host_slot) {
+            let load = *self.loads.get(at);
+            let grant = if good { self.cache.loan(load.lease, load.instance, load.first + index, block) } else { None };
+            let status = if grant.is_some() { Status::Ok } else { Status::Miss };
+            match status {
+                Status::Ok => self.metrics.load_blocks_ssd_count.add(1),
+                _ => self.metrics.load_blocks_miss_count.add(1),
+            }
+            let mut payload = [0; GRANTS_PER_ENTRY];
+            payload[0] = grant.map_or(0, Grant::to_word);
+            let completion = Completion {
+                last: false,
+                from_disk: true,
+                count: 1,
+                first: index,
+                payload,
+                ..Completion::plain(load.tag, Some(Op::Load), status)
+            };
+            self.answer_load(at, completion);
+        }
+        if held {
+            self.cache.unpin(block);
+        }
+    }
+
+    fn end_write(&mut self, block: BlockId, good: bool) {
+        if good {
+            self.metrics.ssd_write_bytes.add(self.options.slot_bytes);
+        } else {
+            self.metrics.ssd_write_errors_count.add(1);
+        }
+        self.cache.end_write(block, good);
+    }
+
+    /// Begins write-backs, oldest first, as far as the devices want them. At most two a poll: each
+    /// costs a checksum.
+    fn start_writes(&mut self) -> u32 {
+        let mut count = 0;
+        let mut looked_at = 0;
+        while count < 2 && looked_at < SESSION_BUDGET {
+            let room = self.devices.iter().any(|d| d.writes_count() < d.writes_wanted());
+            let Some(Dirty { grant, block }) = (if room { self.dirty.pop_front() } else { None }) else { break };
+            looked_at += 1;
+            let Some(write) = self.cache.begin_write(grant, block) else { continue };
+            let offset = self.offset_of(write.host_slot);
+            let data_crc = if self.options.checksum {
+                checksum::of_mapping(&self.pool, offset, self.options.slot_bytes as usize)
+            } else {
+                0
+            };
+            if let Some(disk) = &mut self.cache.disk {
+                disk.set_data_crc(write.disk_slot, data_crc);
+            }
+            let io = self.io(Direction::Write, write.host_slot, write.disk_slot);
+            let device = self.device_of(write.disk_slot);
+            self.devices[device].queue_write(Purpose::Write { block }, io);
+            count += 1;
+        }
+        count
+    }
+
+    fn start_transfers(&mut self, at: usize) -> u32 {
+        let transfers = &mut self.devices[at];
+        let mut count = transfers.start_waiting();
+        if let Some(disk) = &mut self.cache.disk
+            && transfers.wants_header()
+            && let Some(sector) = disk.next_header_sector(at)
+        {
+            transfers.start_header(sector);
+            count += 1;
+        }
+        transfers.device.flush();
+        count
+    }
+
+    fn keep_house(&mut self, now_ns: u64) {
+        let expired = self.cache.expire(now_ns);
+        self.cache.host.release_quarantined(now_ns);
+        let m = &*self.metrics;
+        m.leases_expired_count.add(u64::from(expired));
+        let evicted = std::mem::take(&mut self.cache.evicted);
+        m.evict_host_count.add(evicted.host);
+        m.evict_ssd_count.add(evicted.disk);
+        m.sessions_count.set(self.live.len() as u64);
+        m.leases_count.set(self.cache.leases.count() as u64);
+        m.host_slots_count.set(u64::from(self.cache.host.born_count()));
+        m.host_slots_free_count.set(u64::from(self.cache.host.free_count()));
+        m.host_slots_quarantined_count.set(u64::from(self.cache.host.quarantined_count()));
+        m.blocks_count.set(self.cache.index.count() as u64);
+        if let Some(disk) = &self.cache.disk {
+            m.ssd_slots_count.set(u64::from(disk.geometry().slots_count()));
+            m.ssd_slots_free_count.set(disk.free_count() as u64);
+        }
+    }
+
+    /// Whether no transfer waits or is in flight and nothing is to be written.
+    pub fn is_drained(&self) -> bool {
+        let headers = |at| self.cache.disk.as_ref().is_some_and(|disk| disk.has_header_to_write(at));
+        self.loads.is_empty()
+            && self.dirty.is_empty()
+            && self.devices.iter().enumerate().all(|(at, device)| device.is_idle() && !headers(at))
+    }
+
+    /// Announces sleep to every session. Poll once more before sleeping: if that does any work, stay
+    /// awake. A request that waits for room is no work; the client that makes room rings.
+    pub fn announce_sleep(&mut self) {
+        for session in self.sessions() {
+            doorbell::announce(session.segment.server_sleeps());
+        }
+    }
+
+    /// Awake again.
+    pub fn retract_sleep(&mut self) {
+        for session in self.sessions() {
+            doorbell::retract(session.segment.server_sleeps());
+        }
+    }
+
+    /// Longest sleep that delays nothing.
+    pub fn sleep_ns_max(&self) -> u64 {
+        if self.hungry_count > 0 {
+            HOUSEKEEPING_NS
+        } else if self.cache.leases.count() > 0 || self.cache.host.quarantined_count() > 0 {
+            50_000_000
+        } else {
+            1_000_000_000
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! One attached session, on the shard's side: its rings, and the room promised in them.
+
+use std::os::fd::OwnedFd;
+
+use kvring_ipc::client::ring;
+use kvring_ipc::doorbell;
+use kvring_ipc::ring::{Consumer, Poisoned, Producer};
+use kvring_ipc::segment::{RingView, Segment, SessionState};
+use kvring_ipc::wire::Completion;
+
+use crate::tier::host::Writer;
+
+/// A session.
+#[derive(Debug)]
+pub struct Session {
+    /// Who it is, as slots and leases know it.
+    pub writer: Writer,
+    /// Its shared memory.
+    pub segment: Segment,
+    /// What it asks.
+    pub submissions: Consumer<RingView>,
+    completions: Producer<RingView>,
+    /// Completions that requests under way may still need.
+    promised: u32,
+    /// Loads under way.
+    pub loads_count: u32,
+    /// Rung by the client; watched by whoever puts the shard to sleep.
+    pub server_bell: Option<OwnedFd>,
+    client_bell: Option<OwnedFd>,
+    /// Its leases and slots were taken back: it is not polled any more.
+    pub ended: bool,
+}
+
+impl Session {
+    /// A session over this segment.
+    pub fn new(writer: Writer, segment: Segment, server_bell: Option<OwnedFd>, client_bell: Option<OwnedFd>) -> Self {
+        Self {
+            writer,
+            submissions: Consumer::new(segment.submissions()),
+            completions: Producer::new(segment.completions()),
+            segment,
+            promised: 0,
+            loads_count: 0,
+            server_bell,
+            client_bell,
+            ended: false,
+        }
+    }
+
+    /// Takes room for `count` completions; false if there is none now.
+    ///
+    /// # Errors
+    /// The client's head makes no sense.
+    pub fn promise(&mut self, count: u32) -> Result<bool, Poisoned> {
+        let wanted = self.promised + count;
+        if self.completions.room(wanted)? < wanted {
+            return Ok(false);
+        }
+        self.promised = wanted;
+        Ok(true)
+    }
+
+    /// Room that was not needed.
+    pub fn give_back(&mut self, count: u32) {
+        self.promised -= count;
+    }
+
+    /// Answers, in room that was promised.
+    pub fn complete(&mut self, completion: &Completion) {
+        assert!(self.promised > 0, "every completion has its room");
+        self.promised -= 1;
+        self.completions.push(completion.encode());
+    }
+
+    /// Makes answers visible and consumed entries free; wakes the client if it sleeps.
+    pub fn publish(&mut self) {
+        self.submissions.release();
+        if self.completions.publish()
+            && doorbell::must_ring(self.segment.client_sleeps())
+            && let Some(bell) = &self.client_bell
+        {
+            ring(bell);
+        }
+    }
+
+    /// Tells the client that nothing more will come.
+    pub fn close(&mut self, state: SessionState) {
+        self.segment.set_state(state);
+        if let Some(bell) = &self.client_bell {
+            ring(bell);
+        }
+    }
+}

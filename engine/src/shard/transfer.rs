@@ -1,0 +1,194 @@
+//! One device's transfers: what waits, what is in flight, and which goes first: demand reads, then
+//! headers, then write-backs. Resubmits what came back short.
+
+use std::collections::VecDeque;
+
+use crate::device::{Device, Direction, Done, Io, Region};
+use crate::index::BlockId;
+use crate::limits::SECTOR_BYTES;
+
+/// What a transfer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A block on its way to the pool.
+    Read {
+        /// The block.
+        block: BlockId,
+        /// Target.
+        host_slot: u32,
+        /// Source.
+        disk_slot: u32,
+    },
+    /// A block on its way to the disk.
+    Write {
+        /// The block.
+        block: BlockId,
+    },
+    /// A sector of headers.
+    Header {
+        /// Which.
+        sector: u32,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Flight {
+    purpose: Purpose,
+    /// What is still to be moved.
+    rest: Io,
+}
+
+/// How a transfer ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Landed {
+    /// What it was for.
+    pub purpose: Purpose,
+    /// Whether every byte was moved.
+    pub good: bool,
+}
+
+/// One device and its transfers.
+pub struct Transfers<D> {
+    /// The device.
+    pub device: D,
+    flights: Box<[Option<Flight>]>,
+    free: Vec<u32>,
+    reads: VecDeque<(Purpose, Io)>,
+    writes: VecDeque<(Purpose, Io)>,
+    reads_inflight: u32,
+    writes_inflight: u32,
+    header_inflight: bool,
+    read_depth: u32,
+    write_depth: u32,
+    /// Transfers that ended short.
+    pub short_count: u64,
+}
+
+impl<D: Device> Transfers<D> {
+    /// Over a device, with bounds on what may wait.
+    pub fn new(device: D, read_depth: u32, write_depth: u32, host_slots: u32) -> Self {
+        // Reads, writes and one header, and never more than the device takes.
+        let flights = (read_depth + write_depth + 1).min(device.depth());
+        Self {
+            device,
+            flights: vec![None; flights as usize].into_boxed_slice(),
+            free: (0..flights).rev().collect(),
+            // Each waiting transfer has a host slot of its own.
+            reads: VecDeque::with_capacity(host_slots as usize),
+            writes: VecDeque::with_capacity(host_slots as usize),
+            reads_inflight: 0,
+            writes_inflight: 0,
+            header_inflight: false,
+            read_depth,
+            write_depth,
+            short_count: 0,
+        }
+    }
+
+    /// A read waits from now on.
+    pub fn queue_read(&mut self, purpose: Purpose, io: Io) {
+        self.reads.push_back((purpose, io));
+    }
+    /// A write waits from now on.
+    pub fn queue_write(&mut self, purpose: Purpose, io: Io) {
+        self.writes.push_back((purpose, io));
+    }
+    /// Writes that wait or are in flight.
+    pub fn writes_count(&self) -> u32 {
+        self.writes.len() as u32 + self.writes_inflight
+    }
+    /// How many writes may be under way now: fewer while reads are.
+    pub fn writes_wanted(&self) -> u32 {
+        let busy = self.reads_inflight > 0 || !self.reads.is_empty();
+        if busy { (self.write_depth / 4).max(1) } else { self.write_depth }
+    }
+    /// Whether a header may be written now.
+    pub fn wants_header(&self) -> bool {
+        !self.header_inflight && !self.free.is_empty()
+    }
+    /// Whether nothing waits and nothing is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.reads.is_empty() && self.writes.is_empty() && self.free.len() == self.flights.len()
+    }
+
+    /// Starts writing a sector of headers. The caller has seen `wants_header`.
+    pub fn start_header(&mut self, sector: u32) {
+        self.header_inflight = true;
+        let io = Io {
+            tag: 0,
+            direction: Direction::Write,
+            file: 0,
+            offset_in_file: (1 + u64::from(sector)) * SECTOR_BYTES,
+            region: Region::Headers,
+            offset_in_region: sector as usize * SECTOR_BYTES as usize,
+            bytes: SECTOR_BYTES as u32,
+        };
+        self.start(Purpose::Header { sector }, io);
+    }
+
+    /// Starts what waits, as far as there is room. Says how many.
+    pub fn start_waiting(&mut self) -> u32 {
+        let mut count = 0;
+        while self.reads_inflight < self.read_depth && !self.free.is_empty() {
+            let Some((purpose, io)) = self.reads.pop_front() else { break };
+            self.reads_inflight += 1;
+            self.start(purpose, io);
+            count += 1;
+        }
+        while self.writes_inflight < self.write_depth && !self.free.is_empty() {
+            let Some((purpose, io)) = self.writes.pop_front() else { break };
+            self.writes_inflight += 1;
+            self.start(purpose, io);
+            count += 1;
+        }
+        count
+    }
+
+    fn start(&mut self, purpose: Purpose, io: Io) {
+        let Some(tag) = self.free.pop() else { unreachable!("room was seen") };
+        let io = Io { tag, ..io };
+        self.flights[tag as usize] = Some(Flight { purpose, rest: io });
+        let taken = self.device.submit(io);
+        assert!(taken.is_ok(), "there are no more flights than the device takes");
+    }
+
+    /// Says how a finished transfer ended; `None` if the rest of it was sent after it.
+    pub fn land(&mut self, done: Done) -> Option<Landed> {
+        let Flight { purpose, rest } = self.flights[done.tag as usize]?;
+        let moved = done.result.unwrap_or(0);
+        assert!(moved <= rest.bytes, "a device moves no more than it was asked to");
+        // Nothing moved without an error: the end of the file, where no file should end.
+        if moved > 0 && moved < rest.bytes {
+            self.short_count += 1;
+            // O_DIRECT wants whole sectors: what was moved of a torn one is moved again.
+            let whole = moved - moved % SECTOR_BYTES as u32;
+            let rest = Io {
+                offset_in_file: rest.offset_in_file + u64::from(whole),
+                offset_in_region: rest.offset_in_region + whole as usize,
+                bytes: rest.bytes - whole,
+                ..rest
+            };
+            // Progress was made unless it was less than a sector: then it counts as an error.
+            if whole > 0 {
+                self.flights[done.tag as usize] = Some(Flight { purpose, rest });
+                let taken = self.device.submit(rest);
+                assert!(taken.is_ok(), "the flight's own place is free");
+                return None;
+            }
+        }
+        let retry = matches!(done.result, Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR));
+        if retry {
+            let taken = self.device.submit(rest);
+            assert!(taken.is_ok(), "the flight's own place is free");
+            return None;
+        }
+        self.flights[done.tag as usize] = None;
+        self.free.push(done.tag);
+        match purpose {
+            Purpose::Read { .. } => self.reads_inflight -= 1,
+            Purpose::Write { .. } => self.writes_inflight -= 1,
+            Purpose::Header { .. } => self.header_inflight = false,
+        }
+        Some(Landed { purpose, good: moved == rest.bytes })
+    }
+}

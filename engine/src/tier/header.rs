@@ -1,0 +1,130 @@
+//! What lies on the disk besides blocks: the superblock, and 64 bytes for each block (DISK.md §2, §3).
+
+use bytemuck::{Pod, Zeroable};
+use kvring_ipc::key::BlockKey;
+
+use crate::checksum;
+use crate::limits::SECTOR_BYTES;
+
+/// "KVRING" and the format's version: an old file is never reinterpreted.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"KVRING\x01\x00");
+
+/// The first sector of a device's first file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Superblock {
+    /// [`MAGIC`].
+    pub magic: u64,
+    /// [`kvring_ipc::layout::Layout::fingerprint`] of what is stored.
+    pub layout: u64,
+    /// Bytes of a slot.
+    pub slot_bytes: u64,
+    /// Slots of this device.
+    pub slots_count: u64,
+    /// Slots of each of its files.
+    pub slots_per_file: u64,
+    /// Which device of how many: `index << 32 | count`.
+    pub device: u64,
+    /// Common to all devices of one cache.
+    pub cache_id: u64,
+    /// Checksum of the words above.
+    pub crc: u64,
+}
+
+impl Superblock {
+    /// With its checksum.
+    #[must_use]
+    pub fn sealed(mut self) -> Self {
+        self.crc = self.own_crc();
+        self
+    }
+    /// Whether its checksum is that of its words.
+    pub fn is_sound(&self) -> bool {
+        self.magic == MAGIC && self.crc == self.own_crc()
+    }
+    fn own_crc(&self) -> u64 {
+        checksum::of_bytes(&bytemuck::bytes_of(self)[..56])
+    }
+}
+
+/// Bytes of one header; 64 fit a sector.
+pub const HEADER_BYTES: u64 = 64;
+/// Headers in a sector.
+pub const HEADERS_PER_SECTOR: u64 = SECTOR_BYTES / HEADER_BYTES;
+
+const _: () = assert!(size_of::<Header>() as u64 == HEADER_BYTES && size_of::<Superblock>() <= SECTOR_BYTES as usize);
+
+/// What a slot of the disk holds. Written after the block's bytes; all zeros for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Header {
+    /// The block's key.
+    pub key: BlockKey,
+    /// Key of its parent; zeros at depth 0.
+    pub parent: BlockKey,
+    /// Checksum of its bytes.
+    pub data_crc: u64,
+    /// Which use of the slot.
+    pub generation: u32,
+    /// Blocks before it in its chain.
+    pub depth: u32,
+    /// The slot itself: a header that was written elsewhere is not believed.
+    pub slot: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Checksum of the words above and of the layout's fingerprint.
+    pub crc: u64,
+}
+
+impl Header {
+    /// With its checksum.
+    #[must_use]
+    pub fn sealed(mut self, layout: u64) -> Self {
+        self.crc = self.own_crc(layout);
+        self
+    }
+    /// Whether it is what was written for this slot under this layout.
+    pub fn is_sound(&self, slot: u32, layout: u64) -> bool {
+        self.slot == slot && self.crc == self.own_crc(layout) && self.generation != 0
+    }
+    fn own_crc(&self, layout: u64) -> u64 {
+        checksum::of_bytes(&bytemuck::bytes_of(self)[..56]) ^ layout
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_golden_header() {
+        let header = Header {
+            key: BlockKey::from_words([1, 2]),
+            parent: BlockKey::from_words([3, 4]),
+            data_crc: 5,
+            generation: 6,
+            depth: 7,
+            slot: 8,
+            reserved: 0,
+            crc: 0,
+        }
+        .sealed(9);
+        let words: [u64; 8] = bytemuck::cast(header);
+        assert_eq!(words[..7], [1, 2, 3, 4, 5, 7 << 32 | 6, 8]);
+        assert!(header.is_sound(8, 9));
+        assert!(!header.is_sound(7, 9), "another slot's");
+        assert!(!header.is_sound(8, 10), "another layout's");
+    }
+
+    #[test]
+    fn any_flipped_bit_is_seen() {
+        let header = Header { key: BlockKey::from_words([1, 2]), generation: 1, ..Zeroable::zeroed() }.sealed(3);
+        for bit in 0..512 {
+            let mut words: [u64; 8] = bytemuck::cast(header);
+            words[bit / 64] ^= 1 << (bit % 64);
+            let flipped: Header = bytemuck::cast(words);
+            assert!(!flipped.is_sound(0, 3), "bit {bit}");
+        }
+        assert!(!Header::zeroed().is_sound(0, checksum::of_bytes(&[0; 56])), "no header is no block");
+    }
+}

@@ -1,0 +1,322 @@
+//! Slots of the pool: who fills each, and when it may be used again. Knows no keys and no I/O.
+
+use kvring_ipc::wire::Grant;
+
+use crate::index::BlockId;
+
+/// A session, as slots and leases know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(pub u32);
+
+/// Who writes: a session, the instance it belongs to, and its rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Writer {
+    /// The session.
+    pub session: SessionId,
+    /// The instance: ranks of one instance share a slot.
+    pub instance: u32,
+    /// Its tensor-parallel rank, below the layout's `tp_size`.
+    pub rank: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Not registered with the devices yet.
+    Unborn,
+    Free,
+    /// Ranks of one instance are writing into it.
+    Filling,
+    /// It holds a block's bytes, or a read is filling it.
+    Held,
+    /// A dead writer's: it may still be written to.
+    Quarantined,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    state: State,
+    generation: u32,
+    block: u32,
+    instance: u32,
+    /// Ranks that have reserved it, and of those, the ranks that are done.
+    joined: u32,
+    done: u32,
+    /// A rank aborted or died: the block is lost, the others only have to finish.
+    aborted: bool,
+    /// A writer died: not before this moment.
+    free_at_ns: u64,
+}
+
+const NOBODY: u32 = u32::MAX;
+
+/// What became of a slot when a rank was done with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RankDone {
+    /// Other ranks are still at it.
+    Waiting,
+    /// All ranks have committed: the block is complete.
+    Complete(BlockId),
+    /// A rank gave up: the block is lost now, if it was not before.
+    Lost(BlockId),
+}
+
+/// All slots of the pool.
+#[derive(Debug)]
+pub struct HostSlots {
+    slots: Box<[Slot]>,
+    /// `writers[slot * tp_size + rank]`: the session that fills that rank's part.
+    writers: Box<[u32]>,
+    tp_size: u32,
+    free: Vec<u32>,
+    born_count: u32,
+    /// Slots that wait for a dead writer's grace.
+    quarantined: Vec<u32>,
+}
+
+impl HostSlots {
+    /// `count` slots, none of them usable before [`HostSlots::bear`].
+    pub fn new(count: u32, tp_size: u32) -> Self {
+        let slot = Slot {
+            state: State::Unborn,
+            generation: 0,
+            block: NOBODY,
+            instance: 0,
+            joined: 0,
+            done: 0,
+            aborted: false,
+            free_at_ns: 0,
+        };
+        Self {
+            slots: vec![slot; count as usize].into_boxed_slice(),
+            writers: vec![NOBODY; count as usize * tp_size as usize].into_boxed_slice(),
+            tp_size,
+            free: Vec::with_capacity(count as usize),
+            born_count: 0,
+            quarantined: Vec::with_capacity(count as usize),
+        }
+    }
+
+    /// These slots are registered: they may be used.
+    pub fn bear(&mut self, slots: std::ops::Range<u32>) {
+        for slot in slots.rev() {
+            let s = &mut self.slots[slot as usize];
+            assert!(s.state == State::Unborn, "a slot is born once");
+            s.state = State::Free;
+            self.free.push(slot);
+            self.born_count += 1;
+        }
+    }
+
+    /// All slots there will ever be.
+    pub fn count(&self) -> u32 {
+        self.slots.len() as u32
+    }
+    /// Slots that may be used.
+    pub fn born_count(&self) -> u32 {
+        self.born_count
+    }
+    /// Slots that are free.
+    pub fn free_count(&self) -> u32 {
+        self.free.len() as u32
+    }
+    /// Slots that wait out a grace.
+    pub fn quarantined_count(&self) -> u32 {
+        self.quarantined.len() as u32
+    }
+
+    /// A free slot. Its generation moves on, so earlier grants of it are worthless.
+    pub fn acquire(&mut self) -> Option<u32> {
+        let slot = self.free.pop()?;
+        let s = &mut self.slots[slot as usize];
+        s.state = State::Held;
+        // Never 0: a word of zeros is no grant.
+        s.generation = s.generation.checked_add(1).unwrap_or(1);
+        Some(slot)
+    }
+
+    /// A name for what the slot holds now.
+    pub fn grant(&self, slot: u32) -> Grant {
+        Grant { slot, generation: self.slots[slot as usize].generation }
+    }
+
+    /// Hands an acquired slot to a writer.
+    pub fn reserve(&mut self, slot: u32, block: BlockId, writer: Writer) -> Grant {
+        let s = &mut self.slots[slot as usize];
+        assert!(s.state == State::Held);
+        s.state = State::Filling;
+        (s.block, s.instance, s.joined, s.done, s.aborted) = (block.0, writer.instance, 1 << writer.rank, 0, false);
+        s.free_at_ns = 0;
+        self.writers[(slot * self.tp_size + writer.rank) as usize] = writer.session.0;
+        self.grant(slot)
+    }
+
+    /// Lets another rank of the same instance fill its part. `None` if it may not.
+    pub fn join(&mut self, slot: u32, writer: Writer) -> Option<Grant> {
+        let s = &mut self.slots[slot as usize];
+        let bit = 1 << writer.rank;
+        if s.state != State::Filling || s.instance != writer.instance || s.aborted || s.joined & bit != 0 {
+            return None;
+        }
+        s.joined |= bit;
+        self.writers[(slot * self.tp_size + writer.rank) as usize] = writer.session.0;
+        Some(self.grant(slot))
+    }
+
+    /// A rank has committed or aborted. `None` if the grant is not its own or not current.
+    pub fn rank_done(&mut self, grant: Grant, writer: Writer, commit: bool) -> Option<RankDone> {
+        let s = self.slots.get_mut(grant.slot as usize)?;
+        let bit = 1 << writer.rank;
+        let theirs = self.writers.get((grant.slot * self.tp_size + writer.rank) as usize) == Some(&writer.session.0);
+        if s.state != State::Filling || s.generation != grant.generation || !theirs || s.joined & !s.done & bit == 0 {
+            return None;
+        }
+        s.done |= bit;
+        s.aborted |= !commit;
+        let block = BlockId(s.block);
+        if s.aborted {
+            return Some(RankDone::Lost(block));
+        }
+        let all = u32::MAX >> (32 - self.tp_size);
+        if s.done != all {
+            return Some(RankDone::Waiting);
+        }
+        s.state = State::Held;
+        Some(RankDone::Complete(block))
+    }
+
+    /// Whether a lost slot has no writer left, so that the caller may free it.
+    pub fn is_abandoned(&self, slot: u32) -> bool {
+        let s = &self.slots[slot as usize];
+        s.state == State::Filling && s.aborted && s.joined == s.done
+    }
+
+    /// A slot that a session was filling when it went away. The next one after `from`; each is marked
+    /// done and lost, and quarantined until [`HostSlots::end_quarantine`] says when. O(slots) over a
+    /// whole walk: sessions seldom die.
+    pub fn next_of_dead(&mut self, session: SessionId, from: u32) -> Option<(u32, BlockId)> {
+        for slot in from..self.slots.len() as u32 {
+            let s = &mut self.slots[slot as usize];
+            if s.state != State::Filling {
+                continue;
+            }
+            let first = slot * self.tp_size;
+            for rank in 0..self.tp_size {
+                let bit = 1 << rank;
+                if s.joined & !s.done & bit != 0 && self.writers[(first + rank) as usize] == session.0 {
+                    s.done |= bit;
+                    s.aborted = true;
+                    s.free_at_ns = u64::MAX;
+                    return Some((slot, BlockId(s.block)));
+                }
+            }
+        }
+        None
+    }
+
+    /// Puts an abandoned slot aside instead of freeing it, if a writer of it died.
+    pub fn quarantine(&mut self, slot: u32) -> bool {
+        let s = &mut self.slots[slot as usize];
+        if s.free_at_ns == 0 {
+            return false;
+        }
+        s.state = State::Quarantined;
+        self.quarantined.push(slot);
+        true
+    }
+
+    /// The session's process is known to be dead: its slots wait until `free_at_ns`.
+    pub fn end_quarantine(&mut self, session: SessionId, free_at_ns: u64) {
+        for slot in 0..self.slots.len() as u32 {
+            let s = &mut self.slots[slot as usize];
+            let first = (slot * self.tp_size) as usize;
+            let theirs = self.writers[first..first + self.tp_size as usize].contains(&session.0);
+            if theirs && s.free_at_ns == u64::MAX && matches!(s.state, State::Filling | State::Quarantined) {
+                s.free_at_ns = free_at_ns;
+            }
+        }
+    }
+
+    /// The writer has promised that nothing writes into this slot any more.
+    pub fn end_quarantine_of_slot(&mut self, slot: u32) {
+        self.slots[slot as usize].free_at_ns = 0;
+    }
+
+    /// Whether the slot holds a block's bytes, or a read is filling it.
+    pub fn holds(&self, slot: u32) -> bool {
+        self.slots[slot as usize].state == State::Held
+    }
+
+    /// Frees every quarantined slot whose time has come.
+    pub fn release_quarantined(&mut self, now_ns: u64) {
+        let mut at = 0;
+        while let Some(slot) = self.quarantined.get(at).copied() {
+            if self.slots[slot as usize].free_at_ns <= now_ns {
+                self.quarantined.swap_remove(at);
+                self.release(slot);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    /// Takes a slot back.
+    pub fn release(&mut self, slot: u32) {
+        let s = &mut self.slots[slot as usize];
+        assert!(!matches!(s.state, State::Free | State::Unborn), "a slot is freed once");
+        s.state = State::Free;
+        s.block = NOBODY;
+        s.free_at_ns = 0;
+        self.free.push(slot);
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    const fn writer(session: u32, instance: u32, rank: u32) -> Writer {
+        Writer { session: SessionId(session), instance, rank }
+    }
+
+    fn reserved(tp_size: u32, first: Writer) -> (HostSlots, Grant) {
+        let mut slots = HostSlots::new(4, tp_size);
+        slots.bear(0..4);
+        let slot = slots.acquire().unwrap();
+        let grant = slots.reserve(slot, BlockId(9), first);
+        (slots, grant)
+    }
+
+    #[test]
+    fn a_block_is_complete_when_all_ranks_have_committed() {
+        let (mut slots, grant) = reserved(2, writer(1, 5, 0));
+        assert_eq!(slots.join(grant.slot, writer(2, 6, 1)), None, "another instance");
+        assert_eq!(slots.join(grant.slot, writer(3, 5, 0)), None, "a rank joins once");
+        assert_eq!(slots.rank_done(grant, writer(1, 5, 0), true), Some(RankDone::Waiting));
+        assert_eq!(slots.rank_done(grant, writer(1, 5, 0), true), None, "a rank commits once");
+        assert_eq!(slots.join(grant.slot, writer(2, 5, 1)), Some(grant));
+        assert_eq!(slots.rank_done(grant, writer(4, 5, 1), true), None, "another session");
+        assert_eq!(slots.rank_done(grant, writer(2, 5, 1), true), Some(RankDone::Complete(BlockId(9))));
+    }
+
+    #[test]
+    fn a_stale_or_absurd_grant_is_nobody_s() {
+        let (mut slots, grant) = reserved(1, writer(1, 5, 0));
+        for bad in [Grant { generation: grant.generation + 1, ..grant }, Grant { slot: 77, ..grant }, Grant { slot: u32::MAX, generation: 0 }] {
+            assert_eq!(slots.rank_done(bad, writer(1, 5, 0), true), None);
+        }
+    }
+
+    #[test]
+    fn a_dead_writer_s_slot_waits_for_death_and_grace() {
+        let (mut slots, grant) = reserved(1, writer(1, 5, 0));
+        assert_eq!(slots.next_of_dead(SessionId(1), 0), Some((grant.slot, BlockId(9))));
+        assert!(slots.is_abandoned(grant.slot) && slots.quarantine(grant.slot));
+        slots.release_quarantined(u64::MAX - 1);
+        assert_eq!((slots.free_count(), slots.quarantined_count()), (3, 1), "suspect for ever, not freed by time");
+        slots.end_quarantine(SessionId(1), 100);
+        slots.release_quarantined(99);
+        assert_eq!(slots.free_count(), 3);
+        slots.release_quarantined(100);
+        assert_eq!((slots.free_count(), slots.quarantined_count()), (4, 0));
+    }
+}

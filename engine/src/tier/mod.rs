@@ -1,0 +1,5 @@
+//! What holds it: the slots of each tier, and what lies on the disk.
+
+pub mod disk;
+pub mod header;
+pub mod host;

@@ -1,0 +1,100 @@
+//! One instance and its KV memory: match, load what hits, store what missed. Every call is bounded and
+//! none fails: what cannot be had is missed, what cannot be stored is dropped.
+
+use std::time::Duration;
+
+use kvring_ipc::client::{Lease, Matched};
+use kvring_ipc::instance::{Instance, LoadStep, Loaded, Reserved};
+use kvring_ipc::key::BlockKey;
+
+use crate::backend::CopyBackend;
+
+/// What became of a store.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Blocks that are resident now because of it.
+    pub blocks_stored: u32,
+    /// Blocks that were there already or that somebody else is storing.
+    pub blocks_present: u32,
+    /// Blocks for which there was no room, no parent or no server.
+    pub blocks_dropped: u32,
+}
+
+/// A transfer agent.
+pub struct Agent<B> {
+    instance: Instance,
+    backend: B,
+}
+
+impl<B: CopyBackend> Agent<B> {
+    /// Over an open instance and its memory.
+    pub fn new(instance: Instance, backend: B) -> Self {
+        Self { instance, backend }
+    }
+
+    /// The instance.
+    pub fn instance(&mut self) -> &mut Instance {
+        &mut self.instance
+    }
+
+    /// Its memory.
+    pub fn backend(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
+    /// The longest resident prefix of a chain, under a lease.
+    pub fn match_prefix(&mut self, keys: &[BlockKey]) -> Matched {
+        self.instance.match_prefix(keys)
+    }
+
+    /// Loads leased blocks, the first at depth `first`, into the memory's blocks `blocks`. `arrived`
+    /// is told the index of each block that is there; only those count.
+    pub fn load(
+        &mut self,
+        lease: Lease,
+        first: u32,
+        keys: &[BlockKey],
+        blocks: &[usize],
+        wait: Duration,
+        mut arrived: impl FnMut(&mut B, usize),
+    ) -> Loaded {
+        assert_eq!(keys.len(), blocks.len());
+        let backend = &mut self.backend;
+        self.instance.load(lease, first, keys, wait, |step| match step {
+            LoadStep::Copy { index, pool, slot } => backend.load(pool, slot, blocks[index as usize]),
+            LoadStep::Arrived { index } => arrived(backend, index as usize),
+        })
+    }
+
+    /// Stores consecutive blocks after `parent`, the first at depth `first`, from the memory's blocks
+    /// `blocks`. `compute` is asked to have each block ready that really has to be stored.
+    pub fn store(
+        &mut self,
+        parent: BlockKey,
+        first: u32,
+        keys: &[BlockKey],
+        blocks: &[usize],
+        mut compute: impl FnMut(&mut B, usize),
+    ) -> Stored {
+        assert_eq!(keys.len(), blocks.len());
+        let mut stored = Stored::default();
+        let reserved = self.instance.reserve(parent, first, keys);
+        let mut grants = Vec::with_capacity(keys.len());
+        // Without a pool there are no grants either: both belong to one session.
+        let pool = self.instance.pool().cloned();
+        for (index, reserved) in reserved.into_iter().enumerate() {
+            match (reserved, &pool) {
+                (Reserved::Slot(grant), Some(pool)) => {
+                    compute(&mut self.backend, index);
+                    self.backend.store(pool, grant.slot, blocks[index]);
+                    grants.push(grant);
+                }
+                (Reserved::Present, _) => stored.blocks_present += 1,
+                _ => stored.blocks_dropped += 1,
+            }
+        }
+        stored.blocks_stored = self.instance.commit(&grants);
+        stored.blocks_dropped += grants.len() as u32 - stored.blocks_stored;
+        stored
+    }
+}

@@ -1,0 +1,202 @@
+//! `kvring replay`: the main job on real input. A server if none runs, N instance processes, a table.
+
+pub mod generate;
+mod report;
+pub mod trace;
+pub mod worker;
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use kvring_ipc::handshake::{Reply, Request, ask};
+
+use crate::Outcome;
+use crate::settings::Settings;
+use report::Report;
+use worker::{Said, Spec};
+
+/// Arguments of `kvring replay`.
+#[derive(Args)]
+pub struct ReplayArgs {
+    /// Trace to replay (JSON lines); without it a seeded generator serves.
+    trace: Option<PathBuf>,
+    /// Instance processes.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    instances: u32,
+    /// Bytes of a block, in KiB.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(4..=1 << 20))]
+    block_kib: u64,
+    /// At most this many requests [default: all of the trace, 2000 of the generator].
+    #[arg(long)]
+    requests: Option<usize>,
+    /// Times faster than the trace's own timestamps; 0 for as fast as possible.
+    #[arg(long, default_value_t = 0.0)]
+    speed: f64,
+    /// Seed of the generator.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print the report as one JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// A server that this replay has started, stopped when dropped.
+pub struct OwnServer {
+    child: Child,
+}
+
+impl Drop for OwnServer {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether a server answers on this socket.
+fn answers(socket: &std::path::Path) -> Option<serde_json::Value> {
+    match ask(socket, &Request::Stats, Duration::from_secs(2)) {
+        Ok(Reply::Stats(stats)) => Some(stats),
+        _ => None,
+    }
+}
+
+/// Starts a server with these settings and waits until it answers.
+///
+/// # Errors
+/// It does not: what it said is on standard error.
+pub fn start_server(settings: &Settings, block_kib: u64) -> Result<OwnServer, Box<dyn std::error::Error>> {
+    let config = settings.load()?.config;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["serve", "--block-kib", &block_kib.to_string()]);
+    for (name, value) in &settings.flags {
+        command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
+    }
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+    let mut server = OwnServer { child };
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while answers(&config.socket).is_none() {
+        if let Some(status) = server.child.try_wait()? {
+            return Err(format!("the server did not start ({status}); its reason is above").into());
+        }
+        if Instant::now() > deadline {
+            return Err("the server did not answer within two minutes".into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(server)
+}
+
+/// User and system time of a process, in seconds.
+fn cpu_seconds(pid: u64) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Fields 14 and 15 (proc_pid_stat(5)), counted after the name, which may hold anything.
+    let ticks: u64 = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+}
+
+/// Runs the replay.
+pub fn run(mut args: ReplayArgs) -> Outcome {
+    if !args.speed.is_finite() || args.speed < 0.0 {
+        return Err(format!("--speed {}: expected 0 or a factor above it", args.speed).into());
+    }
+    let scratch = tempfile::Builder::new().prefix("kvring-replay-").tempdir()?;
+    let scratch_path = |name: &str| scratch.path().join(name).display().to_string();
+    // What nobody said is small enough for any machine and exercises both tiers.
+    args.settings.default_to("server_recv_port", &scratch_path("server"))?;
+    args.settings.default_to("ssd_cache_dir", &scratch_path("ssd"))?;
+    args.settings.default_to("cpu_cache_gb", "0.5")?;
+    args.settings.default_to("ssd_cache_gb", "2")?;
+    args.settings.default_to("log_level", "warn")?;
+    // Latency is what is measured here, not a scheduler's patience.
+    args.settings.default_to("client_wait_ms", "1000")?;
+    let spec = Spec {
+        requests: args.requests.unwrap_or(if args.trace.is_some() { usize::MAX } else { 2000 }),
+        trace: args.trace.clone(),
+        seed: args.seed,
+        index: 0,
+        of: args.instances as usize,
+        block_bytes: args.block_kib << 10,
+        speed: args.speed,
+    };
+    let requests_count = spec.all_requests()?.len() as u64;
+    let config = args.settings.load()?.config;
+    let own = match answers(&config.socket) {
+        Some(_) => None,
+        None => Some(start_server(&args.settings, args.block_kib)?),
+    };
+    let before = answers(&config.socket).ok_or("the server is gone")?;
+    let pid = before["server_pid"].as_u64().unwrap_or(0);
+    let cpu_before = cpu_seconds(pid);
+    let started = Instant::now();
+    let results = run_instances(&args, &spec, requests_count)?;
+    let elapsed = started.elapsed();
+    let server_cpu_s = cpu_seconds(pid) - cpu_before;
+    let after = answers(&config.socket);
+    drop(own);
+    let report = Report::new(&results, elapsed, server_cpu_s, spec.block_bytes, &before, after.as_ref())?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report.json())?);
+    } else {
+        print!("{report}");
+    }
+    match report.counts.wrong_blocks {
+        0 => Ok(()),
+        wrong => Err(format!("{wrong} blocks were wrong").into()),
+    }
+}
+
+fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<Vec<Said>, Box<dyn std::error::Error>> {
+    let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(requests_count) };
+    bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} requests  {per_sec}  {eta} left")?);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let mut children = Vec::new();
+    for index in 0..args.instances as usize {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("replay-instance").arg("--spec").arg(serde_json::to_string(&Spec { index, ..spec.clone() })?);
+        for (name, value) in &args.settings.flags {
+            command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
+        }
+        command.env("KVRING_INSTANCE_NUM", args.instances.to_string()).env("KVRING_INSTANCE_ID", index.to_string());
+        command.env("KVRING_SERVER_LAUNCH_MODE", "external");
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let out = child.stdout.take().ok_or("no standard output")?;
+        let sender = sender.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(Result::ok) {
+                if let Ok(said) = serde_json::from_str::<Said>(&line) {
+                    let _ = sender.send((index, said));
+                }
+            }
+        });
+        children.push(child);
+    }
+    drop(sender);
+    let mut done = vec![0; children.len()];
+    let mut results = Vec::new();
+    for (index, said) in receiver {
+        match said {
+            Said::Ready => {}
+            Said::Progress(count) => done[index] = count,
+            result => results.push(result),
+        }
+        bar.set_position(done.iter().sum());
+    }
+    bar.finish_and_clear();
+    for (index, mut child) in children.into_iter().enumerate() {
+        let status = child.wait()?;
+        if !status.success() {
+            return Err(format!("instance {index} failed: {status}").into());
+        }
+    }
+    if results.len() != args.instances as usize {
+        return Err("an instance ended without a result".into());
+    }
+    Ok(results)
+}

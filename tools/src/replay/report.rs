@@ -1,0 +1,166 @@
+//! What a replay has shown: a table, and the same as JSON. The JSON is an interface.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+
+use super::worker::{Counts, Said, from_hex, new_histogram};
+
+/// Counts over all instances, and what the server says.
+pub struct Report {
+    /// Sums.
+    pub counts: Counts,
+    match_ns: Histogram<u64>,
+    load_ns: Histogram<u64>,
+    elapsed: Duration,
+    server_cpu_s: f64,
+    block_bytes: u64,
+    /// Growth of the server's counters; `None` if it was gone at the end.
+    server: Option<Value>,
+    page_bytes: u64,
+    devices: Vec<String>,
+}
+
+impl Report {
+    /// From the instances' results and the server's counters before and after.
+    pub fn new(
+        results: &[Said],
+        elapsed: Duration,
+        server_cpu_s: f64,
+        block_bytes: u64,
+        before: &Value,
+        after: Option<&Value>,
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        let mut total = Counts::default();
+        let (mut match_all, mut load_all) = (new_histogram(), new_histogram());
+        for said in results {
+            let Said::Result { counts, match_ns, load_ns } = said else { continue };
+            total.requests += counts.requests;
+            total.blocks_requested += counts.blocks_requested;
+            total.blocks_hit_dram += counts.blocks_hit_dram;
+            total.blocks_hit_ssd += counts.blocks_hit_ssd;
+            total.blocks_missed += counts.blocks_missed;
+            total.blocks_stored += counts.blocks_stored;
+            total.blocks_present += counts.blocks_present;
+            total.blocks_dropped += counts.blocks_dropped;
+            total.blocks_unloaded += counts.blocks_unloaded;
+            total.wrong_blocks += counts.wrong_blocks;
+            total.sessions += counts.sessions;
+            total.requests_without_server += counts.requests_without_server;
+            match_all.add(from_hex(match_ns)?)?;
+            load_all.add(from_hex(load_ns)?)?;
+        }
+        let server = after.map(|after| {
+            let grown = after["metrics"].as_object().into_iter().flatten().map(|(name, value)| {
+                let before = before["metrics"][name].as_u64().unwrap_or(0);
+                (name.clone(), Value::from(value.as_u64().unwrap_or(0).saturating_sub(before)))
+            });
+            Value::Object(grown.collect())
+        });
+        let devices = before["devices"].as_array().into_iter().flatten().filter_map(|d| d.as_str().map(str::to_owned)).collect();
+        Ok(Self {
+            counts: total,
+            match_ns: match_all,
+            load_ns: load_all,
+            elapsed,
+            server_cpu_s,
+            block_bytes,
+            server,
+            page_bytes: before["page_bytes"].as_u64().unwrap_or(0),
+            devices,
+        })
+    }
+
+    fn hit_ratio(&self) -> f64 {
+        let hit = self.counts.blocks_requested - self.counts.blocks_missed;
+        hit as f64 / self.counts.blocks_requested.max(1) as f64
+    }
+
+    fn bytes_loaded(&self) -> u64 {
+        (self.counts.blocks_hit_dram + self.counts.blocks_hit_ssd) * self.block_bytes
+    }
+
+    fn bytes_stored(&self) -> u64 {
+        self.counts.blocks_stored * self.block_bytes
+    }
+
+    /// The interface.
+    pub fn json(&self) -> Value {
+        let percentiles = |histogram: &Histogram<u64>| {
+            let at = |q: f64| histogram.value_at_quantile(q) as f64 / 1000.0;
+            json!({"p50": at(0.5), "p90": at(0.9), "p99": at(0.99), "p999": at(0.999), "max": histogram.max() as f64 / 1000.0})
+        };
+        json!({
+            "requests": self.counts.requests,
+            "blocks_requested": self.counts.blocks_requested,
+            "blocks_hit_dram": self.counts.blocks_hit_dram,
+            "blocks_hit_ssd": self.counts.blocks_hit_ssd,
+            "blocks_missed": self.counts.blocks_missed,
+            "blocks_stored": self.counts.blocks_stored,
+            "blocks_present": self.counts.blocks_present,
+            "blocks_dropped": self.counts.blocks_dropped,
+            "blocks_unloaded": self.counts.blocks_unloaded,
+            "wrong_blocks": self.counts.wrong_blocks,
+            "hit_ratio": self.hit_ratio(),
+            "bytes_loaded": self.bytes_loaded(),
+            "bytes_stored": self.bytes_stored(),
+            "elapsed_s": self.elapsed.as_secs_f64(),
+            "server_cpu_s": self.server_cpu_s,
+            "match_us": percentiles(&self.match_ns),
+            "load_us": percentiles(&self.load_ns),
+            "sessions": self.counts.sessions,
+            "requests_without_server": self.counts.requests_without_server,
+            "server": self.server,
+        })
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let c = &self.counts;
+        let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let share = |blocks: u64| 100.0 * blocks as f64 / c.blocks_requested.max(1) as f64;
+        let seconds = self.elapsed.as_secs_f64();
+        let of_server = |name: &str| self.server.as_ref().and_then(|server| server[name].as_u64()).unwrap_or(0);
+        writeln!(f, "requests            {:>12}   {:.0}/s over {seconds:.2} s", c.requests, c.requests as f64 / seconds)?;
+        writeln!(f, "blocks requested    {:>12}   of {} KiB", c.blocks_requested, self.block_bytes >> 10)?;
+        writeln!(f, "  hit in DRAM       {:>12}   {:.1} %", c.blocks_hit_dram, share(c.blocks_hit_dram))?;
+        writeln!(f, "  hit on SSD        {:>12}   {:.1} %", c.blocks_hit_ssd, share(c.blocks_hit_ssd))?;
+        writeln!(f, "  missed            {:>12}   {:.1} %, of which {} were resident and not loaded", c.blocks_missed, share(c.blocks_missed), c.blocks_unloaded)?;
+        writeln!(f, "  stored            {:>12}   {} present already, {} dropped", c.blocks_stored, c.blocks_present, c.blocks_dropped)?;
+        writeln!(f, "wrong blocks        {:>12}   every loaded byte was compared", c.wrong_blocks)?;
+        writeln!(f, "hit ratio           {:>12.4}", self.hit_ratio())?;
+        writeln!(f, "moved               {:>9.2} GB   loaded ({:.2} GB/s), {:.2} GB stored", gb(self.bytes_loaded()), gb(self.bytes_loaded()) / seconds, gb(self.bytes_stored()))?;
+        writeln!(f, "SSD                 {:>9.2} GB   read, {:.2} GB written", gb(of_server("ssd_read_bytes")), gb(of_server("ssd_write_bytes")))?;
+        for (name, histogram) in [("match", &self.match_ns), ("load", &self.load_ns)] {
+            let us = |q: f64| histogram.value_at_quantile(q) as f64 / 1000.0;
+            writeln!(
+                f,
+                "{name:<5} latency       {:>9.1} us   p50; p90 {:.1}, p99 {:.1}, p99.9 {:.1}, max {:.1}",
+                us(0.5),
+                us(0.9),
+                us(0.99),
+                us(0.999),
+                histogram.max() as f64 / 1000.0
+            )?;
+        }
+        writeln!(f, "server CPU          {:>10.2} s   {:.2} s a GB loaded or stored", self.server_cpu_s, self.server_cpu_s / gb(self.bytes_loaded() + self.bytes_stored()).max(1e-9))?;
+        for device in &self.devices {
+            writeln!(f, "device              {device}")?;
+        }
+        if self.page_bytes == 4096 {
+            writeln!(f, "doubt: the pool is on 4 KiB pages; hugepages would cost fewer TLB misses")?;
+        }
+        if c.requests_without_server > 0 {
+            writeln!(f, "doubt: {} requests found no server", c.requests_without_server)?;
+        }
+        if self.server.is_none() {
+            writeln!(f, "doubt: the server was gone at the end, so its counters are missing")?;
+        }
+        if seconds < 1.0 {
+            writeln!(f, "doubt: {seconds:.2} s is short; give more --requests")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,261 @@
+//! One instance of a replay, a process of its own: matches, loads and compares what hits, stores what
+//! missed. Speaks JSON lines on its standard output.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use hdrhistogram::Histogram;
+use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
+use kvring_gpu::agent::Agent;
+use kvring_gpu::backend::host::HostMemory;
+use kvring_ipc::instance::Instance;
+use kvring_ipc::key::BlockKey;
+use kvring_ipc::layout::Layout;
+use serde::{Deserialize, Serialize};
+
+use super::{generate, trace};
+use crate::Outcome;
+use crate::settings::Settings;
+
+/// Arguments of the hidden command.
+#[derive(Args)]
+pub struct WorkerArgs {
+    #[arg(long)]
+    spec: String,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// What to replay.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Spec {
+    /// A trace, or none for the generator.
+    pub trace: Option<PathBuf>,
+    /// The generator's seed.
+    pub seed: u64,
+    /// How many requests, over all instances.
+    pub requests: usize,
+    /// This instance takes every `of`-th request, from `index` on.
+    pub index: usize,
+    /// See `index`.
+    pub of: usize,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    /// Times faster than the trace's timestamps; 0 for as fast as possible.
+    pub speed: f64,
+}
+
+impl Spec {
+    /// All requests of the replay.
+    pub fn all_requests(&self) -> Result<Vec<trace::TraceRequest>, trace::TraceError> {
+        match &self.trace {
+            Some(path) => trace::read(path, self.requests),
+            None => Ok(generate::generate(self.seed, self.requests)),
+        }
+    }
+}
+
+/// What an instance counted.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Counts {
+    pub requests: u64,
+    pub blocks_requested: u64,
+    pub blocks_hit_dram: u64,
+    pub blocks_hit_ssd: u64,
+    pub blocks_missed: u64,
+    pub blocks_stored: u64,
+    pub blocks_present: u64,
+    pub blocks_dropped: u64,
+    pub blocks_unloaded: u64,
+    pub wrong_blocks: u64,
+    pub sessions: u64,
+    pub requests_without_server: u64,
+}
+
+/// One line of an instance.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Said {
+    /// Attached, or not; requests start now.
+    Ready,
+    /// Requests done so far.
+    Progress(u64),
+    /// All done.
+    Result {
+        /// Counts.
+        counts: Counts,
+        /// Histogram of match latencies in ns, V2, in hex.
+        match_ns: String,
+        /// Of load latencies.
+        load_ns: String,
+    },
+}
+
+fn say(said: &Said) -> Result<(), Box<dyn std::error::Error>> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", serde_json::to_string(said)?)?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Latencies up to a minute, three digits.
+pub fn new_histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap_or_else(|_| unreachable!("the bounds are constant and right"))
+}
+
+fn to_hex(histogram: &Histogram<u64>) -> Result<String, Box<dyn std::error::Error>> {
+    let mut bytes = Vec::new();
+    V2Serializer::new().serialize(histogram, &mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// What [`to_hex`] wrote.
+pub fn from_hex(text: &str) -> Result<Histogram<u64>, Box<dyn std::error::Error>> {
+    let digits = |i: usize| text.get(i..i + 2).ok_or("an odd number of digits");
+    let bytes = (0..text.len()).step_by(2).map(|i| Ok(u8::from_str_radix(digits(i)?, 16)?));
+    let bytes = bytes.collect::<Result<Vec<u8>, Box<dyn std::error::Error>>>()?;
+    Ok(Deserializer::new().deserialize(&mut bytes.as_slice())?)
+}
+
+/// The bytes of a block, from its key: every word depends on key and place.
+pub fn fill(key: BlockKey, block: &mut [u8]) {
+    let [low, high] = key.to_words();
+    let (words, rest) = block.as_chunks_mut::<8>();
+    for (place, word) in (0u64..).zip(words) {
+        *word = word_at(low, high, place).to_le_bytes();
+    }
+    rest.fill(low as u8);
+}
+
+/// Whether a block holds exactly what [`fill`] writes for its key.
+pub fn is_exact(key: BlockKey, block: &[u8]) -> bool {
+    let [low, high] = key.to_words();
+    let (words, rest) = block.as_chunks::<8>();
+    let wrong = (0u64..).zip(words).fold(0, |wrong, (place, word)| wrong | (u64::from_le_bytes(*word) ^ word_at(low, high, place)));
+    wrong == 0 && rest.iter().all(|byte| *byte == low as u8)
+}
+
+fn word_at(low: u64, high: u64, place: u64) -> u64 {
+    (low ^ place.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(high | 1)
+}
+
+/// Blocks moved in one call: bounds the instance's memory.
+const CHUNK: usize = 64;
+
+/// Replays this instance's share.
+pub fn run(args: &WorkerArgs) -> Outcome {
+    let spec: Spec = serde_json::from_str(&args.spec)?;
+    let config = args.settings.load()?.config;
+    // A load may wait for the disk behind other loads: longer than a scheduler would.
+    let load_wait = config.client_wait.max(Duration::from_secs(10));
+    let requests: Vec<_> = spec.all_requests()?.into_iter().skip(spec.index).step_by(spec.of).collect();
+    let instance = Instance::open(config, Layout::opaque(spec.block_bytes), 0)?;
+    let mut replay = Replay {
+        agent: Agent::new(instance, HostMemory::new(CHUNK, spec.block_bytes as usize)),
+        counts: Counts::default(),
+        match_ns: new_histogram(),
+        load_ns: new_histogram(),
+        load_wait,
+    };
+    say(&Said::Ready)?;
+    let started = Instant::now();
+    let mut told = started;
+    for (done, request) in (1..).zip(&requests) {
+        if spec.speed > 0.0 {
+            let due = Duration::from_secs_f64(request.timestamp_ms as f64 / 1000.0 / spec.speed);
+            std::thread::sleep(due.saturating_sub(started.elapsed()));
+        }
+        replay.request(&trace::keys(request));
+        if told.elapsed() > Duration::from_millis(100) {
+            told = Instant::now();
+            say(&Said::Progress(done))?;
+        }
+    }
+    replay.counts.sessions = u64::from(replay.agent.instance().sessions_count());
+    say(&Said::Result { counts: replay.counts, match_ns: to_hex(&replay.match_ns)?, load_ns: to_hex(&replay.load_ns)? })
+}
+
+struct Replay {
+    agent: Agent<HostMemory>,
+    counts: Counts,
+    match_ns: Histogram<u64>,
+    load_ns: Histogram<u64>,
+    load_wait: Duration,
+}
+
+impl Replay {
+    fn request(&mut self, keys: &[BlockKey]) {
+        self.counts.requests += 1;
+        self.counts.blocks_requested += keys.len() as u64;
+        self.counts.requests_without_server += u64::from(!self.agent.instance().is_connected());
+        let started = Instant::now();
+        let matched = self.agent.match_prefix(keys);
+        self.match_ns.saturating_record(started.elapsed().as_nanos() as u64);
+        let mut hit = 0;
+        if let Some(lease) = matched.lease {
+            let total = matched.blocks as usize;
+            let mut whole = true;
+            for (chunk, first) in keys[..total].chunks(CHUNK).zip((0..).step_by(CHUNK)) {
+                let loaded = self.load(lease, first, chunk);
+                // The prefix ends with the first block that did not come.
+                hit += if whole { loaded } else { 0 };
+                whole &= loaded == chunk.len();
+            }
+        }
+        self.counts.blocks_missed += (keys.len() - hit) as u64;
+        self.store(keys, hit);
+        if let Some(lease) = matched.lease {
+            self.agent.instance().release(lease);
+        }
+    }
+
+    /// Loads and compares. Says how many leading blocks of the chunk came.
+    fn load(&mut self, lease: kvring_ipc::client::Lease, first: usize, keys: &[BlockKey]) -> usize {
+        let blocks: Vec<usize> = (0..keys.len()).collect();
+        let mut arrived = vec![false; keys.len()];
+        let started = Instant::now();
+        let loaded = self.agent.load(lease, first as u32, keys, &blocks, self.load_wait, |_, index| arrived[index] = true);
+        self.load_ns.saturating_record(started.elapsed().as_nanos() as u64);
+        self.counts.blocks_hit_dram += u64::from(loaded.blocks_dram);
+        self.counts.blocks_hit_ssd += u64::from(loaded.blocks_ssd);
+        self.counts.blocks_unloaded += u64::from(loaded.blocks_missed);
+        for (index, key) in keys.iter().enumerate().filter(|(index, _)| arrived[*index]) {
+            let exact = is_exact(*key, self.agent.backend().block(index));
+            self.counts.wrong_blocks += u64::from(!exact);
+        }
+        arrived.iter().take_while(|arrived| **arrived).count()
+    }
+
+    fn store(&mut self, keys: &[BlockKey], from: usize) {
+        let mut parent = if from == 0 { BlockKey::default() } else { keys[from - 1] };
+        for (chunk, first) in keys[from..].chunks(CHUNK).zip((from..).step_by(CHUNK)) {
+            let blocks: Vec<usize> = (0..chunk.len()).collect();
+            let compute = |memory: &mut HostMemory, index: usize| fill(chunk[index], memory.block_mut(index));
+            let stored = self.agent.store(parent, first as u32, chunk, &blocks, compute);
+            self.counts.blocks_stored += u64::from(stored.blocks_stored);
+            self.counts.blocks_present += u64::from(stored.blocks_present);
+            self.counts.blocks_dropped += u64::from(stored.blocks_dropped);
+            parent = chunk[chunk.len() - 1];
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_block_of_another_key_or_with_a_flipped_bit_is_not_exact() {
+        let key = |n| BlockKey::from_words([n, n ^ 77]);
+        let mut block = vec![0; 4099];
+        fill(key(1), &mut block);
+        assert!(is_exact(key(1), &block) && !is_exact(key(2), &block));
+        for at in [0, 7, 2048, 4095, 4098] {
+            block[at] ^= 0x10;
+            assert!(!is_exact(key(1), &block));
+            block[at] ^= 0x10;
+        }
+    }
+}

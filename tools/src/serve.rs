@@ -1,0 +1,74 @@
+//! `kvring serve`: configuration in, server out.
+
+use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+
+use clap::Args;
+use kvring_engine::control::Server;
+use kvring_ipc::layout::Layout;
+
+use crate::Outcome;
+use crate::settings::Settings;
+
+/// Arguments of `kvring serve`.
+#[derive(Args)]
+pub struct ServeArgs {
+    /// What blocks look like, as JSON; without it the first instance says.
+    #[arg(long, value_name = "JSON")]
+    layout: Option<String>,
+    /// Serve opaque blocks of this many KiB (benchmarks and replays), instead of --layout.
+    #[arg(long, value_name = "KIB", conflicts_with = "layout")]
+    block_kib: Option<u64>,
+    /// Start the server in a session of its own and return.
+    #[arg(long)]
+    detach: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Runs the server.
+pub fn run(args: ServeArgs) -> Outcome {
+    let loaded = args.settings.load()?;
+    if args.detach {
+        return detach();
+    }
+    let filter = tracing_subscriber::EnvFilter::new(&loaded.config.log_level);
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+    for note in &loaded.notes {
+        tracing::warn!("{note}");
+    }
+    let layout = match (&args.layout, args.block_kib) {
+        (Some(text), _) => Some(serde_json::from_str::<Layout>(text).map_err(|error| format!("--layout: {error}"))?),
+        (None, Some(kib)) => Some(Layout::opaque(kib << 10)),
+        (None, None) => None,
+    };
+    let server = Server::new(loaded.config, layout, stop_signal()?)?;
+    if server.run() { Ok(()) } else { Err("the data plane failed; see the log above".into()) }
+}
+
+/// Readable once somebody wants us to stop.
+fn stop_signal() -> std::io::Result<OwnedFd> {
+    let (read, write) = UnixStream::pair()?;
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+    }
+    Ok(read.into())
+}
+
+/// Starts the server proper in a session of its own; it is init's child once we return.
+fn detach() -> Outcome {
+    // Not a group leader unless a shell made us one; then we are in nobody's way either.
+    let _ = rustix::process::setsid();
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(std::env::args_os().skip(1).filter(|argument| argument != "--detach"));
+    command.stdin(Stdio::null());
+    command.spawn().map_err(|error| format!("cannot start the server: {error}"))?;
+    Ok(())
+}
