@@ -332,10 +332,20 @@ impl Cache {
         let mut from = 0;
         while let Some((slot, block)) = self.host.next_of_dead(session, from) {
             if drained {
-                self.host.end_quarantine_of_slot(slot);
+                self.host.end_quarantine_of_slot(session, slot);
             }
             self.lose(slot, block);
             (lost, from) = (lost + 1, slot);
+        }
+        lost
+    }
+
+    /// Loses the blocks that some ranks committed and the others never will. Says how many.
+    pub fn sweep_stalled(&mut self) -> u32 {
+        let (mut lost, mut from) = (0, 0);
+        while let Some((slot, block)) = self.host.next_stalled(from) {
+            self.lose(slot, block);
+            (lost, from) = (lost + 1, slot + 1);
         }
         lost
     }
@@ -398,7 +408,9 @@ impl Cache {
 
     /// The write-back has ended.
     pub fn end_write(&mut self, block: BlockId, good: bool) {
-        let Place::Filling(disk_slot) = self.index.block(block).place(Tier::Disk) else { unreachable!("a write fills") };
+        let Place::Filling(disk_slot) = self.index.block(block).place(Tier::Disk) else {
+            unreachable!("a write fills")
+        };
         if good {
             let b = self.index.block(block);
             let parent = b.parent().map(|parent| self.index.block(parent).key).unwrap_or_default();
@@ -420,6 +432,20 @@ impl Cache {
     pub fn unpin(&mut self, block: BlockId) {
         self.index.unpin(block);
         self.collect();
+    }
+
+    /// Checks that nobody holds anything: no lease, no pin, and every slot is free or holds a block.
+    ///
+    /// # Panics
+    /// If something leaked.
+    pub fn check_at_rest(&self) {
+        assert_eq!(self.leases.count(), 0, "no lease remains");
+        let held = self.index.check_at_rest();
+        assert_eq!(self.host.quarantined_count(), 0, "no slot stays in quarantine");
+        assert_eq!(self.host.free_count() + held[0], self.host.born_count(), "a pool slot leaked");
+        if let Some(disk) = &self.disk {
+            assert_eq!(disk.free_count() as u32 + held[1], disk.geometry().slots_count(), "a disk slot leaked");
+        }
     }
 
     /// Checks every invariant: O(everything), for tests and simulations.

@@ -320,11 +320,7 @@ impl Session {
         self.post(submission(Span { offset_in_arena, count }), count, Some(arena))
     }
 
-    fn with_grants(
-        &mut self,
-        grants: &[Grant],
-        submission: impl FnOnce(Span) -> Submission,
-    ) -> Result<Tag, PostError> {
+    fn with_grants(&mut self, grants: &[Grant], submission: impl FnOnce(Span) -> Submission) -> Result<Tag, PostError> {
         assert!(!grants.is_empty() && grants.len() <= BATCH_BLOCKS_MAX as usize);
         let count = grants.len() as u32;
         let Some((arena, offset_in_arena)) = self.room(count * 8)? else { return Err(PostError::Full) };
@@ -488,7 +484,9 @@ impl Session {
             return Err(Broken("a grant is outside the pool"));
         }
         let waiter = request.waiter;
-        if completion.last && let Some(request) = self.outstanding.remove(&completion.tag) {
+        if completion.last
+            && let Some(request) = self.outstanding.remove(&completion.tag)
+        {
             if let Some(id) = request.arena {
                 self.arena.give_back(id);
             }
@@ -566,7 +564,12 @@ impl Session {
     ///
     /// # Errors
     /// [`Broken`].
-    pub fn wait(&mut self, tag: Tag, deadline: Instant, mut take: impl FnMut(&Pool, Completion)) -> Result<bool, Broken> {
+    pub fn wait(
+        &mut self,
+        tag: Tag,
+        deadline: Instant,
+        mut take: impl FnMut(&Pool, Completion),
+    ) -> Result<bool, Broken> {
         self.publish();
         let started = Instant::now();
         // Those that were kept aside by a wait for somebody else come first.

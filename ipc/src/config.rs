@@ -144,102 +144,365 @@ macro_rules! setting {
 
 /// Every setting there is.
 pub const SETTINGS: &[Setting] = &[
-    setting!("cpu_cache_gb", Some("FLEXKV_CPU_CACHE_GB"), "16", "GiB above 0, such as 16 or 0.5",
+    setting!(
+        "cpu_cache_gb",
+        Some("FLEXKV_CPU_CACHE_GB"),
+        "16",
+        "GiB above 0, such as 16 or 0.5",
         "Size of the DRAM pool that all instances share.",
-        |c, v| { c.cpu_cache_bytes = gib(v).filter(|b| *b > 0)?; Some(()) }),
-    setting!("ssd_cache_gb", Some("FLEXKV_SSD_CACHE_GB"), "0", "GiB, such as 128 or 0.5; 0 for none",
+        |c, v| {
+            c.cpu_cache_bytes = gib(v).filter(|b| *b > 0)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "ssd_cache_gb",
+        Some("FLEXKV_SSD_CACHE_GB"),
+        "0",
+        "GiB, such as 128 or 0.5; 0 for none",
         "Size of the SSD tier, over all directories.",
-        |c, v| { c.ssd_cache_bytes = gib(v)?; Some(()) }),
-    setting!("ssd_cache_dir", Some("FLEXKV_SSD_CACHE_DIR"), "./flexkv_ssd", "one directory, or several separated by ';'",
+        |c, v| {
+            c.ssd_cache_bytes = gib(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "ssd_cache_dir",
+        Some("FLEXKV_SSD_CACHE_DIR"),
+        "./flexkv_ssd",
+        "one directory, or several separated by ';'",
         "Where the SSD tier keeps its files. Blocks are striped over several directories; put each on a device of its own.",
-        |c, v| { let dirs: Vec<PathBuf> = v.split(';').map(str::trim).filter(|d| !d.is_empty()).map(PathBuf::from).collect();
-            if dirs.is_empty() { return None; } c.ssd_cache_dirs = dirs; Some(()) }),
-    setting!("server_recv_port", Some("FLEXKV_SERVER_RECV_PORT"), "ipc:///tmp/kvring_server", "a unix socket: ipc:///path or /path (tcp:// is not served: instances share memory with the server, so they are on its machine)",
+        |c, v| {
+            let dirs: Vec<PathBuf> = v.split(';').map(str::trim).filter(|d| !d.is_empty()).map(PathBuf::from).collect();
+            if dirs.is_empty() {
+                return None;
+            }
+            c.ssd_cache_dirs = dirs;
+            Some(())
+        }
+    ),
+    setting!(
+        "server_recv_port",
+        Some("FLEXKV_SERVER_RECV_PORT"),
+        "ipc:///tmp/kvring_server",
+        "a unix socket: ipc:///path or /path (tcp:// is not served: instances share memory with the server, so they are on its machine)",
         "The server's control socket: instances with the same path share one cache.",
-        |c, v| { c.socket = socket_path(v)?; Some(()) }),
-    setting!("instance_num", Some("FLEXKV_INSTANCE_NUM"), "1", "a whole number from 1 to 1024",
+        |c, v| {
+            c.socket = socket_path(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "instance_num",
+        Some("FLEXKV_INSTANCE_NUM"),
+        "1",
+        "a whole number from 1 to 1024",
         "How many instances may share the server; instance_id must be below it. None has to wait for the others.",
-        |c, v| { c.instance_num = v.parse().ok().filter(|n| (1..=1024).contains(n))?; Some(()) }),
-    setting!("instance_id", Some("FLEXKV_INSTANCE_ID"), "0", "a whole number below instance_num",
+        |c, v| {
+            c.instance_num = v.parse().ok().filter(|n| (1..=1024).contains(n))?;
+            Some(())
+        }
+    ),
+    setting!(
+        "instance_id",
+        Some("FLEXKV_INSTANCE_ID"),
+        "0",
+        "a whole number below instance_num",
         "Which instance this is. Instance 0 starts the server in launch mode embedded.",
-        |c, v| { c.instance_id = v.parse().ok()?; Some(()) }),
-    setting!("server_launch_mode", Some("FLEXKV_SERVER_LAUNCH_MODE"), "embedded", "embedded or external",
+        |c, v| {
+            c.instance_id = v.parse().ok()?;
+            Some(())
+        }
+    ),
+    setting!(
+        "server_launch_mode",
+        Some("FLEXKV_SERVER_LAUNCH_MODE"),
+        "embedded",
+        "embedded or external",
         "embedded: instance 0 starts the server, detached, and any instance starts it again if it is gone. external: nobody starts one.",
-        |c, v| { c.launch_mode = pick(v, &[("embedded", LaunchMode::Embedded), ("external", LaunchMode::External)])?; Some(()) }),
-    setting!("log_level", Some("FLEXKV_LOG_LEVEL"), "INFO", "ERROR, WARN (or WARNING), INFO, DEBUG, TRACE or OFF",
+        |c, v| {
+            c.launch_mode = pick(v, &[("embedded", LaunchMode::Embedded), ("external", LaunchMode::External)])?;
+            Some(())
+        }
+    ),
+    setting!(
+        "log_level",
+        Some("FLEXKV_LOG_LEVEL"),
+        "INFO",
+        "ERROR, WARN (or WARNING), INFO, DEBUG, TRACE or OFF",
         "How much the server says.",
-        |c, v| { c.log_level = log_level(v)?.into(); Some(()) }),
-    setting!("num_log_interval_requests", Some("FLEXKV_NUM_LOG_INTERVAL_REQUESTS"), "200", "a whole number; 0 for never",
+        |c, v| {
+            c.log_level = log_level(v)?.into();
+            Some(())
+        }
+    ),
+    setting!(
+        "num_log_interval_requests",
+        Some("FLEXKV_NUM_LOG_INTERVAL_REQUESTS"),
+        "200",
+        "a whole number; 0 for never",
         "The server logs one line of counters each time this many matches have been answered.",
-        |c, v| { c.num_log_interval_requests = v.parse().ok()?; Some(()) }),
-    setting!("eviction_policy", Some("FLEXKV_EVICTION_POLICY"), "lru", "lru, lfu, slru, fifo, mru, filo or s3fifo",
+        |c, v| {
+            c.num_log_interval_requests = v.parse().ok()?;
+            Some(())
+        }
+    ),
+    setting!(
+        "eviction_policy",
+        Some("FLEXKV_EVICTION_POLICY"),
+        "lru",
+        "lru, lfu, slru, fifo, mru, filo or s3fifo",
         "Which block goes first when room is needed. Whatever the policy, a block goes after its children and a leased one never.",
-        |c, v| { c.eviction_policy = pick(v, EVICTION_POLICIES)?; Some(()) }),
-    setting!("slru_protected_threshold", Some("FLEXKV_SLRU_PROTECTED_THRESHOLD"), "2", "a whole number from 1 to 255",
+        |c, v| {
+            c.eviction_policy = pick(v, EVICTION_POLICIES)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "slru_protected_threshold",
+        Some("FLEXKV_SLRU_PROTECTED_THRESHOLD"),
+        "2",
+        "a whole number from 1 to 255",
         "slru: matches after which a block counts as protected.",
-        |c, v| { c.slru_protected_threshold = v.parse().ok().filter(|n| (1..=255).contains(n))?; Some(()) }),
-    setting!("hugepages", Some("FLEXKV_USE_HUGEPAGE_CPU_BUFFER"), "try", "off (or 0), try, require (or 1)",
+        |c, v| {
+            c.slru_protected_threshold = v.parse().ok().filter(|n| (1..=255).contains(n))?;
+            Some(())
+        }
+    ),
+    setting!(
+        "hugepages",
+        Some("FLEXKV_USE_HUGEPAGE_CPU_BUFFER"),
+        "try",
+        "off (or 0), try, require (or 1)",
         "Whether the pool is made of hugepages. try falls back to 4 KiB pages with a warning; require refuses to start.",
-        |c, v| { c.hugepages = match v.to_ascii_lowercase().as_str() { "off" | "0" | "false" => Hugepages::Off, "try" => Hugepages::Try,
-            "require" | "1" | "true" => Hugepages::Require, _ => return None }; Some(()) }),
-    setting!("hugepage_size_bytes", Some("FLEXKV_HUGEPAGE_SIZE_BYTES"), "2097152", "2097152 or 1073741824",
+        |c, v| {
+            c.hugepages = match v.to_ascii_lowercase().as_str() {
+                "off" | "0" | "false" => Hugepages::Off,
+                "try" => Hugepages::Try,
+                "require" | "1" | "true" => Hugepages::Require,
+                _ => return None,
+            };
+            Some(())
+        }
+    ),
+    setting!(
+        "hugepage_size_bytes",
+        Some("FLEXKV_HUGEPAGE_SIZE_BYTES"),
+        "2097152",
+        "2097152 or 1073741824",
         "Size of one hugepage.",
-        |c, v| { c.hugepage_size_bytes = v.parse().ok().filter(|b| [2 << 20, 1 << 30].contains(b))?; Some(()) }),
-    setting!("io_engine", None, "auto", "auto, uring or aio",
+        |c, v| {
+            c.hugepage_size_bytes = v.parse().ok().filter(|b| [2 << 20, 1 << 30].contains(b))?;
+            Some(())
+        }
+    ),
+    setting!(
+        "io_engine",
+        None,
+        "auto",
+        "auto, uring or aio",
         "Kernel interface to the SSDs. auto takes io_uring, or libaio with a warning where io_uring is forbidden.",
-        |c, v| { c.io_engine = pick(v, &[("auto", IoEngine::Auto), ("uring", IoEngine::Uring), ("aio", IoEngine::Aio)])?; Some(()) }),
-    setting!("iouring_entries", Some("FLEXKV_IOURING_ENTRIES"), "512", "a whole number from 2 to 4096; 0 for io_engine = aio",
+        |c, v| {
+            c.io_engine = pick(v, &[("auto", IoEngine::Auto), ("uring", IoEngine::Uring), ("aio", IoEngine::Aio)])?;
+            Some(())
+        }
+    ),
+    setting!(
+        "iouring_entries",
+        Some("FLEXKV_IOURING_ENTRIES"),
+        "512",
+        "a whole number from 2 to 4096; 0 for io_engine = aio",
         "Entries of each device's submission queue.",
-        |c, v| { let n: u32 = v.parse().ok()?; if n == 0 { c.io_engine = IoEngine::Aio; return Some(()); }
-            if !(2..=4096).contains(&n) { return None; } c.iouring_entries = n; Some(()) }),
-    setting!("fixed_buffers", None, "on", "on or off",
+        |c, v| {
+            let n: u32 = v.parse().ok()?;
+            if n == 0 {
+                c.io_engine = IoEngine::Aio;
+                return Some(());
+            }
+            if !(2..=4096).contains(&n) {
+                return None;
+            }
+            c.iouring_entries = n;
+            Some(())
+        }
+    ),
+    setting!(
+        "fixed_buffers",
+        None,
+        "on",
+        "on or off",
         "Register the pool with io_uring once, so that no I/O pins pages again. Needs CAP_IPC_LOCK or a memlock limit above the pool's size.",
-        |c, v| { c.fixed_buffers = switch(v)?; Some(()) }),
-    setting!("max_file_size_gb", Some("FLEXKV_MAX_FILE_SIZE_GB"), "-1", "GiB above 0; -1 for one file a directory",
+        |c, v| {
+            c.fixed_buffers = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "max_file_size_gb",
+        Some("FLEXKV_MAX_FILE_SIZE_GB"),
+        "-1",
+        "GiB above 0; -1 for one file a directory",
         "Split each directory's cache over files of at most this size.",
-        |c, v| { c.max_file_bytes = if v.trim().parse::<f64>().is_ok_and(|g| g < 0.0) { None } else { Some(gib(v).filter(|b| *b > 0)?) }; Some(()) }),
-    setting!("ssd_read_depth", None, "32", "a whole number from 1 to 256",
+        |c, v| {
+            c.max_file_bytes =
+                if v.trim().parse::<f64>().is_ok_and(|g| g < 0.0) { None } else { Some(gib(v).filter(|b| *b > 0)?) };
+            Some(())
+        }
+    ),
+    setting!(
+        "ssd_read_depth",
+        None,
+        "32",
+        "a whole number from 1 to 256",
         "Most reads in flight on one device.",
-        |c, v| { c.ssd_read_depth = v.parse().ok().filter(|n| (1..=256).contains(n))?; Some(()) }),
-    setting!("ssd_write_depth", None, "8", "a whole number from 1 to 256",
+        |c, v| {
+            c.ssd_read_depth = v.parse().ok().filter(|n| (1..=256).contains(n))?;
+            Some(())
+        }
+    ),
+    setting!(
+        "ssd_write_depth",
+        None,
+        "8",
+        "a whole number from 1 to 256",
         "Most write-backs in flight on one device; one at a time while reads wait.",
-        |c, v| { c.ssd_write_depth = v.parse().ok().filter(|n| (1..=256).contains(n))?; Some(()) }),
-    setting!("ssd_on_mismatch", None, "refuse", "refuse or reset",
+        |c, v| {
+            c.ssd_write_depth = v.parse().ok().filter(|n| (1..=256).contains(n))?;
+            Some(())
+        }
+    ),
+    setting!(
+        "ssd_on_mismatch",
+        None,
+        "refuse",
+        "refuse or reset",
         "When a cache file was made for another layout, size or format: refuse to start, or empty it.",
-        |c, v| { c.ssd_on_mismatch = pick(v, &[("refuse", OnMismatch::Refuse), ("reset", OnMismatch::Reset)])?; Some(()) }),
-    setting!("checksum", None, "on", "on or off",
+        |c, v| {
+            c.ssd_on_mismatch = pick(v, &[("refuse", OnMismatch::Refuse), ("reset", OnMismatch::Reset)])?;
+            Some(())
+        }
+    ),
+    setting!(
+        "checksum",
+        None,
+        "on",
+        "on or off",
         "Write a CRC-64/NVME of every block to the SSD and verify it on every read. Off trusts the device.",
-        |c, v| { c.checksum = switch(v)?; Some(()) }),
-    setting!("polling", None, "adaptive", "adaptive or busy",
+        |c, v| {
+            c.checksum = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "polling",
+        None,
+        "adaptive",
+        "adaptive or busy",
         "adaptive sleeps when idle; busy never does, and wants server_cpu on a core of its own.",
-        |c, v| { c.polling = pick(v, &[("adaptive", Polling::Adaptive), ("busy", Polling::Busy)])?; Some(()) }),
-    setting!("spin_us", None, "50", "microseconds, up to 1000000",
+        |c, v| {
+            c.polling = pick(v, &[("adaptive", Polling::Adaptive), ("busy", Polling::Busy)])?;
+            Some(())
+        }
+    ),
+    setting!(
+        "spin_us",
+        None,
+        "50",
+        "microseconds, up to 1000000",
         "adaptive: how long the server spins before it sleeps.",
-        |c, v| { c.spin = Duration::from_micros(v.parse().ok().filter(|n| *n <= 1_000_000)?); Some(()) }),
-    setting!("server_cpu", None, "none", "the number of a CPU, or none",
+        |c, v| {
+            c.spin = Duration::from_micros(v.parse().ok().filter(|n| *n <= 1_000_000)?);
+            Some(())
+        }
+    ),
+    setting!(
+        "server_cpu",
+        None,
+        "none",
+        "the number of a CPU, or none",
         "Pin the server's shard to this CPU.",
-        |c, v| { c.server_cpu = if v == "none" { None } else { Some(v.parse().ok().filter(|n| *n < 1024)?) }; Some(()) }),
-    setting!("lease_ttl_ms", None, "30000", "milliseconds from 100 to 3600000",
+        |c, v| {
+            c.server_cpu = if v == "none" { None } else { Some(v.parse().ok().filter(|n| *n < 1024)?) };
+            Some(())
+        }
+    ),
+    setting!(
+        "lease_ttl_ms",
+        None,
+        "30000",
+        "milliseconds from 100 to 3600000",
         "How long a lease protects its blocks when nobody releases it.",
-        |c, v| { c.lease_ttl = Duration::from_millis(v.parse().ok().filter(|n| (100..=3_600_000).contains(n))?); Some(()) }),
-    setting!("load_wait_ms", None, "50", "milliseconds up to 60000",
+        |c, v| {
+            c.lease_ttl = Duration::from_millis(v.parse().ok().filter(|n| (100..=3_600_000).contains(n))?);
+            Some(())
+        }
+    ),
+    setting!(
+        "load_wait_ms",
+        None,
+        "50",
+        "milliseconds up to 60000",
         "How long a load may wait for a free slot before its block is answered busy.",
-        |c, v| { c.load_wait = Duration::from_millis(v.parse().ok().filter(|n| *n <= 60_000)?); Some(()) }),
-    setting!("writer_grace_ms", None, "2000", "milliseconds up to 60000",
+        |c, v| {
+            c.load_wait = Duration::from_millis(v.parse().ok().filter(|n| *n <= 60_000)?);
+            Some(())
+        }
+    ),
+    setting!(
+        "writer_grace_ms",
+        None,
+        "2000",
+        "milliseconds up to 60000",
         "How long after the death of an instance the slots it was filling stay unused: a GPU may still be writing.",
-        |c, v| { c.writer_grace = Duration::from_millis(v.parse().ok().filter(|n| *n <= 60_000)?); Some(()) }),
-    setting!("client_wait_ms", None, "10", "milliseconds from 1 to 60000",
+        |c, v| {
+            c.writer_grace = Duration::from_millis(v.parse().ok().filter(|n| *n <= 60_000)?);
+            Some(())
+        }
+    ),
+    setting!(
+        "client_wait_ms",
+        None,
+        "10",
+        "milliseconds from 1 to 60000",
         "Longest an instance waits for one answer; after that a match is a miss, a load fails its blocks and a store is dropped.",
-        |c, v| { c.client_wait = Duration::from_millis(v.parse().ok().filter(|n| (1..=60_000).contains(n))?); Some(()) }),
-    setting!("start_wait_ms", None, "5000", "milliseconds up to 600000",
+        |c, v| {
+            c.client_wait = Duration::from_millis(v.parse().ok().filter(|n| (1..=60_000).contains(n))?);
+            Some(())
+        }
+    ),
+    setting!(
+        "start_wait_ms",
+        None,
+        "5000",
+        "milliseconds up to 600000",
         "How long opening an instance waits for a server before it goes on without a cache.",
-        |c, v| { c.start_wait = Duration::from_millis(v.parse().ok().filter(|n| *n <= 600_000)?); Some(()) }),
-    setting!("server_bin", None, "none", "path of the kvring program, or none",
+        |c, v| {
+            c.start_wait = Duration::from_millis(v.parse().ok().filter(|n| *n <= 600_000)?);
+            Some(())
+        }
+    ),
+    setting!(
+        "server_bin",
+        None,
+        "none",
+        "path of the kvring program, or none",
         "The program an instance starts as the server; none looks beside the running program, then in PATH.",
-        |c, v| { c.server_bin = (v != "none").then(|| PathBuf::from(v)); Some(()) }),
-    setting!("server_log", None, "none", "path of a file, or none",
+        |c, v| {
+            c.server_bin = (v != "none").then(|| PathBuf::from(v));
+            Some(())
+        }
+    ),
+    setting!(
+        "server_log",
+        None,
+        "none",
+        "path of a file, or none",
         "Where a server that an instance started writes its log; none is the socket's path with .log.",
-        |c, v| { c.server_log = (v != "none").then(|| PathBuf::from(v)); Some(()) }),
+        |c, v| {
+            c.server_log = (v != "none").then(|| PathBuf::from(v));
+            Some(())
+        }
+    ),
 ];
 
 /// FlexKV settings that have no meaning here, and what replaces each.
@@ -307,8 +570,16 @@ pub const NOT_APPLICABLE: &[(&str, &str)] = &[
 
 /// File keys of FlexKV that have no meaning here and no environment variable either.
 const NOT_APPLICABLE_KEYS: &[&str] = &[
-    "enable_p2p_cpu", "enable_p2p_ssd", "enable_3rd_remote", "redis_host", "redis_port", "redis_password", "local_ip",
-    "local_zmq_ip", "local_zmq_port", "node_ttl_seconds",
+    "enable_p2p_cpu",
+    "enable_p2p_ssd",
+    "enable_3rd_remote",
+    "redis_host",
+    "redis_port",
+    "redis_password",
+    "local_ip",
+    "local_zmq_ip",
+    "local_zmq_port",
+    "node_ttl_seconds",
 ];
 
 /// Prefixes of FlexKV's distributed settings, none of which apply on one machine.
@@ -400,7 +671,9 @@ impl Config {
         for (name, value) in env {
             match name.as_str() {
                 "KVRING_CONFIG_PATH" | "FLEXKV_CONFIG_PATH" if value.is_empty() => {}
-                "KVRING_CONFIG_PATH" => file = config_path.map_or_else(|| Some(PathBuf::from(value)), |p| Some(p.into())),
+                "KVRING_CONFIG_PATH" => {
+                    file = config_path.map_or_else(|| Some(PathBuf::from(value)), |p| Some(p.into()))
+                }
                 "FLEXKV_CONFIG_PATH" if file.is_none() => file = Some(PathBuf::from(value)),
                 "FLEXKV_CONFIG_PATH" => {}
                 _ if name.starts_with("KVRING_") => drop(ours.insert(name, value)),
@@ -501,7 +774,9 @@ impl Config {
                 (_, _) if value.is_null() => {}
                 (Some(setting), _) => self.set(setting, &plain_text(&key, &value, &origin)?, &origin)?,
                 (None, Some(instead)) => notes.push(format!("{key} in {origin} does not apply to kvring: {instead}")),
-                (None, None) if NOT_APPLICABLE_KEYS.contains(&key.as_str()) || as_flexkv.starts_with(NOT_APPLICABLE_PREFIX) => {
+                (None, None)
+                    if NOT_APPLICABLE_KEYS.contains(&key.as_str()) || as_flexkv.starts_with(NOT_APPLICABLE_PREFIX) =>
+                {
                     notes.push(format!("{key} in {origin} does not apply to kvring: one machine, one server"));
                 }
                 (None, None) => {
@@ -519,14 +794,21 @@ impl Config {
         for s in SETTINGS {
             let flexkv = s.flexkv.map_or_else(|| "–".to_owned(), |name| format!("`{name}`"));
             let upper = s.name.to_ascii_uppercase();
-            let _ = writeln!(text, "| `{}` | `KVRING_{upper}` | {flexkv} | `{}` | {} | {} |", s.name, s.default, s.accepts, s.doc);
+            let _ = writeln!(
+                text,
+                "| `{}` | `KVRING_{upper}` | {flexkv} | `{}` | {} | {} |",
+                s.name, s.default, s.accepts, s.doc
+            );
         }
         text.push_str("\n## FlexKV settings that do not apply\n\nEach is named once in the log and otherwise ignored.\n\n| FlexKV | here instead |\n|---|---|\n");
         for (name, instead) in NOT_APPLICABLE {
             let _ = writeln!(text, "| `{name}` | {instead} |");
         }
-        let _ = writeln!(text, "| `{NOT_APPLICABLE_PREFIX}*` and the file keys {} | one machine, one server |",
-            NOT_APPLICABLE_KEYS.map_join());
+        let _ = writeln!(
+            text,
+            "| `{NOT_APPLICABLE_PREFIX}*` and the file keys {} | one machine, one server |",
+            NOT_APPLICABLE_KEYS.map_join()
+        );
         text
     }
 }
@@ -597,8 +879,19 @@ fn switch(text: &str) -> Option<bool> {
 }
 
 fn log_level(text: &str) -> Option<&'static str> {
-    pick(text, &[("error", "error"), ("critical", "error"), ("warn", "warn"), ("warning", "warn"), ("info", "info"),
-        ("debug", "debug"), ("trace", "trace"), ("off", "off")])
+    pick(
+        text,
+        &[
+            ("error", "error"),
+            ("critical", "error"),
+            ("warn", "warn"),
+            ("warning", "warn"),
+            ("info", "info"),
+            ("debug", "debug"),
+            ("trace", "trace"),
+            ("off", "off"),
+        ],
+    )
 }
 
 /// GiB with a fraction, in bytes. At most 1 EiB.

@@ -91,8 +91,11 @@ fn what_is_wrong_names_the_field_the_value_and_the_remedy() {
 
 #[test]
 fn what_was_said_can_be_said_again() {
-    let config = Config::load(&[("ssd_cache_gb".into(), "7".into())], None, env(&[("FLEXKV_CPU_CACHE_GB", "3")])).unwrap().config;
-    let again: Vec<_> = config.said.iter().map(|(n, v)| (format!("KVRING_{}", n.to_ascii_uppercase()), v.clone())).collect();
+    let config = Config::load(&[("ssd_cache_gb".into(), "7".into())], None, env(&[("FLEXKV_CPU_CACHE_GB", "3")]))
+        .unwrap()
+        .config;
+    let again: Vec<_> =
+        config.said.iter().map(|(n, v)| (format!("KVRING_{}", n.to_ascii_uppercase()), v.clone())).collect();
     assert_eq!(Config::load(&[], None, again).unwrap().config, config);
 }
 

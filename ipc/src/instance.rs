@@ -97,13 +97,8 @@ impl Instance {
     /// # Errors
     /// As [`Instance::open`].
     pub fn open_with_token(config: Config, layout: Layout, rank: u32, token: String) -> Result<Self, ConnectError> {
-        let attach = Attach {
-            protocol: PROTOCOL_VERSION,
-            instance_id: config.instance_id,
-            instance_token: token,
-            rank,
-            layout,
-        };
+        let attach =
+            Attach { protocol: PROTOCOL_VERSION, instance_id: config.instance_id, instance_token: token, rank, layout };
         let mut instance = Self {
             config,
             attach,

@@ -79,7 +79,11 @@ impl Layout {
         let theirs = fields(instance);
         let differing = |(field, server): (String, serde_json::Value)| {
             let instance = theirs.get(&field).cloned().unwrap_or_default();
-            (server != instance).then(|| Difference { field, server: server.to_string(), instance: instance.to_string() })
+            (server != instance).then(|| Difference {
+                field,
+                server: server.to_string(),
+                instance: instance.to_string(),
+            })
         };
         fields(self).into_iter().filter_map(differing).collect()
     }
@@ -103,13 +107,19 @@ impl Layout {
             ));
         }
         if self.block_bytes > 1 << 30 {
-            return Err(format!("block_bytes = {} is more than 1 GiB: choose fewer tokens_per_block", self.block_bytes));
+            return Err(format!(
+                "block_bytes = {} is more than 1 GiB: choose fewer tokens_per_block",
+                self.block_bytes
+            ));
         }
         if self.tp_size == 0 || self.tp_size > TP_SIZE_MAX {
             return Err(format!("tp_size = {} is not between 1 and {TP_SIZE_MAX}", self.tp_size));
         }
         if self.key_contract != KEY_CONTRACT_VERSION {
-            return Err(format!("key_contract = {} is not {KEY_CONTRACT_VERSION}: use one version of kvring", self.key_contract));
+            return Err(format!(
+                "key_contract = {} is not {KEY_CONTRACT_VERSION}: use one version of kvring",
+                self.key_contract
+            ));
         }
         Ok(())
     }

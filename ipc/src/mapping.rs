@@ -168,7 +168,8 @@ impl Mapping {
     /// Asks for transparent hugepages, where the kernel grants them for shared memory.
     pub fn advise_hugepages(&self) {
         // SAFETY: advice about our whole mapping; changes no byte. A refusal costs nothing.
-        let _ = unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.bytes, rustix::mm::Advice::LinuxHugepage) };
+        let _ =
+            unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.bytes, rustix::mm::Advice::LinuxHugepage) };
     }
 }
 

@@ -6,11 +6,11 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use crate::key::BlockKey;
 use crate::mapping::{Mapping, Pages, sealed_memfd};
 use crate::ring::{ENTRY_WORDS, RingMemory};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::wire::{BATCH_BLOCKS_MAX, Grant, Span};
-use crate::key::BlockKey;
 
 /// Entries of each ring.
 pub const RING_DEPTH: u32 = 1024;

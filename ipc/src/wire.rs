@@ -76,9 +76,7 @@ pub enum Op {
 impl Op {
     fn from_byte(byte: u8) -> Option<Self> {
         use Op::{Abort, Cancel, Commit, Load, Match, Ping, Prefetch, Release, Reserve};
-        [Ping, Match, Release, Load, Prefetch, Reserve, Commit, Abort, Cancel]
-            .into_iter()
-            .find(|op| *op as u8 == byte)
+        [Ping, Match, Release, Load, Prefetch, Reserve, Commit, Abort, Cancel].into_iter().find(|op| *op as u8 == byte)
     }
 }
 
@@ -211,7 +209,8 @@ impl Submission {
 
     /// As an entry (WIRE.md §3).
     pub fn encode(&self, tag: Tag) -> Entry {
-        let head = |count: u32, first: u32| u64::from(self.op() as u8) | u64::from(count) << 16 | u64::from(first) << 32;
+        let head =
+            |count: u32, first: u32| u64::from(self.op() as u8) | u64::from(count) << 16 | u64::from(first) << 32;
         let mut entry = [tag.0, head(0, 0), 0, 0, 0, 0, 0, 0];
         match *self {
             Self::Ping => {}

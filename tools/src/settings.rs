@@ -61,10 +61,17 @@ impl clap::Args for Settings {
         let flags = SETTINGS.iter().map(|setting| {
             let plain = setting.name.replace('_', "-");
             let help = format!("{} [{}; default {}]", setting.doc, setting.accepts, setting.default);
-            let arg = Arg::new(setting.name).long(long(setting.name)).value_name("VALUE").help(help).allow_hyphen_values(true);
+            let arg = Arg::new(setting.name)
+                .long(long(setting.name))
+                .value_name("VALUE")
+                .help(help)
+                .allow_hyphen_values(true);
             if long(setting.name) == plain { arg } else { arg.alias(plain) }
         });
-        command.next_help_heading("Settings (also KVRING_*, FLEXKV_* and files: docs/CONFIG.md)").arg(config).args(flags)
+        command
+            .next_help_heading("Settings (also KVRING_*, FLEXKV_* and files: docs/CONFIG.md)")
+            .arg(config)
+            .args(flags)
     }
 
     fn augment_args_for_update(command: Command) -> Command {

@@ -38,11 +38,15 @@ pub enum BuildError {
     Pool(#[from] PoolError),
     #[error(transparent)]
     Files(#[from] FilesError),
-    #[error("io_engine = uring: {0}: allow io_uring (sysctl kernel.io_uring_disabled, the container's seccomp profile) or set io_engine = aio")]
+    #[error(
+        "io_engine = uring: {0}: allow io_uring (sysctl kernel.io_uring_disabled, the container's seccomp profile) or set io_engine = aio"
+    )]
     Uring(#[from] UringError),
     #[error("io_engine = aio: {0}: raise sysctl fs.aio-max-nr or lower iouring_entries")]
     Aio(rustix::io::Errno),
-    #[error("fixed_buffers = on: the memlock limit is {limit} bytes and the pool has {pool}: raise it (ulimit -l, LimitMEMLOCK=), grant CAP_IPC_LOCK, or set fixed_buffers = off")]
+    #[error(
+        "fixed_buffers = on: the memlock limit is {limit} bytes and the pool has {pool}: raise it (ulimit -l, LimitMEMLOCK=), grant CAP_IPC_LOCK, or set fixed_buffers = off"
+    )]
     Memlock { limit: u64, pool: u64 },
     #[error("the pool's first piece cannot be registered with the devices: {0}")]
     Register(rustix::io::Errno),
@@ -99,10 +103,14 @@ impl Engine {
         // The disk first: what can be refused is refused before the pool takes memory.
         let with_disk = config.ssd_cache_bytes > 0;
         let geometry = with_disk
-            .then(|| files::geometry(config.ssd_cache_dirs.len(), config.ssd_cache_bytes, slot_bytes, config.max_file_bytes))
+            .then(|| {
+                files::geometry(config.ssd_cache_dirs.len(), config.ssd_cache_bytes, slot_bytes, config.max_file_bytes)
+            })
             .transpose()?;
         let opened = match &geometry {
-            Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, layout.fingerprint(), config.ssd_on_mismatch)?,
+            Some(geometry) => {
+                files::open(&config.ssd_cache_dirs, geometry, layout.fingerprint(), config.ssd_on_mismatch)?
+            }
             None => Vec::new(),
         };
         let pool = Arc::new(dma::create(config, slot_bytes)?);
@@ -127,7 +135,8 @@ impl Engine {
             tracing::info!("{recovered} blocks found on the SSD");
         }
         let (devices, locks) = open_devices(config, &pool, opened)?;
-        let described: Vec<String> = devices.iter().map(|(dir, device)| format!("{}: {}", dir.display(), device.describe())).collect();
+        let described: Vec<String> =
+            devices.iter().map(|(dir, device)| format!("{}: {}", dir.display(), device.describe())).collect();
         for line in &described {
             tracing::info!("device {line}");
         }
@@ -256,8 +265,11 @@ fn open_devices(
     let mut devices: Vec<(PathBuf, AnyDevice)> = Vec::new();
     let mut locks = Vec::new();
     for device in opened {
-        let memory =
-            DeviceMemory { pool: pool.mapping.clone(), headers: device.headers, piece_bytes: pool.piece_bytes as usize };
+        let memory = DeviceMemory {
+            pool: pool.mapping.clone(),
+            headers: device.headers,
+            piece_bytes: pool.piece_bytes as usize,
+        };
         let opened: AnyDevice = if use_uring {
             Box::new(Uring::new(device.files, memory, config.iouring_entries, config.fixed_buffers)?)
         } else {

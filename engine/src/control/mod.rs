@@ -32,7 +32,9 @@ const FIRST_WORD: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages are the documentation")]
 pub enum ServeError {
-    #[error("server_recv_port: another server (pid {pid}) serves {socket}: stop it with `kvring stop`, or give this one another socket")]
+    #[error(
+        "server_recv_port: another server (pid {pid}) serves {socket}: stop it with `kvring stop`, or give this one another socket"
+    )]
     AlreadyServed { socket: String, pid: String },
     #[error("server_recv_port: {path} exists and is no socket: remove it, or give the server another path")]
     NoSocket { path: String },
@@ -106,7 +108,10 @@ impl Server {
     pub fn new(config: Config, layout: Option<Layout>, stop: OwnedFd) -> Result<Self, ServeError> {
         let path = config.socket.clone();
         let name = path.display().to_string();
-        let socket_error = |what| { let path = name.clone(); move |error| ServeError::Socket { what, path, error } };
+        let socket_error = |what| {
+            let path = name.clone();
+            move |error| ServeError::Socket { what, path, error }
+        };
         let lock_path = beside_socket(&path, "lock");
         let Some(mut lock) = try_lock(&lock_path).map_err(socket_error("cannot lock"))? else {
             let mut pid = String::new();
@@ -142,7 +147,8 @@ impl Server {
     }
 
     fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), ServeError> {
-        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN).map_err(system("epoll_ctl"))
+        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
+            .map_err(system("epoll_ctl"))
     }
 
     /// Serves until it is told to stop. False: the data plane failed.
@@ -201,7 +207,8 @@ impl Server {
     }
 
     fn drop_silent(&mut self) {
-        self.connections.retain(|_, connection| connection.session.is_some() || connection.opened.elapsed() < FIRST_WORD);
+        self.connections
+            .retain(|_, connection| connection.session.is_some() || connection.opened.elapsed() < FIRST_WORD);
     }
 
     fn on_message(&mut self, number: u64) {
@@ -225,7 +232,9 @@ impl Server {
                 }
             }
             Request::Goodbye => {
-                if let Some(attached) = self.connections.get_mut(&number).and_then(|connection| connection.session.as_mut()) {
+                if let Some(attached) =
+                    self.connections.get_mut(&number).and_then(|connection| connection.session.as_mut())
+                {
                     attached.goodbye = true;
                 }
                 self.settle(number);
@@ -270,7 +279,8 @@ impl Server {
         if connection.session.is_some() {
             return Err(plain("this connection has a session already".into()));
         }
-        let peer = Peer::of(connection.channel.as_fd()).map_err(|errno| plain(format!("who connects is unknown: {errno}")))?;
+        let peer =
+            Peer::of(connection.channel.as_fd()).map_err(|errno| plain(format!("who connects is unknown: {errno}")))?;
         let ours = rustix::process::geteuid().as_raw();
         if peer.uid != ours && peer.uid != 0 {
             return Err(plain(format!("user {} may not attach to the server of user {ours}", peer.uid)));
@@ -291,7 +301,10 @@ impl Server {
                 return Err(("its parallel configuration is not the server's".into(), differences));
             }
         }
-        let taken = self.instances.iter().find(|instance| instance.id == attach.instance_id && instance.token != attach.instance_token);
+        let taken = self
+            .instances
+            .iter()
+            .find(|instance| instance.id == attach.instance_id && instance.token != attach.instance_token);
         if let Some(other) = taken {
             return Err(plain(format!(
                 "instance_id = {} is in use by process {}: give each instance its own",
@@ -335,7 +348,13 @@ impl Server {
         }
         self.next_instance += 1;
         let number = self.next_instance;
-        self.instances.push(Instance { number, id: attach.instance_id, token: attach.instance_token.clone(), sessions_count: 1, pid });
+        self.instances.push(Instance {
+            number,
+            id: attach.instance_id,
+            token: attach.instance_token.clone(),
+            sessions_count: 1,
+            pid,
+        });
         tracing::info!("instance {} attached (process {pid})", attach.instance_id);
         number
     }
@@ -353,7 +372,14 @@ impl Server {
         });
     }
 
-    fn open_session(&mut self, number: u64, id: SessionId, instance: u32, rank: u32, peer: Peer) -> rustix::io::Result<()> {
+    fn open_session(
+        &mut self,
+        number: u64,
+        id: SessionId,
+        instance: u32,
+        rank: u32,
+        peer: Peer,
+    ) -> rustix::io::Result<()> {
         let (Some(engine), Some(connection)) = (&self.engine, self.connections.get_mut(&number)) else { return Ok(()) };
         let (segment, segment_fd) = Segment::create()?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -391,7 +417,10 @@ impl Server {
     }
 
     fn on_death(&mut self, number: u64) {
-        let Some(attached) = self.connections.get_mut(&number).and_then(|connection| connection.session.as_mut()) else { return };
+        let Some(attached) = self.connections.get_mut(&number).and_then(|connection| connection.session.as_mut())
+        else {
+            return;
+        };
         attached.died = true;
         let _ = epoll::delete(&self.epoll, &attached.peer.pidfd);
         self.settle(number);
@@ -481,7 +510,11 @@ fn remove_stale_socket(path: &PathBuf) -> Result<(), ServeError> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if found.file_type().is_socket() => {
             tracing::info!("removing the socket file that a dead server left at {}", path.display());
-            std::fs::remove_file(path).map_err(|error| ServeError::Socket { what: "cannot remove the stale", path: path.display().to_string(), error })
+            std::fs::remove_file(path).map_err(|error| ServeError::Socket {
+                what: "cannot remove the stale",
+                path: path.display().to_string(),
+                error,
+            })
         }
         Ok(_) => Err(ServeError::NoSocket { path: path.display().to_string() }),
         Err(_) => Ok(()),

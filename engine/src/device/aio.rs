@@ -127,7 +127,9 @@ impl Device for Aio {
             }
             // SAFETY: `pointers[..count]` point at live iocbs, which the kernel copies before it
             // returns; each names memory that self keeps mapped until io_destroy has waited for it.
-            let result = unsafe { libc::syscall(libc::SYS_io_submit, self.context, count as libc::c_long, pointers.as_mut_ptr()) };
+            let result = unsafe {
+                libc::syscall(libc::SYS_io_submit, self.context, count as libc::c_long, pointers.as_mut_ptr())
+            };
             if result > 0 {
                 self.queue.drain(..result as usize);
                 continue;
@@ -159,7 +161,14 @@ impl Device for Aio {
         let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: `events` has room for `most` events; `zero` outlives the call.
         let result = unsafe {
-            libc::syscall(libc::SYS_io_getevents, self.context, 0 as libc::c_long, most as libc::c_long, events.as_mut_ptr(), &raw const zero)
+            libc::syscall(
+                libc::SYS_io_getevents,
+                self.context,
+                0 as libc::c_long,
+                most as libc::c_long,
+                events.as_mut_ptr(),
+                &raw const zero,
+            )
         };
         for event in &events[..usize::try_from(result).unwrap_or(0)] {
             self.inflight -= 1;

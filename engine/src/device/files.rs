@@ -25,15 +25,23 @@ pub enum FilesError {
     Directory { dir: String, error: std::io::Error },
     #[error("{file} is in use by another kvring server: give this one another ssd_cache_dir, or stop the other")]
     InUse { file: String },
-    #[error("ssd_cache_dir {dir} holds {available_gb:.2} GB free and {needed_gb:.2} GB more are needed: lower ssd_cache_gb or free space")]
+    #[error(
+        "ssd_cache_dir {dir} holds {available_gb:.2} GB free and {needed_gb:.2} GB more are needed: lower ssd_cache_gb or free space"
+    )]
     NoSpace { dir: String, available_gb: f64, needed_gb: f64 },
-    #[error("{file} cannot do direct I/O: {error}: put ssd_cache_dir on a file system with O_DIRECT (ext4, xfs, btrfs)")]
+    #[error(
+        "{file} cannot do direct I/O: {error}: put ssd_cache_dir on a file system with O_DIRECT (ext4, xfs, btrfs)"
+    )]
     NoDirect { file: String, error: std::io::Error },
-    #[error("{file} does direct I/O in units of {sector} bytes, of which {slot_bytes} is no multiple: choose tokens_per_block so that the block size is")]
+    #[error(
+        "{file} does direct I/O in units of {sector} bytes, of which {slot_bytes} is no multiple: choose tokens_per_block so that the block size is"
+    )]
     Sector { file: String, sector: u64, slot_bytes: u64 },
     #[error("{file} was made for something else ({why}): remove it, or set ssd_on_mismatch = reset to empty it")]
     Mismatch { file: String, why: String },
-    #[error("ssd_cache_gb is too small: a device of {devices} needs room for at least one block of {slot_bytes} bytes and its headers: raise ssd_cache_gb")]
+    #[error(
+        "ssd_cache_gb is too small: a device of {devices} needs room for at least one block of {slot_bytes} bytes and its headers: raise ssd_cache_gb"
+    )]
     TooSmall { devices: usize, slot_bytes: u64 },
     #[error("{file}: {error}")]
     Io { file: String, error: std::io::Error },
@@ -56,13 +64,20 @@ pub struct DeviceFiles {
 ///
 /// # Errors
 /// [`FilesError::TooSmall`].
-pub fn geometry(dirs: usize, ssd_cache_bytes: u64, slot_bytes: u64, max_file_bytes: Option<u64>) -> Result<DiskGeometry, FilesError> {
+pub fn geometry(
+    dirs: usize,
+    ssd_cache_bytes: u64,
+    slot_bytes: u64,
+    max_file_bytes: Option<u64>,
+) -> Result<DiskGeometry, FilesError> {
     let too_small = || FilesError::TooSmall { devices: dirs, slot_bytes };
     let per_device = ssd_cache_bytes / dirs as u64;
     let with = |slots: u64| DiskGeometry {
         devices_count: dirs as u32,
         slots_per_device: slots as u32,
-        slots_per_file: max_file_bytes.map_or(u32::MAX, |bytes| u32::try_from(bytes / slot_bytes).unwrap_or(u32::MAX)).min(slots as u32),
+        slots_per_file: max_file_bytes
+            .map_or(u32::MAX, |bytes| u32::try_from(bytes / slot_bytes).unwrap_or(u32::MAX))
+            .min(slots as u32),
         slot_bytes,
     };
     let mut slots = (per_device / slot_bytes).min(crate::limits::SLOTS_MAX / dirs as u64);
@@ -85,7 +100,12 @@ fn path_of(dir: &Path, file: u32) -> PathBuf {
 ///
 /// # Errors
 /// [`FilesError`].
-pub fn open(dirs: &[PathBuf], geometry: &DiskGeometry, layout: u64, on_mismatch: OnMismatch) -> Result<Vec<DeviceFiles>, FilesError> {
+pub fn open(
+    dirs: &[PathBuf],
+    geometry: &DiskGeometry,
+    layout: u64,
+    on_mismatch: OnMismatch,
+) -> Result<Vec<DeviceFiles>, FilesError> {
     let locks = dirs.iter().map(|dir| lock(dir)).collect::<Result<Vec<_>, _>>()?;
     // Any cache id will do for a new cache; devices that disagree were never one cache.
     let mut cache_id = None;
@@ -119,7 +139,10 @@ fn open_device(
 ) -> Result<DeviceFiles, FilesError> {
     let first = path_of(dir, 0);
     let name = first.display().to_string();
-    let io = |file: &Path| { let file = file.display().to_string(); move |error| FilesError::Io { file, error } };
+    let io = |file: &Path| {
+        let file = file.display().to_string();
+        move |error| FilesError::Io { file, error }
+    };
     let expected = |cache_id| Superblock {
         magic: MAGIC,
         layout,
@@ -149,20 +172,33 @@ fn open_device(
     }
     let needed: u64 = (0..geometry.files_per_device())
         .map(|file| {
-            let held = std::fs::metadata(path_of(dir, file)).map_or(0, |m| std::os::unix::fs::MetadataExt::blocks(&m) * 512);
+            let held =
+                std::fs::metadata(path_of(dir, file)).map_or(0, |m| std::os::unix::fs::MetadataExt::blocks(&m) * 512);
             geometry.file_bytes(file).saturating_sub(held)
         })
         .sum();
-    let space = rustix::fs::statvfs(dir).map_err(|errno| FilesError::Directory { dir: dir.display().to_string(), error: errno.into() })?;
+    let space = rustix::fs::statvfs(dir)
+        .map_err(|errno| FilesError::Directory { dir: dir.display().to_string(), error: errno.into() })?;
     let available = space.f_bavail * space.f_frsize;
     if needed > available {
         let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        return Err(FilesError::NoSpace { dir: dir.display().to_string(), available_gb: gb(available), needed_gb: gb(needed) });
+        return Err(FilesError::NoSpace {
+            dir: dir.display().to_string(),
+            available_gb: gb(available),
+            needed_gb: gb(needed),
+        });
     }
     let mut files = Vec::new();
     for number in 0..geometry.files_per_device() {
         let path = path_of(dir, number);
-        let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path).map_err(io(&path))?;
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io(&path))?;
         let bytes = geometry.file_bytes(number);
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
             Ok(()) => {}
@@ -170,11 +206,19 @@ fn open_device(
             Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(bytes).map_err(io(&path))?,
             Err(errno) => return Err(io(&path)(errno.into())),
         }
-        let direct = OpenOptions::new().read(true).write(true).custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32).open(&path);
+        let direct = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32)
+            .open(&path);
         let direct = direct.map_err(|error| FilesError::NoDirect { file: path.display().to_string(), error })?;
         let unit = direct_unit(&direct);
         if !geometry.slot_bytes.is_multiple_of(unit) {
-            return Err(FilesError::Sector { file: path.display().to_string(), sector: unit, slot_bytes: geometry.slot_bytes });
+            return Err(FilesError::Sector {
+                file: path.display().to_string(),
+                sector: unit,
+                slot_bytes: geometry.slot_bytes,
+            });
         }
         files.push(OwnedFd::from(direct));
     }

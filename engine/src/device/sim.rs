@@ -112,7 +112,9 @@ impl Sim {
     }
 
     fn complete(&mut self, io: &Io) -> Result<u32, Errno> {
-        let Faults { error_permille, short_permille, bit_rot_permille, misdirected_permille, lost_write_permille, .. } = self.faults;
+        let Faults {
+            error_permille, short_permille, bit_rot_permille, misdirected_permille, lost_write_permille, ..
+        } = self.faults;
         let file_bytes = self.platter[io.file as usize].len() as u64;
         if io.offset_in_file + u64::from(io.bytes) > file_bytes {
             return Err(Errno::INVAL);

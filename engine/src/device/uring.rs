@@ -43,7 +43,12 @@ impl Uring {
     ///
     /// # Errors
     /// What the kernel refuses.
-    pub fn new(files: Vec<OwnedFd>, memory: DeviceMemory, entries: u32, fixed_buffers: bool) -> Result<Self, UringError> {
+    pub fn new(
+        files: Vec<OwnedFd>,
+        memory: DeviceMemory,
+        entries: u32,
+        fixed_buffers: bool,
+    ) -> Result<Self, UringError> {
         let failed = |what| move |errno| UringError { what, errno };
         // The completion ring is twice as deep by default, and no more than `entries` are in flight.
         let ring = IoUring::builder().build(entries).map_err(failed("io_uring_setup"))?;
@@ -84,10 +89,16 @@ impl Device for Uring {
         let fixed = self.fixed_buffers && io.region == Region::Pool;
         let piece = (io.offset_in_region / self.memory.piece_bytes) as u16;
         let entry = match (io.direction, fixed) {
-            (Direction::Read, true) => opcode::ReadFixed::new(file, address, io.bytes, piece).offset(io.offset_in_file).build(),
-            (Direction::Write, true) => opcode::WriteFixed::new(file, address.cast_const(), io.bytes, piece).offset(io.offset_in_file).build(),
+            (Direction::Read, true) => {
+                opcode::ReadFixed::new(file, address, io.bytes, piece).offset(io.offset_in_file).build()
+            }
+            (Direction::Write, true) => {
+                opcode::WriteFixed::new(file, address.cast_const(), io.bytes, piece).offset(io.offset_in_file).build()
+            }
             (Direction::Read, false) => opcode::Read::new(file, address, io.bytes).offset(io.offset_in_file).build(),
-            (Direction::Write, false) => opcode::Write::new(file, address.cast_const(), io.bytes).offset(io.offset_in_file).build(),
+            (Direction::Write, false) => {
+                opcode::Write::new(file, address.cast_const(), io.bytes).offset(io.offset_in_file).build()
+            }
         };
         let entry = entry.user_data(u64::from(io.tag));
         // SAFETY: `address` is valid for io.bytes (checked by Mapping::address) and stays mapped while

@@ -17,9 +17,13 @@ const PIECES_MAX: u64 = 8192;
 pub enum PoolError {
     #[error("cpu_cache_gb is too small: {pool_bytes} bytes hold no block of {slot_bytes}: raise cpu_cache_gb")]
     TooSmall { pool_bytes: u64, slot_bytes: u64 },
-    #[error("hugepages = require: {needed} hugepages of {page_bytes} bytes are needed and {free} are free: `echo {total} > {file}`, lower cpu_cache_gb, or set hugepages = try")]
+    #[error(
+        "hugepages = require: {needed} hugepages of {page_bytes} bytes are needed and {free} are free: `echo {total} > {file}`, lower cpu_cache_gb, or set hugepages = try"
+    )]
     NoHugepages { needed: u64, free: u64, total: u64, page_bytes: u64, file: String },
-    #[error("cpu_cache_gb: {gb:.2} GB cannot be had: {errno}: lower cpu_cache_gb; the machine has {available_gb:.2} GB available")]
+    #[error(
+        "cpu_cache_gb: {gb:.2} GB cannot be had: {errno}: lower cpu_cache_gb; the machine has {available_gb:.2} GB available"
+    )]
     NoMemory { gb: f64, available_gb: f64, errno: rustix::io::Errno },
 }
 
@@ -108,7 +112,15 @@ fn map(used: u64, slot_bytes: u64, pages: Pages) -> rustix::io::Result<PoolMemor
     let mapping = Arc::new(Mapping::new(&fd, bytes as usize)?);
     let wanted = PIECE_BYTES.max(bytes / PIECES_MAX);
     let piece_bytes = (wanted / slot_bytes).max(1) * slot_bytes;
-    Ok(PoolMemory { fd, mapping, pages, slots_count: (used / slot_bytes) as u32, slot_bytes, piece_bytes, warning: None })
+    Ok(PoolMemory {
+        fd,
+        mapping,
+        pages,
+        slots_count: (used / slot_bytes) as u32,
+        slot_bytes,
+        piece_bytes,
+        warning: None,
+    })
 }
 
 impl PoolMemory {

@@ -135,7 +135,12 @@ impl Evict {
 
     /// The next block to go, taken out of the lists: whoever asks evicts it or unparks it. `None` if
     /// nothing may go, or `budget` places were looked at.
-    pub fn victim(&mut self, mut budget: u32, may_go: impl Fn(BlockId) -> bool, fingerprint: impl Fn(BlockId) -> u64) -> Option<BlockId> {
+    pub fn victim(
+        &mut self,
+        mut budget: u32,
+        may_go: impl Fn(BlockId) -> bool,
+        fingerprint: impl Fn(BlockId) -> u64,
+    ) -> Option<BlockId> {
         while budget > 0 {
             budget -= 1;
             let (block, list) = self.next_in_line()?;

@@ -95,7 +95,9 @@ fn each_policy_has_its_order() {
         for (block, times) in [(1, 3), (0, 1), (3, 2), (1, 1)] {
             (0..times).for_each(|_| index.touch(ids[block]));
         }
-        std::iter::from_fn(|| evict_one(&mut index)).map(|slot| ids.iter().position(|id| id.0 == slot).unwrap()).collect::<Vec<_>>()
+        std::iter::from_fn(|| evict_one(&mut index))
+            .map(|slot| ids.iter().position(|id| id.0 == slot).unwrap())
+            .collect::<Vec<_>>()
     };
     assert_eq!(order(EvictionPolicy::Lru), [2, 0, 3, 1]);
     assert_eq!(order(EvictionPolicy::Mru), [1, 3, 0, 2]);

@@ -445,6 +445,22 @@ impl Index {
         Some(slot)
     }
 
+    /// Checks that nobody uses a block. Says how many slots of each tier hold one.
+    ///
+    /// # Panics
+    /// If somebody does.
+    pub fn check_at_rest(&self) -> [u32; 2] {
+        let mut held = [0, 0];
+        for block in self.blocks.iter().filter(|block| block.in_use) {
+            assert!(block.leases == 0 && block.pins == 0 && !block.detached, "in use at rest: {block:?}");
+            for tier in [0, 1] {
+                assert!(!matches!(block.places[tier], Place::Filling(_)), "filling at rest: {block:?}");
+                held[tier] += u32::from(block.places[tier].ready().is_some());
+            }
+        }
+        held
+    }
+
     /// Checks every invariant: O(blocks), for tests and simulations.
     ///
     /// # Panics
@@ -479,8 +495,13 @@ impl Index {
                 assert!(ready || parked, "only what is in a tier is in its lists");
                 assert!(!(ready && parked && may_leave(block, tier)), "what may go is in line");
             }
-            assert!(!block.detached || block.has_children() || block.leases + block.pins > 0
-                || block.places.iter().any(|p| matches!(p, Place::Filling(_))), "something holds a detached block");
+            assert!(
+                !block.detached
+                    || block.has_children()
+                    || block.leases + block.pins > 0
+                    || block.places.iter().any(|p| matches!(p, Place::Filling(_))),
+                "something holds a detached block"
+            );
         }
         assert_eq!(in_use, self.count());
     }

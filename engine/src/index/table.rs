@@ -22,7 +22,11 @@ impl Table {
     /// A table for up to `capacity` blocks, at most half full.
     pub fn new(capacity: usize, secret: [u64; 2]) -> Self {
         let places = (capacity * 2).next_power_of_two().max(16);
-        Self { places: vec![EMPTY; places].into_boxed_slice(), mask: places - 1, secret: [secret[0] | 1, secret[1] | 1] }
+        Self {
+            places: vec![EMPTY; places].into_boxed_slice(),
+            mask: places - 1,
+            secret: [secret[0] | 1, secret[1] | 1],
+        }
     }
 
     fn hash(&self, key: BlockKey) -> u64 {

@@ -94,7 +94,16 @@ impl Loads {
     }
 
     /// Begins a load. The caller has seen `has_room`.
-    pub fn begin(&mut self, tag: Tag, session: usize, lease: LeaseId, instance: u32, first: u32, blocks: &[BlockId], deadline_ns: u64) -> u32 {
+    pub fn begin(
+        &mut self,
+        tag: Tag,
+        session: usize,
+        lease: LeaseId,
+        instance: u32,
+        first: u32,
+        blocks: &[BlockId],
+        deadline_ns: u64,
+    ) -> u32 {
         let Some(at) = self.free.pop() else { unreachable!("room was seen") };
         let load = &mut self.loads[at as usize];
         load.blocks[..blocks.len()].copy_from_slice(blocks);

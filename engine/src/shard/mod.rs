@@ -16,7 +16,9 @@ use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
 use kvring_ipc::ring::Poisoned;
 use kvring_ipc::segment::SessionState;
-use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Completion, GRANTS_PER_ENTRY, Grant, LeaseId, Op, Span, Status, Submission, Tag};
+use kvring_ipc::wire::{
+    BATCH_BLOCKS_MAX, Completion, GRANTS_PER_ENTRY, Grant, LeaseId, Op, Span, Status, Submission, Tag,
+};
 
 use crate::cache::{Cache, Found, Reserve};
 use crate::checksum;
@@ -77,6 +79,7 @@ pub struct Shard<D> {
     keys: Box<[BlockKey]>,
     blocks: Box<[BlockId]>,
     next_housekeeping_ns: u64,
+    next_sweep_ns: u64,
 }
 
 /// Consecutive blocks of one request with one fate, on their way into one completion.
@@ -93,7 +96,9 @@ impl Run {
     fn add(&mut self, index: u32, status: Status, grant: Option<Grant>) -> Option<Completion> {
         let open = &mut self.completion;
         let full = open.count as usize == GRANTS_PER_ENTRY && status == Status::Ok;
-        let closed = (open.count > 0 && (open.status != status || full)).then_some(*open);
+        // A load skips the blocks that wait for the disk: what comes after them is another run.
+        let adjacent = index == open.first + open.count;
+        let closed = (open.count > 0 && (open.status != status || full || !adjacent)).then_some(*open);
         if closed.is_some() || open.count == 0 {
             (open.count, open.first, open.status, open.payload) = (0, index, status, [0; GRANTS_PER_ENTRY]);
         }
@@ -107,7 +112,13 @@ impl Run {
 
 impl<D: Device> Shard<D> {
     /// A shard over a cache, a pool and devices. Everything it will ever need is allocated here.
-    pub fn new(cache: Cache, pool: Arc<Mapping>, devices: Vec<D>, options: ShardOptions, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        cache: Cache,
+        pool: Arc<Mapping>,
+        devices: Vec<D>,
+        options: ShardOptions,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let host_slots = cache.host.count();
         let transfers = |device| Transfers::new(device, options.read_depth, options.write_depth, host_slots);
         Self {
@@ -125,6 +136,7 @@ impl<D: Device> Shard<D> {
             keys: vec![BlockKey::default(); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             blocks: vec![BlockId(0); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             next_housekeeping_ns: 0,
+            next_sweep_ns: 0,
             cache,
         }
     }
@@ -349,7 +361,8 @@ impl<D: Device> Shard<D> {
             *key = session.segment.read_key(keys, i);
         }
         let instance = session.writer.instance;
-        let covered = self.cache.leased_blocks(lease, instance, first, Some(&self.keys[..count]), &mut self.blocks[..count]);
+        let covered =
+            self.cache.leased_blocks(lease, instance, first, Some(&self.keys[..count]), &mut self.blocks[..count]);
         self.metrics.loads_count.add(1);
         if let Err(status) = covered {
             session.complete(&Completion { count: keys.count, ..Completion::plain(tag, Some(Op::Load), status) });
@@ -586,7 +599,9 @@ impl<D: Device> Shard<D> {
         for done in done.drain(..) {
             let Some(landed) = self.devices[at].land(done) else { continue };
             match landed.purpose {
-                Purpose::Read { block, host_slot, disk_slot } => self.end_read(block, host_slot, disk_slot, landed.good),
+                Purpose::Read { block, host_slot, disk_slot } => {
+                    self.end_read(block, host_slot, disk_slot, landed.good)
+                }
                 Purpose::Write { block } => self.end_write(block, landed.good),
                 Purpose::Header { sector } => {
                     self.metrics.ssd_header_writes_count.add(1);
@@ -703,6 +718,12 @@ impl<D: Device> Shard<D> {
     fn keep_house(&mut self, now_ns: u64) {
         let expired = self.cache.expire(now_ns);
         self.cache.host.release_quarantined(now_ns);
+        if now_ns >= self.next_sweep_ns {
+            // Ranks store the same blocks within one step of their engine; a lease's life is ages.
+            self.next_sweep_ns = now_ns + self.options.lease_ttl_ns;
+            let lost = self.cache.sweep_stalled();
+            self.metrics.abort_blocks_count.add(u64::from(lost));
+        }
         let m = &*self.metrics;
         m.leases_expired_count.add(u64::from(expired));
         let evicted = std::mem::take(&mut self.cache.evicted);

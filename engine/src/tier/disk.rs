@@ -107,7 +107,9 @@ impl DiskSlots {
     pub fn new(geometry: DiskGeometry, layout: u64, images: Vec<Arc<Mapping>>) -> Self {
         assert_eq!(images.len(), geometry.devices_count as usize);
         let free = (0..geometry.devices_count)
-            .map(|device| (0..geometry.slots_per_device).rev().map(|local| local * geometry.devices_count + device).collect())
+            .map(|device| {
+                (0..geometry.slots_per_device).rev().map(|local| local * geometry.devices_count + device).collect()
+            })
             .collect();
         let sectors = geometry.header_sectors() as usize;
         let headers = images.into_iter().map(|image| Headers {
@@ -250,7 +252,8 @@ mod test {
     fn slots_are_striped_and_never_overlap() {
         let geometry = DiskGeometry { devices_count: 3, slots_per_device: 130, slots_per_file: 50, slot_bytes: 8192 };
         assert_eq!(geometry.files_per_device(), 3);
-        let mut places: Vec<_> = (0..geometry.slots_count()).map(|s| (geometry.device_of(s), geometry.offset_of(s))).collect();
+        let mut places: Vec<_> =
+            (0..geometry.slots_count()).map(|s| (geometry.device_of(s), geometry.offset_of(s))).collect();
         places.sort_unstable();
         for pair in places.windows(2) {
             let ((device, (file, a)), (next_device, (next_file, b))) = (pair[0], pair[1]);
@@ -282,7 +285,13 @@ mod test {
 
         let mut again = DiskSlots::new(geometry, 1, images.clone());
         let mut keys = Vec::new();
-        assert_eq!(again.recover(|header| { keys.push(header.key); Some(BlockId(0)) }), 2);
+        assert_eq!(
+            again.recover(|header| {
+                keys.push(header.key);
+                Some(BlockId(0))
+            }),
+            2
+        );
         assert_eq!(keys, [key(1), key(2)], "parents first");
         assert_eq!((again.free_count(), again.data_crc(first)), (98, 77));
         let mut other = DiskSlots::new(geometry, 2, images);

@@ -43,6 +43,10 @@ struct Slot {
     done: u32,
     /// A rank aborted or died: the block is lost, the others only have to finish.
     aborted: bool,
+    /// No rank was writing at the last sweep, and not all had committed.
+    stalled: bool,
+    /// Ranks whose writer is gone but not known to be dead: it may write for ever.
+    suspects: u32,
     /// A writer died: not before this moment.
     free_at_ns: u64,
 }
@@ -84,6 +88,8 @@ impl HostSlots {
             joined: 0,
             done: 0,
             aborted: false,
+            stalled: false,
+            suspects: 0,
             free_at_ns: 0,
         };
         Self {
@@ -145,7 +151,7 @@ impl HostSlots {
         assert!(s.state == State::Held);
         s.state = State::Filling;
         (s.block, s.instance, s.joined, s.done, s.aborted) = (block.0, writer.instance, 1 << writer.rank, 0, false);
-        s.free_at_ns = 0;
+        (s.stalled, s.suspects, s.free_at_ns) = (false, 0, 0);
         self.writers[(slot * self.tp_size + writer.rank) as usize] = writer.session.0;
         self.grant(slot)
     }
@@ -158,6 +164,7 @@ impl HostSlots {
             return None;
         }
         s.joined |= bit;
+        s.stalled = false;
         self.writers[(slot * self.tp_size + writer.rank) as usize] = writer.session.0;
         Some(self.grant(slot))
     }
@@ -202,12 +209,31 @@ impl HostSlots {
             let first = slot * self.tp_size;
             for rank in 0..self.tp_size {
                 let bit = 1 << rank;
-                if s.joined & !s.done & bit != 0 && self.writers[(first + rank) as usize] == session.0 {
+                let theirs = s.joined & bit != 0 && self.writers[(first + rank) as usize] == session.0;
+                // A part that was committed is written no more; but its block may lack the others' for
+                // ever, if they never come.
+                if theirs && (s.done & bit == 0 || !s.aborted) {
+                    s.suspects |= bit & !s.done;
                     s.done |= bit;
                     s.aborted = true;
-                    s.free_at_ns = u64::MAX;
                     return Some((slot, BlockId(s.block)));
                 }
+            }
+        }
+        None
+    }
+
+    /// The next slot from `from` on that no rank was writing at this sweep and the one before, though
+    /// not all ranks have committed: some will never come. It is marked lost.
+    pub fn next_stalled(&mut self, from: u32) -> Option<(u32, BlockId)> {
+        for slot in from..self.slots.len() as u32 {
+            let s = &mut self.slots[slot as usize];
+            if s.state != State::Filling || s.aborted || s.joined != s.done {
+                continue;
+            }
+            if std::mem::replace(&mut s.stalled, true) {
+                s.aborted = true;
+                return Some((slot, BlockId(s.block)));
             }
         }
         None
@@ -216,7 +242,7 @@ impl HostSlots {
     /// Puts an abandoned slot aside instead of freeing it, if a writer of it died.
     pub fn quarantine(&mut self, slot: u32) -> bool {
         let s = &mut self.slots[slot as usize];
-        if s.free_at_ns == 0 {
+        if s.suspects == 0 && s.free_at_ns == 0 {
             return false;
         }
         s.state = State::Quarantined;
@@ -224,21 +250,31 @@ impl HostSlots {
         true
     }
 
-    /// The session's process is known to be dead: its slots wait until `free_at_ns`.
+    /// The session's process is known to be dead: its slots wait until `free_at_ns`, and for every
+    /// other writer of theirs that is gone.
     pub fn end_quarantine(&mut self, session: SessionId, free_at_ns: u64) {
         for slot in 0..self.slots.len() as u32 {
             let s = &mut self.slots[slot as usize];
-            let first = (slot * self.tp_size) as usize;
-            let theirs = self.writers[first..first + self.tp_size as usize].contains(&session.0);
-            if theirs && s.free_at_ns == u64::MAX && matches!(s.state, State::Filling | State::Quarantined) {
-                s.free_at_ns = free_at_ns;
+            if s.suspects == 0 {
+                continue;
+            }
+            for rank in 0..self.tp_size {
+                let bit = 1 << rank;
+                if s.suspects & bit != 0 && self.writers[(slot * self.tp_size + rank) as usize] == session.0 {
+                    s.suspects &= !bit;
+                    s.free_at_ns = s.free_at_ns.max(free_at_ns);
+                }
             }
         }
     }
 
-    /// The writer has promised that nothing writes into this slot any more.
-    pub fn end_quarantine_of_slot(&mut self, slot: u32) {
-        self.slots[slot as usize].free_at_ns = 0;
+    /// The writer has promised that nothing of its own writes into this slot any more.
+    pub fn end_quarantine_of_slot(&mut self, session: SessionId, slot: u32) {
+        for rank in 0..self.tp_size {
+            if self.writers[(slot * self.tp_size + rank) as usize] == session.0 {
+                self.slots[slot as usize].suspects &= !(1 << rank);
+            }
+        }
     }
 
     /// Whether the slot holds a block's bytes, or a read is filling it.
@@ -250,7 +286,8 @@ impl HostSlots {
     pub fn release_quarantined(&mut self, now_ns: u64) {
         let mut at = 0;
         while let Some(slot) = self.quarantined.get(at).copied() {
-            if self.slots[slot as usize].free_at_ns <= now_ns {
+            let s = &self.slots[slot as usize];
+            if s.suspects == 0 && s.free_at_ns <= now_ns {
                 self.quarantined.swap_remove(at);
                 self.release(slot);
             } else {
@@ -265,7 +302,7 @@ impl HostSlots {
         assert!(!matches!(s.state, State::Free | State::Unborn), "a slot is freed once");
         s.state = State::Free;
         s.block = NOBODY;
-        s.free_at_ns = 0;
+        (s.suspects, s.free_at_ns) = (0, 0);
         self.free.push(slot);
     }
 }
@@ -301,9 +338,27 @@ mod test {
     #[test]
     fn a_stale_or_absurd_grant_is_nobody_s() {
         let (mut slots, grant) = reserved(1, writer(1, 5, 0));
-        for bad in [Grant { generation: grant.generation + 1, ..grant }, Grant { slot: 77, ..grant }, Grant { slot: u32::MAX, generation: 0 }] {
+        for bad in [
+            Grant { generation: grant.generation + 1, ..grant },
+            Grant { slot: 77, ..grant },
+            Grant { slot: u32::MAX, generation: 0 },
+        ] {
             assert_eq!(slots.rank_done(bad, writer(1, 5, 0), true), None);
         }
+    }
+
+    #[test]
+    fn a_slot_of_two_dead_ranks_waits_for_the_later_death() {
+        let (mut slots, grant) = reserved(2, writer(1, 5, 0));
+        slots.join(grant.slot, writer(2, 5, 1)).unwrap();
+        assert!(slots.next_of_dead(SessionId(1), 0).is_some() && slots.next_of_dead(SessionId(2), 0).is_some());
+        assert!(slots.is_abandoned(grant.slot) && slots.quarantine(grant.slot));
+        slots.end_quarantine(SessionId(1), 100);
+        slots.release_quarantined(1000);
+        assert_eq!(slots.quarantined_count(), 1, "the other rank may still be writing");
+        slots.end_quarantine(SessionId(2), 2000);
+        slots.release_quarantined(2000);
+        assert_eq!(slots.quarantined_count(), 0);
     }
 
     #[test]

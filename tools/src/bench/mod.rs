@@ -3,4 +3,6 @@ pub mod ring;
 use crate::Outcome;
 #[derive(clap::Args)]
 pub struct BenchArgs {}
-pub fn run(_args: BenchArgs) -> Outcome { Ok(()) }
+pub fn run(_args: BenchArgs) -> Outcome {
+    Ok(())
+}

@@ -2,4 +2,6 @@
 use crate::Outcome;
 #[derive(clap::Args)]
 pub struct PeerArgs {}
-pub fn peer(_args: &PeerArgs) -> Outcome { Ok(()) }
+pub fn peer(_args: &PeerArgs) -> Outcome {
+    Ok(())
+}

@@ -46,7 +46,11 @@ pub fn generate(seed: u64, count: usize) -> Vec<TraceRequest> {
         let (mut ids, added) = if continues {
             // Before enough has passed, anything earlier will do.
             let earlier = &requests[number - (1 + (gap - 1) % number)].hash_ids;
-            let kept = if chance.happens(BRANCH_PERMILLE) { 1 + chance.below(earlier.len() as u64) as usize } else { earlier.len() };
+            let kept = if chance.happens(BRANCH_PERMILLE) {
+                1 + chance.below(earlier.len() as u64) as usize
+            } else {
+                earlier.len()
+            };
             (earlier[..kept].to_vec(), log_normal(&mut chance, TURN_BLOCKS))
         } else {
             let mut ids = vec![0];

@@ -58,7 +58,8 @@ impl Report {
             });
             Value::Object(grown.collect())
         });
-        let devices = before["devices"].as_array().into_iter().flatten().filter_map(|d| d.as_str().map(str::to_owned)).collect();
+        let devices =
+            before["devices"].as_array().into_iter().flatten().filter_map(|d| d.as_str().map(str::to_owned)).collect();
         Ok(Self {
             counts: total,
             match_ns: match_all,
@@ -123,16 +124,42 @@ impl std::fmt::Display for Report {
         let share = |blocks: u64| 100.0 * blocks as f64 / c.blocks_requested.max(1) as f64;
         let seconds = self.elapsed.as_secs_f64();
         let of_server = |name: &str| self.server.as_ref().and_then(|server| server[name].as_u64()).unwrap_or(0);
-        writeln!(f, "requests            {:>12}   {:.0}/s over {seconds:.2} s", c.requests, c.requests as f64 / seconds)?;
+        writeln!(
+            f,
+            "requests            {:>12}   {:.0}/s over {seconds:.2} s",
+            c.requests,
+            c.requests as f64 / seconds
+        )?;
         writeln!(f, "blocks requested    {:>12}   of {} KiB", c.blocks_requested, self.block_bytes >> 10)?;
         writeln!(f, "  hit in DRAM       {:>12}   {:.1} %", c.blocks_hit_dram, share(c.blocks_hit_dram))?;
         writeln!(f, "  hit on SSD        {:>12}   {:.1} %", c.blocks_hit_ssd, share(c.blocks_hit_ssd))?;
-        writeln!(f, "  missed            {:>12}   {:.1} %, of which {} were resident and not loaded", c.blocks_missed, share(c.blocks_missed), c.blocks_unloaded)?;
-        writeln!(f, "  stored            {:>12}   {} present already, {} dropped", c.blocks_stored, c.blocks_present, c.blocks_dropped)?;
+        writeln!(
+            f,
+            "  missed            {:>12}   {:.1} %, of which {} were resident and not loaded",
+            c.blocks_missed,
+            share(c.blocks_missed),
+            c.blocks_unloaded
+        )?;
+        writeln!(
+            f,
+            "  stored            {:>12}   {} present already, {} dropped",
+            c.blocks_stored, c.blocks_present, c.blocks_dropped
+        )?;
         writeln!(f, "wrong blocks        {:>12}   every loaded byte was compared", c.wrong_blocks)?;
         writeln!(f, "hit ratio           {:>12.4}", self.hit_ratio())?;
-        writeln!(f, "moved               {:>9.2} GB   loaded ({:.2} GB/s), {:.2} GB stored", gb(self.bytes_loaded()), gb(self.bytes_loaded()) / seconds, gb(self.bytes_stored()))?;
-        writeln!(f, "SSD                 {:>9.2} GB   read, {:.2} GB written", gb(of_server("ssd_read_bytes")), gb(of_server("ssd_write_bytes")))?;
+        writeln!(
+            f,
+            "moved               {:>9.2} GB   loaded ({:.2} GB/s), {:.2} GB stored",
+            gb(self.bytes_loaded()),
+            gb(self.bytes_loaded()) / seconds,
+            gb(self.bytes_stored())
+        )?;
+        writeln!(
+            f,
+            "SSD                 {:>9.2} GB   read, {:.2} GB written",
+            gb(of_server("ssd_read_bytes")),
+            gb(of_server("ssd_write_bytes"))
+        )?;
         for (name, histogram) in [("match", &self.match_ns), ("load", &self.load_ns)] {
             let us = |q: f64| histogram.value_at_quantile(q) as f64 / 1000.0;
             writeln!(
@@ -145,7 +172,12 @@ impl std::fmt::Display for Report {
                 histogram.max() as f64 / 1000.0
             )?;
         }
-        writeln!(f, "server CPU          {:>10.2} s   {:.2} s a GB loaded or stored", self.server_cpu_s, self.server_cpu_s / gb(self.bytes_loaded() + self.bytes_stored()).max(1e-9))?;
+        writeln!(
+            f,
+            "server CPU          {:>10.2} s   {:.2} s a GB loaded or stored",
+            self.server_cpu_s,
+            self.server_cpu_s / gb(self.bytes_loaded() + self.bytes_stored()).max(1e-9)
+        )?;
         for device in &self.devices {
             writeln!(f, "device              {device}")?;
         }

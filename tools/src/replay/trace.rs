@@ -30,7 +30,9 @@ struct Line {
 
 /// A line that is no request, and what to do about it.
 #[derive(Debug, thiserror::Error)]
-#[error("{file}:{line}: {problem}: each line must be an object with timestamp (ms), input_length, output_length and hash_ids (1 to {MATCH_BLOCKS_MAX} whole numbers)")]
+#[error(
+    "{file}:{line}: {problem}: each line must be an object with timestamp (ms), input_length, output_length and hash_ids (1 to {MATCH_BLOCKS_MAX} whole numbers)"
+)]
 pub struct TraceError {
     file: String,
     line: usize,
@@ -103,7 +105,9 @@ mod test {
 
     #[test]
     fn a_trace_is_read_and_equal_prefixes_have_equal_keys() {
-        let line = |ids: &str| format!("{{\"timestamp\": 27, \"input_length\": 9, \"output_length\": 5, \"hash_ids\": {ids}}}\n");
+        let line = |ids: &str| {
+            format!("{{\"timestamp\": 27, \"input_length\": 9, \"output_length\": 5, \"hash_ids\": {ids}}}\n")
+        };
         let requests = read_text(&(line("[0, 1, 2]") + "\n" + &line("[0, 1, 9]"))).unwrap();
         let (a, b) = (keys(&requests[0]), keys(&requests[1]));
         assert_eq!(requests[0].timestamp_ms, 27);
@@ -121,7 +125,10 @@ mod test {
             ("{\"timestamp\":-5,\"input_length\":1,\"output_length\":1,\"hash_ids\":[1]}", "timestamp = -5"),
             ("{\"timestamp\":0,\"input_length\":1,\"output_length\":1,\"hash_ids\":[-1]}", "invalid value"),
             ("{\"timestamp\":0,\"input_length\":1,\"output_length\":1}", "hash_ids"),
-            (&format!("{{\"timestamp\":0,\"input_length\":1,\"output_length\":1,\"hash_ids\":{ids}}}"), "9001 hash_ids"),
+            (
+                &format!("{{\"timestamp\":0,\"input_length\":1,\"output_length\":1,\"hash_ids\":{ids}}}"),
+                "9001 hash_ids",
+            ),
             (&"x".repeat(2 << 20), "longer than"),
             ("\u{0}\u{1}\u{ff}", "expected value"),
         ];

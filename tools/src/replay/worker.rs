@@ -102,7 +102,8 @@ fn say(said: &Said) -> Result<(), Box<dyn std::error::Error>> {
 
 /// Latencies up to a minute, three digits.
 pub fn new_histogram() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap_or_else(|_| unreachable!("the bounds are constant and right"))
+    Histogram::new_with_bounds(1, 60_000_000_000, 3)
+        .unwrap_or_else(|_| unreachable!("the bounds are constant and right"))
 }
 
 fn to_hex(histogram: &Histogram<u64>) -> Result<String, Box<dyn std::error::Error>> {
@@ -133,7 +134,9 @@ pub fn fill(key: BlockKey, block: &mut [u8]) {
 pub fn is_exact(key: BlockKey, block: &[u8]) -> bool {
     let [low, high] = key.to_words();
     let (words, rest) = block.as_chunks::<8>();
-    let wrong = (0u64..).zip(words).fold(0, |wrong, (place, word)| wrong | (u64::from_le_bytes(*word) ^ word_at(low, high, place)));
+    let wrong = (0u64..)
+        .zip(words)
+        .fold(0, |wrong, (place, word)| wrong | (u64::from_le_bytes(*word) ^ word_at(low, high, place)));
     wrong == 0 && rest.iter().all(|byte| *byte == low as u8)
 }
 
@@ -216,7 +219,8 @@ impl Replay {
         let blocks: Vec<usize> = (0..keys.len()).collect();
         let mut arrived = vec![false; keys.len()];
         let started = Instant::now();
-        let loaded = self.agent.load(lease, first as u32, keys, &blocks, self.load_wait, |_, index| arrived[index] = true);
+        let loaded =
+            self.agent.load(lease, first as u32, keys, &blocks, self.load_wait, |_, index| arrived[index] = true);
         self.load_ns.saturating_record(started.elapsed().as_nanos() as u64);
         self.counts.blocks_hit_dram += u64::from(loaded.blocks_dram);
         self.counts.blocks_hit_ssd += u64::from(loaded.blocks_ssd);

@@ -1,1 +1,155 @@
-fn main(){}
+//! `cargo xtask`: what the project does to itself. `ci` is the one command that CI calls.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use kvring_tests::world::{Tally, World};
+
+const HELP: &str = "\
+cargo xtask ci          everything CI checks: format, lints, tests, loom, simulation, replay
+cargo xtask sim         simulate for 60 s from the commit's hash
+cargo xtask sim SEED    replay one seed
+cargo xtask docs        write docs/CONFIG.md anew from the code";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words.as_slice() {
+        ["ci"] => ci(),
+        ["sim"] => simulate_for(Duration::from_secs(60)),
+        ["sim", "--seconds", seconds] => {
+            seconds.parse().map_or_else(|_| usage(), |s| simulate_for(Duration::from_secs(s)))
+        }
+        ["sim", seed] => parse_seed(seed).map_or_else(usage, |seed| simulate(seed).map(drop)),
+        ["docs"] => write_docs(),
+        _ => usage(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type Outcome<T = ()> = Result<T, String>;
+
+fn usage<T>() -> Outcome<T> {
+    Err(format!("usage:\n{HELP}"))
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new(".")).to_path_buf()
+}
+
+fn parse_seed(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+fn step(name: &str, command: &mut Command) -> Outcome {
+    let started = Instant::now();
+    println!("── {name}");
+    let status = command.current_dir(root()).status().map_err(|error| format!("{name}: {error}"))?;
+    println!("── {name}: {:.0} s", started.elapsed().as_secs_f64());
+    if status.success() { Ok(()) } else { Err(format!("{name} failed")) }
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments);
+    command
+}
+
+fn ci() -> Outcome {
+    step("format", &mut cargo(&["fmt", "--all", "--check"]))?;
+    step("lints", &mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    step("documentation", cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
+    let loom = ["test", "-p", "kvring-ipc", "--test", "loom", "--release", "--target-dir", "target/loom"];
+    step("loom", cargo(&loom).env("RUSTFLAGS", "--cfg loom"))?;
+    step("release build", &mut cargo(&["build", "--release", "--workspace"]))?;
+    println!("── simulation");
+    simulate_for(Duration::from_secs(30))?;
+    // The real trace, wherever it is beside the project; else the generator.
+    let trace = root().join("../shared/data/mooncake_conversation_trace.jsonl");
+    let kvring = root().join("target/release/kvring");
+    let mut replay = Command::new(&kvring);
+    replay.arg("replay").args([
+        "--instances",
+        "2",
+        "--block-kib",
+        "16",
+        "--cpu-cache-gb",
+        "0.5",
+        "--ssd-cache-gb",
+        "2",
+    ]);
+    if trace.is_file() {
+        replay.arg(trace);
+    }
+    step("replay", &mut replay)?;
+    // Last, so that the runner's closing lines are the last thing said.
+    step("tests", &mut cargo(&["test", "--workspace", "--exclude", "xtask"]))
+}
+
+/// Seeds follow from the commit: random every time, replayable always.
+fn seed_of_commit() -> u64 {
+    let hash = Command::new("git").args(["rev-parse", "HEAD"]).current_dir(root()).output();
+    let text = hash.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    u64::from_str_radix(text.get(..15).unwrap_or("1"), 16).unwrap_or(1)
+}
+
+fn simulate(seed: u64) -> Outcome<Tally> {
+    let result = std::panic::catch_unwind(|| {
+        let mut world = World::new(seed);
+        world.run(5000);
+        world.tally
+    });
+    result.map_err(|_| format!("seed {seed} failed: replay it with `cargo xtask sim {seed}`"))
+}
+
+fn simulate_for(time: Duration) -> Outcome {
+    let base = seed_of_commit();
+    let started = Instant::now();
+    let mut told = Instant::now();
+    let mut total = Tally::default();
+    let mut worlds = 0;
+    while started.elapsed() < time {
+        let tally = simulate(base.wrapping_add(worlds))?;
+        worlds += 1;
+        total.operations += tally.operations;
+        total.blocks_loaded += tally.blocks_loaded;
+        total.blocks_stored += tally.blocks_stored;
+        total.blocks_missed += tally.blocks_missed;
+        total.deaths += tally.deaths;
+        total.lies += tally.lies;
+        total.crashes += tally.crashes;
+        if told.elapsed() > Duration::from_secs(5) {
+            told = Instant::now();
+            println!("{worlds} worlds, {} operations", total.operations);
+        }
+    }
+    let minutes = started.elapsed().as_secs_f64() / 60.0;
+    println!(
+        "{worlds} worlds from seed {base}: {} operations ({:.1} million a minute), {} blocks stored, {} loaded and compared, {} missed, {} deaths, {} lies, {} crashes: no wrong byte, nothing unanswered, nothing leaked",
+        total.operations,
+        total.operations as f64 / 1e6 / minutes,
+        total.blocks_stored,
+        total.blocks_loaded,
+        total.blocks_missed,
+        total.deaths,
+        total.lies,
+        total.crashes
+    );
+    Ok(())
+}
+
+fn write_docs() -> Outcome {
+    let path = root().join("docs/CONFIG.md");
+    std::fs::write(&path, kvring_ipc::config::Config::document())
+        .map_err(|error| format!("{}: {error}", path.display()))
+}

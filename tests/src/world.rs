@@ -1,0 +1,705 @@
+//! The world: a shard over simulated devices, clients over real segments, and an oracle.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use kvring_engine::cache::Cache;
+use kvring_engine::device::DeviceMemory;
+use kvring_engine::device::sim::{Chance, Faults, Platter, Sim};
+use kvring_engine::index::IndexOptions;
+use kvring_engine::limits::SECTOR_BYTES;
+use kvring_engine::metrics::Metrics;
+use kvring_engine::shard::session::Session as ServerSession;
+use kvring_engine::shard::{End, Shard, ShardOptions};
+use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
+use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
+use kvring_ipc::client::{Lease, Matched, Pool, PostError, Session};
+use kvring_ipc::config::{EVICTION_POLICIES, EvictionPolicy};
+use kvring_ipc::key::{BlockKey, Namespace};
+use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
+use kvring_ipc::segment::Segment;
+use kvring_ipc::sync::Ordering;
+use kvring_ipc::wire::{Completion, Grant, Op, Status, Tag};
+
+use crate::bytes;
+
+/// What a world is made of. Swarm: each seed draws its own.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "plain numbers, named")]
+pub struct Shape {
+    pub host_slots: u32,
+    pub disk_slots: u32,
+    pub devices: u32,
+    pub slot_bytes: u64,
+    pub tp_size: u32,
+    pub policy: EvictionPolicy,
+    pub faults: Faults,
+    pub chains: usize,
+    pub chain_blocks: usize,
+    pub lease_ttl_ns: u64,
+    pub may_die: bool,
+    pub may_lie: bool,
+    pub may_crash: bool,
+}
+
+impl Shape {
+    /// A shape from a seed.
+    pub fn draw(chance: &mut Chance) -> Self {
+        let mut permille = |limit: u64| if chance.happens(500) { chance.below(limit) as u32 } else { 0 };
+        let faults = Faults {
+            error_permille: permille(50),
+            short_permille: permille(200),
+            bit_rot_permille: permille(50),
+            misdirected_permille: permille(50),
+            lost_write_permille: permille(50),
+            slow_permille: permille(50),
+        };
+        let with_disk = chance.happens(800);
+        Self {
+            host_slots: 8 + chance.below(40) as u32,
+            disk_slots: if with_disk { 4 + chance.below(80) as u32 } else { 0 },
+            devices: 1 + chance.below(3) as u32,
+            slot_bytes: SECTOR_BYTES * (1 + chance.below(3)),
+            tp_size: if chance.happens(300) { 2 } else { 1 },
+            policy: EVICTION_POLICIES[chance.below(EVICTION_POLICIES.len() as u64) as usize].1,
+            faults,
+            chains: 2 + chance.below(10) as usize,
+            chain_blocks: 2 + chance.below(30) as usize,
+            lease_ttl_ns: 1_000_000 * (1 + chance.below(100)),
+            may_die: chance.happens(700),
+            may_lie: chance.happens(300),
+            may_crash: chance.happens(400),
+        }
+    }
+}
+
+/// How long a dead writer's slots wait, here.
+const GRACE_NS: u64 = 2_000_000;
+
+/// A request of a client that is not answered in full.
+#[derive(Debug)]
+struct Asked {
+    op: Op,
+    /// For matches, loads and reserves: the chain, and depth of the first block.
+    chain: usize,
+    first: usize,
+    /// Which blocks were answered.
+    answered: Vec<bool>,
+    lease: Option<Lease>,
+}
+
+/// A slot that a client fills.
+#[derive(Debug, Clone, Copy)]
+struct Filling {
+    chain: usize,
+    depth: usize,
+    grant: Grant,
+}
+
+/// A loaded slot that the lease still protects.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    lease: Lease,
+    key: BlockKey,
+    grant: Grant,
+}
+
+/// One client: a session of an instance.
+struct Client {
+    id: SessionId,
+    instance: u32,
+    rank: u32,
+    session: Session,
+    asked: HashMap<Tag, Asked>,
+    leases: Vec<(usize, u32, Lease)>,
+    filling: Vec<Filling>,
+    held: Vec<Held>,
+    hostile: bool,
+}
+
+/// A dead client's slots, into which something still writes.
+struct Zombie {
+    id: SessionId,
+    slots: Vec<u32>,
+    until_ns: Option<u64>,
+}
+
+/// What a run has done.
+#[derive(Debug, Clone, Copy, Default)]
+#[expect(missing_docs, reason = "plain counts, named")]
+pub struct Tally {
+    pub operations: u64,
+    pub blocks_loaded: u64,
+    pub blocks_stored: u64,
+    pub blocks_missed: u64,
+    pub deaths: u64,
+    pub lies: u64,
+    pub crashes: u64,
+}
+
+/// The world.
+pub struct World {
+    /// What it is made of.
+    pub shape: Shape,
+    chance: Chance,
+    now_ns: u64,
+    pool: Arc<Mapping>,
+    shard: Option<Shard<Sim>>,
+    /// Counters of the current shard.
+    pub metrics: Arc<Metrics>,
+    platters: Vec<Platter>,
+    clients: Vec<Client>,
+    zombies: Vec<Zombie>,
+    chains: Vec<Vec<BlockKey>>,
+    committed: HashSet<BlockKey>,
+    next_id: u32,
+    /// What was done.
+    pub tally: Tally,
+}
+
+fn mapping(bytes: u64) -> Arc<Mapping> {
+    let fd = sealed_memfd("kvring-world", bytes, Pages::Small).expect("a memfd");
+    Arc::new(Mapping::new(&fd, bytes as usize).expect("a mapping"))
+}
+
+impl World {
+    /// A world of a seed's own shape.
+    pub fn new(seed: u64) -> Self {
+        let mut chance = Chance::new(seed);
+        let shape = Shape::draw(&mut chance);
+        Self::with_shape(shape, chance)
+    }
+
+    /// A world of this shape.
+    pub fn with_shape(shape: Shape, chance: Chance) -> Self {
+        let pool = mapping(u64::from(shape.host_slots) * shape.slot_bytes);
+        let mut world = Self {
+            chance,
+            now_ns: 1,
+            pool,
+            shard: None,
+            metrics: Arc::default(),
+            platters: Vec::new(),
+            clients: Vec::new(),
+            zombies: Vec::new(),
+            chains: Vec::new(),
+            committed: HashSet::new(),
+            next_id: 1,
+            tally: Tally::default(),
+            shape,
+        };
+        let geometry = world.geometry();
+        let files =
+            |_| (0..geometry.files_per_device()).map(|file| vec![0; geometry.file_bytes(file) as usize]).collect();
+        world.platters = (0..if world.shape.disk_slots > 0 { geometry.devices_count } else { 0 }).map(files).collect();
+        world.draw_chains();
+        world.start();
+        world
+    }
+
+    fn geometry(&self) -> DiskGeometry {
+        let devices_count = self.shape.devices;
+        let slots_per_device = self.shape.disk_slots.div_ceil(devices_count).max(1);
+        DiskGeometry {
+            devices_count,
+            slots_per_device,
+            slots_per_file: slots_per_device.div_ceil(2),
+            slot_bytes: self.shape.slot_bytes,
+        }
+    }
+
+    /// Chains that share prefixes, as conversations do.
+    fn draw_chains(&mut self) {
+        let mut tokens: Vec<Vec<u32>> = Vec::new();
+        for chain in 0..self.shape.chains {
+            let mut these = match tokens.len() {
+                0 => Vec::new(),
+                n => {
+                    let other = &tokens[self.chance.below(n as u64) as usize];
+                    other[..self.chance.below(other.len() as u64 + 1) as usize].to_vec()
+                }
+            };
+            while these.len() < self.shape.chain_blocks {
+                these.push(chain as u32 * 1000 + these.len() as u32);
+            }
+            tokens.push(these);
+        }
+        self.chains = tokens.iter().map(|tokens| Namespace::default().keys(tokens, 1)).collect();
+    }
+
+    /// Starts a shard over what the disks hold.
+    fn start(&mut self) {
+        let shape = &self.shape;
+        let geometry = self.geometry();
+        let platters = std::mem::take(&mut self.platters);
+        let with_disk = !platters.is_empty();
+        let header_bytes = geometry.header_sectors() * SECTOR_BYTES;
+        let images: Vec<_> = platters
+            .iter()
+            .map(|platter| {
+                let image = mapping(header_bytes);
+                image.copy_in(0, &platter[0][SECTOR_BYTES as usize..][..header_bytes as usize]);
+                image
+            })
+            .collect();
+        let options = IndexOptions {
+            host_slots: shape.host_slots,
+            disk_slots: if with_disk { geometry.slots_count() } else { 0 },
+            policy: shape.policy,
+            protected_hits: 2,
+            secret: [self.chance.next_u64(), self.chance.next_u64()],
+        };
+        let disk = with_disk.then(|| DiskSlots::new(geometry, 7, images.clone()));
+        let mut cache = Cache::new(&options, HostSlots::new(shape.host_slots, shape.tp_size), disk);
+        cache.recover();
+        cache.check();
+        let devices = platters.into_iter().zip(images).map(|(platter, headers)| {
+            let memory = DeviceMemory { pool: self.pool.clone(), headers, piece_bytes: self.pool.bytes() };
+            Sim::new(platter, memory, 16, 20_000, shape.faults, self.chance.next_u64())
+        });
+        let shard_options = ShardOptions {
+            slot_bytes: shape.slot_bytes,
+            lease_ttl_ns: shape.lease_ttl_ns,
+            load_wait_ns: 500_000,
+            writer_grace_ns: GRACE_NS,
+            read_depth: 8,
+            write_depth: 4,
+            checksum: true,
+        };
+        self.metrics = Arc::default();
+        let mut shard = Shard::new(cache, self.pool.clone(), devices.collect(), shard_options, self.metrics.clone());
+        shard.bear(0, 0..shape.host_slots).expect("a simulated device registers anything");
+        self.shard = Some(shard);
+    }
+
+    fn shard(&mut self) -> &mut Shard<Sim> {
+        self.shard.as_mut().expect("a shard runs")
+    }
+
+    /// Attaches the sessions of one instance: one a rank.
+    pub fn join(&mut self) {
+        let instance = self.next_id;
+        for rank in 0..self.shape.tp_size {
+            let id = SessionId(self.next_id);
+            self.next_id += 1;
+            let (segment, _fd) = Segment::create().expect("a segment");
+            let pool = Pool::new(self.pool.clone(), self.shape.slot_bytes as usize, self.shape.host_slots);
+            let session = Session::within(segment.clone(), pool);
+            let writer = Writer { session: id, instance, rank };
+            self.shard().attach(Box::new(ServerSession::new(writer, segment, None, None)));
+            let client = Client {
+                id,
+                instance,
+                rank,
+                session,
+                asked: HashMap::new(),
+                leases: Vec::new(),
+                filling: Vec::new(),
+                held: Vec::new(),
+                hostile: false,
+            };
+            self.clients.push(client);
+        }
+    }
+
+    /// Runs `steps` random steps, then ends every session and looks for what is left behind.
+    pub fn run(&mut self, steps: u64) {
+        for _ in 0..steps {
+            self.step();
+        }
+        self.finish();
+    }
+
+    fn step(&mut self) {
+        if self.clients.is_empty() || (self.clients.len() < 6 && self.chance.happens(5)) {
+            self.join();
+        }
+        let at = self.chance.below(self.clients.len() as u64) as usize;
+        match self.chance.below(1000) {
+            0..3 if self.shape.may_die => self.die(at),
+            3..5 if self.shape.may_lie => self.lie(at),
+            5..6 if self.shape.may_crash => self.crash(),
+            6..100 => self.now_ns += self.chance.below(400_000),
+            100..300 => self.post_match(at),
+            300..480 => self.post_load(at),
+            480..500 => self.post_prefetch(at),
+            500..520 => self.post_cancel(at),
+            520..700 => self.post_reserve(at),
+            700..850 => self.commit_or_abort(at),
+            850..930 => self.release(at),
+            _ => self.look_again(at),
+        }
+        self.haunt();
+        if self.chance.happens(700) {
+            self.now_ns += self.chance.below(20_000);
+            let now_ns = self.now_ns;
+            self.shard().poll(now_ns);
+        }
+        if self.chance.happens(500) && !self.clients.is_empty() {
+            self.collect(at.min(self.clients.len() - 1));
+        }
+        if self.chance.happens(2) {
+            self.shard().cache().check();
+        }
+    }
+
+    fn chain_below(&mut self, limit: usize) -> (usize, usize) {
+        let chain = self.chance.below(self.chains.len() as u64) as usize;
+        (chain, 1 + self.chance.below(limit as u64) as usize)
+    }
+
+    fn post(&mut self, at: usize, posted: Result<Tag, PostError>, asked: Asked) {
+        self.tally.operations += 1;
+        let client = &mut self.clients[at];
+        match posted {
+            Ok(tag) => {
+                client.asked.insert(tag, asked);
+                client.session.publish();
+            }
+            Err(PostError::Full) => {}
+            Err(PostError::Broken(broken)) => assert!(client.hostile, "an honest session broke: {broken}"),
+        }
+    }
+
+    fn asked(op: Op, chain: usize, first: usize, count: usize) -> Asked {
+        Asked { op, chain, first, answered: vec![false; count], lease: None }
+    }
+
+    fn post_match(&mut self, at: usize) {
+        let (chain, blocks) = self.chain_below(self.shape.chain_blocks);
+        let posted = self.clients[at].session.post_match(&self.chains[chain][..blocks]);
+        self.post(at, posted, Self::asked(Op::Match, chain, 0, blocks));
+    }
+
+    fn post_load(&mut self, at: usize) {
+        let leases = &self.clients[at].leases;
+        if leases.is_empty() {
+            return;
+        }
+        let (chain, blocks, lease) = leases[self.chance.below(leases.len() as u64) as usize];
+        let first = self.chance.below(u64::from(blocks)) as usize;
+        let count = 1 + self.chance.below(u64::from(blocks) - first as u64) as usize;
+        let posted =
+            self.clients[at].session.post_load(lease.id, first as u32, &self.chains[chain][first..first + count]);
+        self.post(at, posted, Asked { lease: Some(lease), ..Self::asked(Op::Load, chain, first, count) });
+    }
+
+    fn post_prefetch(&mut self, at: usize) {
+        if let Some((chain, blocks, lease)) = self.clients[at].leases.last().copied() {
+            let posted = self.clients[at].session.post_prefetch(lease.id, 0, blocks);
+            self.post(at, posted, Self::asked(Op::Prefetch, chain, 0, 0));
+        }
+    }
+
+    fn post_cancel(&mut self, at: usize) {
+        let target = self.clients[at].asked.iter().filter(|(_, asked)| asked.op == Op::Load).map(|(tag, _)| *tag).min();
+        if let Some(target) = target {
+            let posted = self.clients[at].session.post_cancel(target);
+            self.post(at, posted, Self::asked(Op::Cancel, 0, 0, 0));
+        }
+    }
+
+    fn post_reserve(&mut self, at: usize) {
+        let (chain, end) = self.chain_below(self.shape.chain_blocks);
+        // Mostly from the root, as a store after a miss is; sometimes from anywhere.
+        let first = if self.chance.happens(600) { 0 } else { self.chance.below(end as u64) as usize };
+        let parent = if first == 0 { BlockKey::default() } else { self.chains[chain][first - 1] };
+        let (instance, rank) = (self.clients[at].instance, self.clients[at].rank);
+        // With tensor parallelism every rank of the instance stores the same blocks.
+        let ranks: Vec<usize> = (0..self.clients.len()).filter(|i| self.clients[*i].instance == instance).collect();
+        for peer in ranks {
+            if self.clients[peer].rank != rank && self.chance.happens(100) {
+                continue;
+            }
+            let posted = self.clients[peer].session.post_reserve(parent, first as u32, &self.chains[chain][first..end]);
+            self.post(peer, posted, Self::asked(Op::Reserve, chain, first, end - first));
+        }
+    }
+
+    fn commit_or_abort(&mut self, at: usize) {
+        let commit = self.chance.happens(900);
+        let part = self.shape.slot_bytes as usize / self.shape.tp_size as usize;
+        let client = &mut self.clients[at];
+        // What a liar holds may have been given away by its own garbage: it writes no more.
+        if client.filling.is_empty() || client.hostile {
+            return;
+        }
+        let some = 1 + self.chance.below(client.filling.len() as u64) as usize;
+        let filling: Vec<Filling> = client.filling.drain(..some).collect();
+        let grants: Vec<Grant> = filling.iter().map(|filling| filling.grant).collect();
+        let mut bytes = vec![0; part];
+        for filling in &filling {
+            let key = self.chains[filling.chain][filling.depth];
+            let offset = client.rank as usize * part;
+            bytes::fill(key, offset, &mut bytes);
+            client.session.pool().copy_in(filling.grant.slot, offset, &bytes);
+            if commit {
+                self.committed.insert(key);
+            }
+        }
+        self.tally.blocks_stored += grants.len() as u64;
+        let (posted, op) = if commit {
+            (client.session.post_commit(&grants), Op::Commit)
+        } else {
+            (client.session.post_abort(&grants), Op::Abort)
+        };
+        if posted == Err(PostError::Full) {
+            self.clients[at].filling.extend(filling);
+            return;
+        }
+        self.post(at, posted, Self::asked(op, 0, 0, 0));
+    }
+
+    fn release(&mut self, at: usize) {
+        let client = &mut self.clients[at];
+        if client.leases.is_empty() {
+            return;
+        }
+        let (_, _, lease) = client.leases.swap_remove(self.chance.below(client.leases.len() as u64) as usize);
+        let posted = client.session.post_release(lease.id);
+        if posted.is_ok() {
+            client.held.retain(|held| held.lease != lease);
+        }
+        self.post(at, posted, Self::asked(Op::Release, 0, 0, 0));
+    }
+
+    /// What a lease protects is still there, long after it was loaded.
+    fn look_again(&mut self, at: usize) {
+        let (now_ns, slot_bytes) = (self.now_ns, self.shape.slot_bytes as usize);
+        let client = &mut self.clients[at];
+        if client.hostile {
+            return;
+        }
+        client.held.retain(|held| held.lease.expires_at_ns > now_ns);
+        let mut block = vec![0; slot_bytes];
+        for held in &client.held {
+            client.session.pool().copy_out(held.grant.slot, 0, &mut block);
+            if bytes::first_difference(held.key, &block).is_some() {
+                let whose: Vec<_> = self
+                    .chains
+                    .iter()
+                    .flatten()
+                    .filter(|other| bytes::first_difference(**other, &block).is_none())
+                    .collect();
+                let zombies: Vec<_> = self.zombies.iter().map(|z| (z.id, &z.slots, z.until_ns)).collect();
+                panic!(
+                    "a leased block changed at {now_ns}: {held:?} is now {whose:?}; zombies {zombies:?}; {:?}",
+                    bytes::first_difference(held.key, &block)
+                );
+            }
+        }
+    }
+
+    /// Takes what a client was answered, and holds it against the oracle.
+    fn collect(&mut self, at: usize) {
+        let mut completions = Vec::new();
+        let client = &mut self.clients[at];
+        let polled = client.session.poll(|completion| completions.push(completion));
+        if client.hostile {
+            return;
+        }
+        assert!(polled.is_ok(), "an honest session broke: {polled:?}");
+        for completion in completions {
+            self.answer(at, completion);
+        }
+    }
+
+    fn answer(&mut self, at: usize, completion: Completion) {
+        let client = &mut self.clients[at];
+        let asked = client.asked.get_mut(&completion.tag).expect("an answer to what was asked, once");
+        assert_eq!(completion.op, Some(asked.op), "an honest request is understood");
+        assert_ne!(completion.status, Status::BadRequest);
+        let answers_blocks = matches!(asked.op, Op::Load | Op::Reserve);
+        if answers_blocks {
+            for index in completion.first..completion.first + completion.count {
+                let answered = &mut asked.answered[index as usize];
+                assert!(!std::mem::replace(answered, true), "a block is answered once");
+            }
+        }
+        let chain = &self.chains[asked.chain];
+        match (asked.op, completion.status) {
+            (Op::Match, Status::Ok) => {
+                let matched = Matched::from_completion(&completion);
+                assert!(matched.blocks as usize <= asked.answered.len());
+                for key in &chain[..matched.blocks as usize] {
+                    assert!(self.committed.contains(key), "a block that nobody stored is resident");
+                }
+                if let Some(lease) = matched.lease {
+                    client.leases.push((asked.chain, matched.blocks, lease));
+                }
+            }
+            (Op::Load, Status::Ok) => {
+                let lease = asked.lease.expect("a load has a lease");
+                let mut block = vec![0; self.shape.slot_bytes as usize];
+                for (index, grant) in completion.grants() {
+                    if lease.expires_at_ns <= self.now_ns || !client.leases.iter().any(|(_, _, held)| *held == lease) {
+                        continue;
+                    }
+                    let key = chain[asked.first + index as usize];
+                    client.session.pool().copy_out(grant.slot, 0, &mut block);
+                    if bytes::first_difference(key, &block).is_some() {
+                        let whose: Vec<_> = self
+                            .chains
+                            .iter()
+                            .flatten()
+                            .filter(|other| bytes::first_difference(**other, &block).is_none())
+                            .collect();
+                        let zombies: Vec<_> = self.zombies.iter().map(|z| (&z.slots, z.until_ns)).collect();
+                        panic!(
+                            "wrong bytes for {key} in {grant:?} at {:?}: they are those of {whose:?}; lease {lease:?} now {} zombies {zombies:?} from disk {}",
+                            bytes::first_difference(key, &block),
+                            self.now_ns,
+                            completion.from_disk
+                        );
+                    }
+                    self.tally.blocks_loaded += 1;
+                    client.held.push(Held { lease, key, grant });
+                }
+            }
+            (Op::Load, _) => self.tally.blocks_missed += u64::from(completion.count),
+            (Op::Reserve, Status::Ok) => {
+                for (index, grant) in completion.grants() {
+                    let depth = asked.first + index as usize;
+                    client.filling.push(Filling { chain: asked.chain, depth, grant });
+                }
+            }
+            _ => {}
+        }
+        if completion.last {
+            let asked = client.asked.remove(&completion.tag).expect("it was there");
+            let whole = !matches!(asked.op, Op::Load | Op::Reserve) || asked.answered.iter().all(|answered| *answered);
+            assert!(whole, "the last answer leaves no block out");
+        }
+    }
+
+    /// A client ends: politely, by hanging up, or killed with a DMA engine behind it.
+    fn die(&mut self, at: usize) {
+        self.tally.deaths += 1;
+        let client = self.clients.swap_remove(at);
+        let now_ns = self.now_ns;
+        if self.chance.happens(300) {
+            self.shard().end(client.id, End::Goodbye, now_ns);
+            return;
+        }
+        // What it was granted, and what was granted to it and never read: all may be written to.
+        let mut slots: Vec<u32> = client.filling.iter().map(|filling| filling.grant.slot).collect();
+        let mut session = client.session;
+        let _ = session.poll(|completion| {
+            if completion.op == Some(Op::Reserve) {
+                slots.extend(completion.grants().map(|(_, grant)| grant.slot));
+            }
+        });
+        self.shard().end(client.id, End::Suspect, now_ns);
+        self.zombies.push(Zombie {
+            id: client.id,
+            slots: if client.hostile { Vec::new() } else { slots },
+            until_ns: None,
+        });
+    }
+
+    /// The dead write on, until their grace is over.
+    fn haunt(&mut self) {
+        if self.zombies.is_empty() {
+            return;
+        }
+        let now_ns = self.now_ns;
+        for zombie in &self.zombies {
+            for slot in &zombie.slots {
+                let offset = *slot as usize * self.shape.slot_bytes as usize;
+                self.pool.copy_in(offset, &self.chance.next_u64().to_le_bytes());
+            }
+        }
+        let mut dead = Vec::new();
+        for zombie in &mut self.zombies {
+            if zombie.until_ns.is_none() && self.chance.happens(20) {
+                zombie.until_ns = Some(now_ns + GRACE_NS);
+                dead.push(zombie.id);
+            }
+        }
+        for id in dead {
+            self.shard().end(id, End::Dead, now_ns);
+        }
+        // The grace was counted from a moment before this one: by then the last write is past.
+        self.zombies.retain(|zombie| zombie.until_ns.is_none_or(|until| until > now_ns + 500_000));
+    }
+
+    /// A client writes garbage into every kind of word it can reach. Its own session is forfeit.
+    fn lie(&mut self, at: usize) {
+        self.tally.lies += 1;
+        let part = self.shape.slot_bytes as usize / self.shape.tp_size as usize;
+        // Ranks of one instance share its leases: one that lies may release another's.
+        let instance = self.clients[at].instance;
+        self.clients.iter_mut().filter(|client| client.instance == instance).for_each(|client| client.hostile = true);
+        let client = &mut self.clients[at];
+        // Garbage may commit what was reserved. Storing wrong bytes under a key one may name is not a
+        // lie that a server can see (THREATS.md), so they are right here.
+        let mut bytes = vec![0; part];
+        for filling in &std::mem::take(&mut client.filling) {
+            let key = self.chains[filling.chain][filling.depth];
+            bytes::fill(key, client.rank as usize * part, &mut bytes);
+            client.session.pool().copy_in(filling.grant.slot, client.rank as usize * part, &bytes);
+            self.committed.insert(key);
+        }
+        let words = client.session.segment().all_words();
+        for _ in 0..1 + self.chance.below(64) {
+            let place = match self.chance.below(3) {
+                0 => self.chance.below(64),
+                1 => 512 + self.chance.below(1024),
+                _ => self.chance.below(words.len() as u64),
+            };
+            let value = match self.chance.below(4) {
+                0 => self.chance.next_u64(),
+                1 => u64::MAX,
+                2 => self.chance.below(16) << 16 | self.chance.below(12),
+                _ => self.chance.below(2048),
+            };
+            words[place as usize].store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// The engine dies at this very moment, sometimes with the power.
+    fn crash(&mut self) {
+        self.tally.crashes += 1;
+        let devices = self.shard.take().expect("a shard runs").into_devices();
+        self.platters = devices.into_iter().map(Sim::power_cut).collect();
+        self.clients.clear();
+        self.zombies.clear();
+        self.start();
+    }
+
+    /// Ends every session; then nothing may be left: no lease, no slot that neither is free nor holds a
+    /// block.
+    fn finish(&mut self) {
+        // Every request of an honest client is answered, sooner or later, without further ado.
+        for _ in 0..100_000 {
+            if self.clients.iter().all(|client| client.hostile || client.asked.is_empty()) {
+                break;
+            }
+            self.now_ns += 10_000;
+            let now_ns = self.now_ns;
+            self.shard().poll(now_ns);
+            for at in 0..self.clients.len() {
+                self.look_again(at);
+                self.collect(at);
+            }
+        }
+        for client in &self.clients {
+            assert!(client.hostile || client.asked.is_empty(), "unanswered: {:?}", client.asked);
+        }
+        let ids: Vec<SessionId> =
+            self.clients.drain(..).map(|client| client.id).chain(self.zombies.drain(..).map(|z| z.id)).collect();
+        for id in ids {
+            let now_ns = self.now_ns;
+            self.shard().end(id, End::Dead, now_ns);
+        }
+        for _ in 0..10_000 {
+            self.now_ns += 10_000;
+            let now_ns = self.now_ns;
+            self.shard().poll(now_ns);
+        }
+        assert!(self.shard().is_drained(), "what was to be written is written");
+        let cache = self.shard().cache();
+        cache.check();
+        cache.check_at_rest();
+    }
+}
