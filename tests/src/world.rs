@@ -36,6 +36,7 @@ pub struct Shape {
     pub faults: Faults,
     pub chains: usize,
     pub chain_blocks: usize,
+    pub shared_prefixes: bool,
     pub lease_ttl_ns: u64,
     pub may_die: bool,
     pub may_lie: bool,
@@ -65,6 +66,7 @@ impl Shape {
             faults,
             chains: 2 + chance.below(10) as usize,
             chain_blocks: 2 + chance.below(30) as usize,
+            shared_prefixes: true,
             lease_ttl_ns: 1_000_000 * (1 + chance.below(100)),
             may_die: chance.happens(700),
             may_lie: chance.happens(300),
@@ -153,6 +155,10 @@ pub struct World {
     chains: Vec<Vec<BlockKey>>,
     committed: HashSet<BlockKey>,
     next_id: u32,
+    /// Called before and after every poll of the shard.
+    pub around_poll: Option<(fn(), fn())>,
+    /// Polls so far.
+    pub polls_count: u64,
     /// What was done.
     pub tally: Tally,
 }
@@ -185,6 +191,8 @@ impl World {
             chains: Vec::new(),
             committed: HashSet::new(),
             next_id: 1,
+            around_poll: None,
+            polls_count: 0,
             tally: Tally::default(),
             shape,
         };
@@ -214,6 +222,7 @@ impl World {
         for chain in 0..self.shape.chains {
             let mut these = match tokens.len() {
                 0 => Vec::new(),
+                _ if !self.shape.shared_prefixes => Vec::new(),
                 n => {
                     let other = &tokens[self.chance.below(n as u64) as usize];
                     other[..self.chance.below(other.len() as u64 + 1) as usize].to_vec()
@@ -332,14 +341,140 @@ impl World {
         self.haunt();
         if self.chance.happens(700) {
             self.now_ns += self.chance.below(20_000);
-            let now_ns = self.now_ns;
-            self.shard().poll(now_ns);
+            self.poll_once();
         }
         if self.chance.happens(500) && !self.clients.is_empty() {
             self.collect(at.min(self.clients.len() - 1));
         }
         if self.chance.happens(2) {
             self.shard().cache().check();
+        }
+    }
+
+    /// Lets the shard do one round.
+    pub fn poll_once(&mut self) {
+        let (now_ns, around) = (self.now_ns, self.around_poll);
+        self.polls_count += 1;
+        if let Some((before, _)) = around {
+            before();
+        }
+        self.shard().poll(now_ns);
+        if let Some((_, after)) = around {
+            after();
+        }
+    }
+
+    /// Lets time pass, in small steps.
+    pub fn pass(&mut self, ns: u64) {
+        let end = self.now_ns + ns;
+        let step = (ns / 1000).max(10_000);
+        while self.now_ns < end {
+            self.now_ns += step;
+            self.poll_once();
+        }
+    }
+
+    /// Slots of the pool that are free.
+    pub fn free_slots(&mut self) -> u32 {
+        self.shard().cache().host.free_count()
+    }
+
+    /// Waits for all answers of a client and gives them.
+    fn answers(&mut self, at: usize) -> Vec<Completion> {
+        let mut all = Vec::new();
+        for _ in 0..1000 {
+            self.now_ns += 10_000;
+            self.poll_once();
+            self.clients[at].session.poll(|completion| all.push(completion)).expect("an honest session");
+        }
+        for completion in &all {
+            self.answer(at, *completion);
+        }
+        all
+    }
+
+    /// The first `blocks` blocks of a chain are reserved for a client; says which slots it was granted.
+    pub fn reserve(&mut self, at: usize, chain: usize, blocks: usize) -> Vec<Grant> {
+        let posted = self.clients[at].session.post_reserve(BlockKey::default(), 0, &self.chains[chain][..blocks]);
+        self.post(at, posted, Self::asked(Op::Reserve, chain, 0, blocks));
+        self.answers(at)
+            .iter()
+            .flat_map(|completion| completion.grants().map(|(_, grant)| grant).collect::<Vec<_>>())
+            .collect()
+    }
+
+    /// Fills slots with a chain's blocks from `first` on and commits them; says how many were taken.
+    pub fn fill_and_commit(&mut self, at: usize, chain: usize, first: usize, grants: &[Grant]) -> u64 {
+        let mut bytes = vec![0; self.shape.slot_bytes as usize];
+        for (grant, key) in grants.iter().zip(&self.chains[chain][first..]) {
+            bytes::fill(*key, 0, &mut bytes);
+            self.clients[at].session.pool().copy_in(grant.slot, 0, &bytes);
+            self.committed.insert(*key);
+        }
+        self.clients[at].filling.retain(|filling| !grants.contains(&filling.grant));
+        let posted = self.clients[at].session.post_commit(grants);
+        self.post(at, posted, Self::asked(Op::Commit, 0, 0, 0));
+        self.answers(at)[0].payload[0]
+    }
+
+    /// Matches the first `blocks` blocks of a chain; says how many are resident. The lease is kept.
+    pub fn match_blocks(&mut self, at: usize, chain: usize, blocks: usize) -> u32 {
+        let posted = self.clients[at].session.post_match(&self.chains[chain][..blocks]);
+        self.post(at, posted, Self::asked(Op::Match, chain, 0, blocks));
+        self.answers(at)[0].count
+    }
+
+    /// Posts the load of a chain's first blocks under the client's last lease on it.
+    pub fn post_load_of(&mut self, at: usize, chain: usize, blocks: usize) {
+        let lease = self.clients[at].leases.iter().rfind(|lease| lease.0 == chain).expect("a lease").2;
+        let posted = self.clients[at].session.post_load(lease.id, 0, &self.chains[chain][..blocks]);
+        self.post(at, posted, Asked { lease: Some(lease), ..Self::asked(Op::Load, chain, 0, blocks) });
+    }
+
+    /// Loads a chain's first blocks under the client's last lease on it: runs of equal statuses.
+    pub fn load(&mut self, at: usize, chain: usize, blocks: usize) -> Vec<(Status, u32)> {
+        self.post_load_of(at, chain, blocks);
+        let mut runs: Vec<(Status, u32)> = Vec::new();
+        for completion in self.answers(at) {
+            match runs.last_mut() {
+                Some(run) if run.0 == completion.status => run.1 += completion.count,
+                _ => runs.push((completion.status, completion.count)),
+            }
+        }
+        runs
+    }
+
+    /// A client's process hangs up, or dies. Clients behind it move up.
+    pub fn kill(&mut self, at: usize, end: End) {
+        let client = self.clients.remove(at);
+        let now_ns = self.now_ns;
+        self.shard().end(client.id, end, now_ns);
+        self.zombies.push(Zombie { id: client.id, slots: Vec::new(), until_ns: None });
+    }
+
+    /// All that were killed are known to be dead.
+    pub fn confirm_dead(&mut self) {
+        let now_ns = self.now_ns;
+        for zombie in std::mem::take(&mut self.zombies) {
+            self.shard().end(zombie.id, End::Dead, now_ns);
+        }
+    }
+
+    /// A client writes exactly this into its segment.
+    pub fn lie_exactly(&mut self, at: usize, write: impl FnOnce(&[kvring_ipc::sync::AtomicU64])) {
+        self.clients[at].hostile = true;
+        write(self.clients[at].session.segment().all_words());
+        self.poll_once();
+    }
+
+    /// A client posts, and never takes an answer.
+    pub fn post_pings_without_taking(&mut self, at: usize, count: u32) {
+        self.clients[at].hostile = true;
+        for _ in 0..count {
+            if self.clients[at].session.post_ping().is_ok() {
+                self.clients[at].session.publish();
+            }
+            self.poll_once();
         }
     }
 
@@ -676,8 +811,7 @@ impl World {
                 break;
             }
             self.now_ns += 10_000;
-            let now_ns = self.now_ns;
-            self.shard().poll(now_ns);
+            self.poll_once();
             for at in 0..self.clients.len() {
                 self.look_again(at);
                 self.collect(at);
@@ -694,8 +828,7 @@ impl World {
         }
         for _ in 0..10_000 {
             self.now_ns += 10_000;
-            let now_ns = self.now_ns;
-            self.shard().poll(now_ns);
+            self.poll_once();
         }
         assert!(self.shard().is_drained(), "what was to be written is written");
         let cache = self.shard().cache();

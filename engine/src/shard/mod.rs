@@ -188,9 +188,10 @@ impl<D: Device> Shard<D> {
         if end == End::Suspect {
             return None;
         }
+        // A goodbye of a session that ended before (it was poisoned) is worth a death, not more.
+        let free_at_ns = now_ns.saturating_add(self.options.writer_grace_ns);
+        self.cache.host.end_quarantine(id, free_at_ns);
         if end == End::Dead {
-            let free_at_ns = now_ns.saturating_add(self.options.writer_grace_ns);
-            self.cache.host.end_quarantine(id, free_at_ns);
             self.metrics.sessions_gone_count.add(1);
         }
         self.live.retain(|live| *live != at);

@@ -1,0 +1,67 @@
+//! A client that lies in any word it can write harms nobody but itself.
+
+use kvring_engine::device::sim::Chance;
+use kvring_ipc::sync::Ordering;
+use kvring_tests::world::{Shape, World};
+
+fn world() -> World {
+    let mut shape = Shape::draw(&mut Chance::new(5));
+    shape.faults = Default::default();
+    (shape.tp_size, shape.may_die, shape.may_lie, shape.may_crash) = (1, false, false, false);
+    let mut world = World::with_shape(shape, Chance::new(6));
+    world.join();
+    world.join();
+    world
+}
+
+/// Boundary values for an index or a length that somebody believes.
+const BOUNDARIES: [u64; 12] =
+    [0, 1, 2, 255, 256, 1023, 1024, 1025, 1 << 31, u32::MAX as u64 - 1, u32::MAX as u64, u64::MAX];
+
+#[test]
+fn every_control_word_with_every_boundary_value() {
+    for word in 0..64 {
+        for value in BOUNDARIES {
+            let mut world = world();
+            world.lie_exactly(0, |words| words[word].store(value, Ordering::Relaxed));
+            // The honest client goes on, is answered, and finds no wrong byte; nothing leaks.
+            world.run(60);
+            assert!(world.tally.operations > 0);
+        }
+    }
+}
+
+#[test]
+fn every_word_of_an_entry_with_every_boundary_value() {
+    for word in 0..8 {
+        for value in BOUNDARIES {
+            for op in 0..=11u64 {
+                let mut world = world();
+                world.lie_exactly(0, |words| {
+                    // The submission ring begins at byte 4096; its tail is the first word.
+                    words[512 + 1].store(op | 3 << 16, Ordering::Relaxed);
+                    words[512 + word].store(value, Ordering::Relaxed);
+                    words[0].store(1, Ordering::Relaxed);
+                });
+                world.run(20);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_poisoned_session_is_told_and_only_it() {
+    let mut world = world();
+    world.lie_exactly(0, |words| words[0].store(5000, Ordering::Relaxed));
+    world.run(100);
+    assert_eq!(world.metrics.sessions_poisoned_count.get(), 1);
+}
+
+#[test]
+fn a_client_that_never_takes_its_answers_stalls_only_itself() {
+    let mut world = world();
+    world.post_pings_without_taking(0, 5000);
+    world.run(500);
+    assert!(world.tally.blocks_loaded + world.tally.blocks_stored > 0, "the other one is served");
+    assert_eq!(world.metrics.sessions_poisoned_count.get(), 0);
+}
