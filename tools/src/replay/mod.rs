@@ -34,7 +34,7 @@ pub struct ReplayArgs {
     #[arg(long)]
     requests: Option<usize>,
     /// Times faster than the trace's own timestamps; 0 for as fast as possible.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     speed: f64,
     /// Seed of the generator.
     #[arg(long, default_value_t = 1)]

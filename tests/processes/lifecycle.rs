@@ -1,0 +1,195 @@
+//! Instances come, go, crash and come back in any order; so does the server.
+
+use super::*;
+use kvring_ipc::client::ConnectError;
+use rustix::process::Signal;
+
+#[test]
+fn instance_zero_starts_the_server_and_all_share_one_cache() {
+    let place = Place::new();
+    let keys = chain("a", 20);
+    let mut first = place.agent(0, &[]);
+    assert!(first.instance().is_connected(), "see {}", place.path("s.log").display());
+    assert_eq!(store(&mut first, &keys), 20);
+    let mut second = place.agent(1, &[]);
+    assert_eq!(load(&mut second, &keys), 20, "what one stored the other loads");
+    assert_eq!(store(&mut second, &keys), 0, "and does not store again");
+
+    // The server is nobody's child: it outlives the instance that started it.
+    let pid = place.server_pid();
+    drop(first);
+    eventually("instance 0 has left", || place.metric("sessions_count") == 1);
+    assert_eq!((load(&mut second, &keys), place.server_pid()), (20, pid));
+    let mut again = place.agent(0, &[]);
+    assert_eq!((load(&mut again, &keys), place.server_pid()), (20, pid), "it joins again");
+}
+
+#[test]
+fn the_others_wait_a_bounded_time_and_find_the_server_when_it_comes() {
+    let place = Place::new();
+    let started = Instant::now();
+    let mut early = place.agent(1, &[("start_wait_ms", "200")]);
+    assert!(started.elapsed() < Duration::from_secs(5) && !early.instance().is_connected());
+    assert_eq!(load(&mut early, &chain("a", 5)), 0, "without a server everything is a miss");
+    let mut zero = place.agent(0, &[]);
+    assert_eq!(store(&mut zero, &chain("a", 5)), 5);
+    eventually("the early one has found it", || load(&mut early, &chain("a", 5)) == 5);
+}
+
+#[test]
+fn in_external_mode_nobody_starts_a_server() {
+    let mut place = Place::new();
+    let external = [("server_launch_mode", "external"), ("start_wait_ms", "300")];
+    let mut agent = place.agent(0, &external);
+    assert!(!agent.instance().is_connected() && place.stats().is_none());
+    place.serve(&[]);
+    eventually("it connects by itself", || {
+        store(&mut agent, &chain("a", 3)) == 3 || load(&mut agent, &chain("a", 3)) == 3
+    });
+}
+
+#[test]
+fn a_killed_server_is_started_again_by_one_winner_and_the_ssd_is_warm() {
+    let place = Place::new();
+    let keys = chain("a", 20);
+    let mut agents: Vec<_> = (0..3).map(|id| place.agent(id, &[])).collect();
+    store(&mut agents[0], &keys);
+    eventually("the blocks and their headers are written", || {
+        place.metric("ssd_write_bytes") == 20 * BLOCK as u64 && place.metric("ssd_header_writes_count") > 0
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    let pid = place.server_pid();
+    signal(pid, Signal::KILL);
+    for agent in &mut agents {
+        let started = Instant::now();
+        load(agent, &keys);
+        assert!(started.elapsed() < Duration::from_secs(20), "bounded, whatever happens");
+    }
+    for agent in &mut agents {
+        eventually("every instance is served again", || load(agent, &keys) == 20);
+        assert!(agent.instance().sessions_count() >= 2);
+    }
+    assert_ne!(place.server_pid(), pid);
+    assert_eq!(place.metric("sessions_count"), 3, "all by one server");
+    assert_eq!(place.metric("ssd_recovered_blocks_count"), 20);
+}
+
+#[test]
+fn a_killed_instance_leaves_nothing_and_nobody_notices() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64"]);
+    let spec =
+        format!(r#"{{"trace":null,"seed":1,"requests":100000,"index":0,"of":1,"block_bytes":{BLOCK},"speed":0.0}}"#);
+    let mut other = place.agent(1, &[]);
+    let keys = chain("other", 10);
+    store(&mut other, &keys);
+    for _ in 0..5 {
+        let mut victim = place
+            .kvring(&["replay-instance", "--spec", &spec])
+            .env("KVRING_INSTANCE_ID", "2")
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually("the victim is at work", || place.metric("sessions_count") == 2);
+        std::thread::sleep(Duration::from_millis(30));
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        eventually("its session is gone", || place.metric("sessions_count") == 1);
+        eventually("and its leases and slots", || {
+            place.metric("leases_count") == 0 && place.metric("host_slots_quarantined_count") == 0
+        });
+        // The other one's blocks may have been evicted; it is served all the same.
+        store(&mut other, &keys);
+        assert_eq!(load(&mut other, &keys), 10);
+    }
+}
+
+#[test]
+fn a_stopped_server_costs_a_bounded_wait_and_is_forgiven() {
+    let mut place = Place::new();
+    let pid = place.serve(&["--block-kib", "64"]);
+    let mut agent = place.agent(0, &[("client_wait_ms", "20")]);
+    let keys = chain("a", 5);
+    eventually("stored", || store(&mut agent, &keys) == 5 || load(&mut agent, &keys) == 5);
+    signal(pid, Signal::STOP);
+    eventually("every thread has stopped", || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        tasks.flatten().all(|task| std::fs::read_to_string(task.path().join("stat")).unwrap().contains(") T "))
+    });
+    let started = Instant::now();
+    for _ in 0..50 {
+        assert_eq!(agent.match_prefix(&keys).blocks, 0);
+    }
+    let elapsed = started.elapsed();
+    signal(pid, Signal::CONT);
+    // One wait of 20 ms; while answers are owed, nobody waits again.
+    assert!(elapsed < Duration::from_secs(2), "{elapsed:?}");
+    eventually("it answers again", || load(&mut agent, &keys) == 5);
+    eventually("and the lease that came too late was given back", || place.metric("leases_count") == 0);
+}
+
+#[test]
+fn another_configuration_is_refused_with_both_values_and_nobody_else_notices() {
+    let mut place = Place::new();
+    place.serve(&[]);
+    let mut first = place.agent(0, &[]);
+    store(&mut first, &chain("a", 5));
+    let other = Layout { tokens_per_block: 16, dtype: "fp8".into(), ..layout() };
+    let Err(error) = Instance::open(place.config(1, &[]), other, 0) else { panic!("it was accepted") };
+    assert!(matches!(error, ConnectError::Refused { .. }));
+    let text = error.to_string();
+    assert!(text.contains("dtype: the server has \"u8\", this instance \"fp8\""), "{text}");
+    assert!(text.contains("tokens_per_block: the server has 1, this instance 16"), "{text}");
+    let Err(error) = Instance::open(place.config(0, &[]), layout(), 0) else { panic!("two instances with one id") };
+    assert!(error.to_string().contains("instance_id = 0 is in use by process"), "{error}");
+    assert_eq!(load(&mut first, &chain("a", 5)), 5);
+    assert_eq!(first.instance().sessions_count(), 1);
+}
+
+#[test]
+fn ranks_share_a_slot_and_a_block_is_seen_when_all_have_committed() {
+    let mut place = Place::new();
+    place.serve(&[]);
+    let tp2 = Layout { tp_size: 2, ..layout() };
+    let token = kvring_ipc::instance::random_token();
+    let rank = |rank| Instance::open_with_token(place.config(0, &[]), tp2.clone(), rank, token.clone()).unwrap();
+    let mut ranks = [rank(0), rank(1)];
+    let keys = chain("tp", 4);
+    let mut grants = Vec::new();
+    for rank in &mut ranks {
+        let reserved = rank.reserve(BlockKey::default(), 0, &keys);
+        grants.push(
+            reserved
+                .into_iter()
+                .map(|r| match r {
+                    kvring_ipc::instance::Reserved::Slot(g) => g,
+                    r => panic!("{r:?}"),
+                })
+                .collect::<Vec<_>>(),
+        );
+    }
+    assert_eq!(grants[0], grants[1], "one slot, all ranks");
+    assert_eq!(ranks[0].commit(&grants[0]), 4);
+    assert_eq!(ranks[1].match_prefix(&keys).blocks, 0);
+    assert_eq!(ranks[1].commit(&grants[1]), 4);
+    let matched = ranks[0].match_prefix(&keys);
+    assert_eq!(matched.blocks, 4);
+    // The lease that one session was granted serves the instance's other session.
+    let loaded = ranks[1].load(matched.lease.unwrap(), 0, &keys, Duration::from_secs(5), |_| {});
+    assert_eq!(loaded.blocks_missed, 0);
+}
+
+#[test]
+fn stop_is_polite_and_leaves_no_socket() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64"]);
+    let mut agent = place.agent(1, &[("server_launch_mode", "external")]);
+    store(&mut agent, &chain("a", 8));
+    let output = place.kvring(&["stop"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(!exists(&place.socket()));
+    assert_eq!(load(&mut agent, &chain("a", 8)), 0);
+    // What was dirty was written before it went.
+    place.serve(&["--block-kib", "64", "--io-engine", "aio"]);
+    eventually("and is found again, by another engine", || load(&mut agent, &chain("a", 8)) == 8);
+}
