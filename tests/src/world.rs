@@ -274,6 +274,7 @@ impl World {
             read_depth: 8,
             write_depth: 4,
             checksum: true,
+            clock: || 0,
         };
         self.metrics = Arc::default();
         let mut shard = Shard::new(cache, self.pool.clone(), devices.collect(), shard_options, self.metrics.clone());

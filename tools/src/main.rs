@@ -30,8 +30,6 @@ enum Command {
     Stop(admin::AdminArgs),
     #[command(hide = true)]
     ReplayInstance(replay::worker::WorkerArgs),
-    #[command(hide = true)]
-    BenchPeer(bench::ring::PeerArgs),
 }
 
 fn main() -> std::process::ExitCode {
@@ -42,7 +40,6 @@ fn main() -> std::process::ExitCode {
         Command::Status(args) => admin::status(&args),
         Command::Stop(args) => admin::stop(&args),
         Command::ReplayInstance(args) => replay::worker::run(&args),
-        Command::BenchPeer(args) => bench::ring::peer(&args),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

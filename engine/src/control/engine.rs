@@ -148,6 +148,7 @@ impl Engine {
             read_depth: config.ssd_read_depth,
             write_depth: config.ssd_write_depth,
             checksum: config.checksum,
+            clock: monotonic_ns,
         };
         let devices = devices.into_iter().map(|(_, device)| device).collect();
         let mut shard = Shard::new(cache, pool.mapping.clone(), devices, shard_options, metrics.clone());

@@ -48,6 +48,8 @@ pub struct ShardOptions {
     pub write_depth: u32,
     /// Whether blocks on the disk have checksums.
     pub checksum: bool,
+    /// What a ping is answered with: the moment it was picked up.
+    pub clock: fn() -> u64,
 }
 
 /// Why a session ends.
@@ -312,7 +314,7 @@ impl<D: Device> Shard<D> {
         session.submissions.take();
         match submission {
             Submission::Ping => {
-                let payload = [now_ns, 0, 0, 0, 0, 0];
+                let payload = [(self.options.clock)(), 0, 0, 0, 0, 0];
                 session.complete(&Completion { payload, ..Completion::plain(tag, Some(Op::Ping), Status::Ok) });
             }
             Submission::Match { keys } => self.answer_match(at, tag, keys, now_ns),

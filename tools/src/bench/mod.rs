@@ -1,8 +1,238 @@
-//! x
+//! `kvring bench`: each number beside a floor or a ceiling from the same run, alternating, medians and
+//! ratios; and what may be wrong with it.
+
+mod dram;
+mod evict;
 pub mod ring;
+mod ssd;
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+
 use crate::Outcome;
-#[derive(clap::Args)]
-pub struct BenchArgs {}
-pub fn run(_args: BenchArgs) -> Outcome {
+use crate::settings::Settings;
+
+/// Arguments of `kvring bench`.
+#[derive(Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: Option<What>,
+    /// Print one JSON object.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Seconds of each single measurement.
+    #[arg(long, global = true, default_value_t = 2.0)]
+    seconds: f64,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Rings: post to pickup, and a match of 256 blocks with lease, beside the cache-line round trip.
+    Ring,
+    /// Loads of 1 MiB blocks from the pool, copied out, beside a plain memcpy.
+    Dram,
+    /// Reads and writes of 1 MiB blocks through the whole cache path, beside fio.
+    Ssd(ssd::SsdArgs),
+    /// Eviction, from ten thousand to a million blocks.
+    Evict,
+}
+
+/// What every benchmark is told.
+pub struct Run {
+    /// How long a single measurement takes.
+    pub time: Duration,
+    /// What may be wrong with the numbers.
+    pub doubts: Vec<String>,
+}
+
+type Measured = Result<Value, Box<dyn std::error::Error>>;
+
+/// Runs one benchmark, or all.
+pub fn run(args: BenchArgs) -> Outcome {
+    if !(0.05..=600.0).contains(&args.seconds) {
+        return Err(format!("--seconds {}: expected 0.05 to 600", args.seconds).into());
+    }
+    let mut run = Run { time: Duration::from_secs_f64(args.seconds), doubts: general_doubts() };
+    let stolen = stolen_ticks();
+    let mut report = match args.what {
+        Some(What::Ring) => ring::measure(&mut run)?,
+        Some(What::Dram) => dram::measure(&mut run)?,
+        Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
+        Some(What::Evict) => evict::measure(&mut run)?,
+        None => json!({
+            "ring": ring::measure(&mut run)?,
+            "dram": dram::measure(&mut run)?,
+            "ssd": ssd::measure(&mut run, &ssd::SsdArgs::default())?,
+            "evict": evict::measure(&mut run)?,
+        }),
+    };
+    let stolen = stolen_ticks().saturating_sub(stolen);
+    if stolen > 10 {
+        run.doubts.push(format!("the hypervisor took {} ms of CPU time away meanwhile: noisy neighbours", stolen * 10));
+    }
+    report["doubts"] = run.doubts.into();
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print_tree(&report, 0);
+    }
     Ok(())
+}
+
+fn print_tree(value: &Value, depth: usize) {
+    let pad = "  ".repeat(depth);
+    match value {
+        Value::Object(map) => {
+            for (name, value) in map {
+                match value {
+                    Value::Object(_) => {
+                        println!("{pad}{name}");
+                        print_tree(value, depth + 1);
+                    }
+                    Value::Array(items) => {
+                        for item in items {
+                            match item {
+                                Value::Object(row) => {
+                                    let cells: Vec<String> =
+                                        row.iter().map(|(name, v)| format!("{name} {v}")).collect();
+                                    println!("{pad}{name}: {}", cells.join(", "));
+                                }
+                                Value::String(text) => println!("{pad}{}: {text}", name.trim_end_matches('s')),
+                                item => println!("{pad}{name}: {item}"),
+                            }
+                        }
+                    }
+                    value => println!("{pad}{name:<28} {value}"),
+                }
+            }
+        }
+        value => println!("{pad}{value}"),
+    }
+}
+
+fn general_doubts() -> Vec<String> {
+    let mut doubts = Vec::new();
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if cpus < 4 {
+        doubts.push(format!("{cpus} CPUs: server, instance and everything else share them"));
+    }
+    if let Ok(governor) = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+        && governor.trim() != "performance"
+    {
+        doubts.push(format!("the CPU frequency governor is {}: performance is steadier", governor.trim()));
+    }
+    doubts
+}
+
+/// Time that a hypervisor gave to others, in ticks of 10 ms (proc_stat(5), eighth field).
+fn stolen_ticks() -> u64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    stat.lines().next().and_then(|line| line.split_whitespace().nth(8)?.parse().ok()).unwrap_or(0)
+}
+
+/// The middle of some measurements.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn rounded(value: f64, digits: i32) -> f64 {
+    let scale = 10f64.powi(digits);
+    (value * scale).round() / scale
+}
+
+fn percentiles(histogram: &Histogram<u64>, per: f64) -> Value {
+    let at = |q: f64| rounded(histogram.value_at_quantile(q) as f64 / per, 1);
+    json!({"p50": at(0.5), "p99": at(0.99)})
+}
+
+/// Pins the calling thread. False if that is not allowed.
+fn pin(cpu: usize) -> bool {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(cpu);
+    rustix::thread::sched_setaffinity(None, &set).is_ok()
+}
+
+/// Two CPUs for two sides that talk.
+fn two_cpus() -> Option<(usize, usize)> {
+    let set = rustix::thread::sched_getaffinity(None).ok()?;
+    let mut allowed = (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu));
+    Some((allowed.next()?, allowed.next()?))
+}
+
+/// A server for one benchmark, with what the benchmark needs unless the environment says otherwise.
+struct BenchServer {
+    _scratch: tempfile::TempDir,
+    _server: crate::replay::OwnServer,
+    settings: Settings,
+}
+
+impl BenchServer {
+    fn start(
+        scratch_in: &std::path::Path,
+        block_kib: u64,
+        settings: &[(&str, String)],
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        let scratch = tempfile::Builder::new().prefix("kvring-bench-").tempdir_in(scratch_in)?;
+        let path = |name: &str| scratch.path().join(name).display().to_string();
+        let mut all = Settings::default();
+        all.flags.push(("server_recv_port".into(), path("server")));
+        all.flags.push(("ssd_cache_dir".into(), path("ssd")));
+        all.flags.push(("log_level".into(), "error".into()));
+        all.flags.push(("client_wait_ms".into(), "10000".into()));
+        all.flags.extend(settings.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
+        let server = crate::replay::start_server(&all, block_kib)?;
+        Ok(Self { _scratch: scratch, _server: server, settings: all })
+    }
+
+    fn session(&self, block_bytes: u64) -> Result<kvring_ipc::client::Session, Box<dyn std::error::Error>> {
+        let attach = kvring_ipc::handshake::Attach {
+            protocol: kvring_ipc::wire::PROTOCOL_VERSION,
+            instance_id: 0,
+            instance_token: kvring_ipc::instance::random_token(),
+            rank: 0,
+            layout: kvring_ipc::layout::Layout::opaque(block_bytes),
+        };
+        let socket = self.settings.load()?.config.socket;
+        Ok(kvring_ipc::client::Session::connect(&socket, &attach, Duration::from_secs(5))?)
+    }
+
+    fn metric(&self, name: &str) -> Result<u64, Box<dyn std::error::Error>> {
+        use kvring_ipc::handshake::{Reply, Request, ask};
+        let socket = self.settings.load()?.config.socket;
+        match ask(&socket, &Request::Stats, Duration::from_secs(5))? {
+            Reply::Stats(stats) => Ok(stats["metrics"][name].as_u64().ok_or("no such counter")?),
+            _ => Err("an unexpected answer".into()),
+        }
+    }
+}
+
+/// A chain of keys that belongs to nobody else.
+fn chain(name: &str, blocks: u32) -> Vec<kvring_ipc::key::BlockKey> {
+    let tokens: Vec<u32> = (0..blocks).collect();
+    kvring_ipc::key::Namespace::default().model(name).keys(&tokens, 1)
+}
+
+/// Stores a chain whole, the bytes left as they are. Says how many blocks were taken.
+fn store(
+    session: &mut kvring_ipc::client::Session,
+    keys: &[kvring_ipc::key::BlockKey],
+) -> Result<u32, Box<dyn std::error::Error>> {
+    let far = std::time::Instant::now() + Duration::from_secs(10);
+    let mut taken = 0;
+    let mut parent = kvring_ipc::key::BlockKey::default();
+    for (batch, first) in keys.chunks(256).zip((0..).step_by(256)) {
+        let tag = session.post_reserve(parent, first, batch)?;
+        let mut grants = Vec::new();
+        session.wait(tag, far, |_, completion| grants.extend(completion.grants().map(|(_, grant)| grant)))?;
+        if !grants.is_empty() {
+            let tag = session.post_commit(&grants)?;
+            session.wait(tag, far, |_, completion| taken += completion.payload[0] as u32)?;
+        }
+        parent = batch[batch.len() - 1];
+    }
+    Ok(taken)
 }

@@ -94,7 +94,7 @@ pub fn start_server(settings: &Settings, block_kib: u64) -> Result<OwnServer, Bo
 }
 
 /// User and system time of a process, in seconds.
-fn cpu_seconds(pid: u64) -> f64 {
+pub fn cpu_seconds(pid: u32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // Fields 14 and 15 (proc_pid_stat(5)), counted after the name, which may hold anything.
     let ticks: u64 = stat
@@ -140,7 +140,7 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
         None => Some(start_server(&args.settings, args.block_kib)?),
     };
     let before = answers(&config.socket).ok_or("the server is gone")?;
-    let pid = before["server_pid"].as_u64().unwrap_or(0);
+    let pid = before["server_pid"].as_u64().unwrap_or(0) as u32;
     let cpu_before = cpu_seconds(pid);
     let started = Instant::now();
     let results = run_instances(&args, &spec, requests_count)?;

@@ -69,7 +69,8 @@ pub fn read(path: &Path, limit: usize) -> Result<Vec<TraceRequest>, TraceError> 
         if bytes.trim_ascii().is_empty() {
             continue;
         }
-        let line: Line = serde_json::from_slice(bytes.trim_ascii()).map_err(|error| wrong(number, error.to_string()))?;
+        let line: Line =
+            serde_json::from_slice(bytes.trim_ascii()).map_err(|error| wrong(number, error.to_string()))?;
         let timestamp = line.timestamp.as_f64().filter(|ms| ms.is_finite() && (0.0..1e15).contains(ms));
         let Some(timestamp) = timestamp else { return Err(wrong(number, format!("timestamp = {}", line.timestamp))) };
         if line.hash_ids.is_empty() || line.hash_ids.len() > MATCH_BLOCKS_MAX as usize {
