@@ -202,6 +202,7 @@ impl Cache {
             return Some(slot);
         }
         let slot = self.index.evict(Tier::Host)?;
+        self.host.prefetch(self.index.next_slot);
         self.evicted.host += 1;
         self.host.release(slot);
         self.collect();

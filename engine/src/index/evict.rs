@@ -60,10 +60,12 @@ impl Evict {
         };
         let ghosts = if policy == EvictionPolicy::S3Fifo { (slots_count as usize).next_power_of_two() } else { 0 };
         let link = Link { prev: NONE, next: NONE, hits: 0, list: PARKED, home: 0 };
+        let links = vec![link; blocks].into_boxed_slice();
+        crate::dma::advise_hugepages(&links);
         Self {
             policy,
             protected_hits,
-            links: vec![link; blocks].into_boxed_slice(),
+            links,
             lists: vec![List { front: NONE, back: NONE, count: 0 }; lists].into_boxed_slice(),
             ghosts: vec![0; ghosts].into_boxed_slice(),
             slots_count,
@@ -134,16 +136,21 @@ impl Evict {
     }
 
     /// The next block to go, taken out of the lists: whoever asks evicts it or unparks it. `None` if
-    /// nothing may go, or `budget` places were looked at.
+    /// nothing may go, or `budget` places were looked at. `fetch` is told of a block that comes soon.
     pub fn victim(
         &mut self,
         mut budget: u32,
         may_go: impl Fn(BlockId) -> bool,
         fingerprint: impl Fn(BlockId) -> u64,
+        fetch: impl Fn(BlockId),
     ) -> Option<BlockId> {
         while budget > 0 {
             budget -= 1;
             let (block, list) = self.next_in_line()?;
+            if let [_, Some(second)] = self.after(BlockId(block)) {
+                self.prefetch(second);
+                fetch(second);
+            }
             self.unlink(block);
             if !may_go(BlockId(block)) {
                 continue;
@@ -154,6 +161,25 @@ impl Evict {
             return Some(BlockId(block));
         }
         None
+    }
+
+    /// Brings a block's place in the lists closer.
+    pub fn prefetch(&self, block: BlockId) {
+        crate::dma::prefetch(&self.links[block.0 as usize]);
+    }
+
+    /// The two that come after `block` in its line, for whoever wants to fetch them ahead.
+    pub fn after(&self, block: BlockId) -> [Option<BlockId>; 2] {
+        let from_front = matches!(self.policy, EvictionPolicy::Mru | EvictionPolicy::Filo);
+        let next = |block: u32| {
+            let link = &self.links[block as usize];
+            let next = if from_front { link.next } else { link.prev };
+            (next != NONE).then_some(next)
+        };
+        // Unlinking has left its own pointers as they were, and has touched its neighbour's.
+        let first = next(block.0);
+        let second = first.and_then(next);
+        [first.map(BlockId), second.map(BlockId)]
     }
 
     fn next_in_line(&self) -> Option<(u32, u16)> {

@@ -53,8 +53,17 @@ impl Place {
     }
 }
 
-/// One block.
+/// Whether a slot is there, is being filled, or neither.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    Absent,
+    Filling,
+    Ready,
+}
+
+/// One block: one cache line.
 #[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
 pub struct Block {
     /// Its key.
     pub key: BlockKey,
@@ -65,7 +74,8 @@ pub struct Block {
     prev_sibling: u32,
     /// Blocks before it in its chain.
     pub depth: u32,
-    places: [Place; 2],
+    slots: [u32; 2],
+    presence: [Presence; 2],
     /// Children that are ready in each tier.
     children: [u32; 2],
     /// Leases that end at this block.
@@ -80,7 +90,18 @@ pub struct Block {
 impl Block {
     /// Where it is in a tier.
     pub fn place(&self, tier: Tier) -> Place {
-        self.places[tier as usize]
+        let slot = self.slots[tier as usize];
+        match self.presence[tier as usize] {
+            Presence::Absent => Place::Absent,
+            Presence::Filling => Place::Filling(slot),
+            Presence::Ready => Place::Ready(slot),
+        }
+    }
+    fn is_ready(&self, tier: usize) -> bool {
+        self.presence[tier] == Presence::Ready
+    }
+    fn is_filling(&self) -> bool {
+        self.presence.contains(&Presence::Filling)
     }
     /// Whether matches may end here.
     pub fn is_visible(&self) -> bool {
@@ -106,7 +127,8 @@ const VACANT: Block = Block {
     next_sibling: NONE,
     prev_sibling: NONE,
     depth: 0,
-    places: [Place::Absent; 2],
+    slots: [0; 2],
+    presence: [Presence::Absent; 2],
     children: [0; 2],
     leases: 0,
     pins: 0,
@@ -115,6 +137,8 @@ const VACANT: Block = Block {
     in_use: false,
 };
 
+const _: () = assert!(size_of::<Block>() == 64);
+
 /// The index.
 #[derive(Debug)]
 pub struct Index {
@@ -122,6 +146,8 @@ pub struct Index {
     free: Vec<u32>,
     table: Table,
     evict: [Evict; 2],
+    /// The slot that the next eviction will probably free: worth fetching what belongs to it.
+    pub next_slot: u32,
     /// Slots of blocks that were let go, for their owners to take back.
     pub dropped_slots: Vec<(Tier, u32)>,
 }
@@ -147,11 +173,14 @@ impl Index {
         // A block has a slot in some tier, or it is detached and held by a lease.
         let capacity = options.host_slots as usize + options.disk_slots as usize + crate::limits::LEASES_MAX;
         let evict = |slots| Evict::new(options.policy, options.protected_hits, capacity, slots);
+        let blocks = vec![VACANT; capacity].into_boxed_slice();
+        crate::dma::advise_hugepages(&blocks);
         Self {
-            blocks: vec![VACANT; capacity].into_boxed_slice(),
+            blocks,
             free: (0..capacity as u32).rev().collect(),
             table: Table::new(capacity, options.secret),
             evict: [evict(options.host_slots), evict(options.disk_slots)],
+            next_slot: 0,
             dropped_slots: Vec::with_capacity(options.host_slots as usize + options.disk_slots as usize),
         }
     }
@@ -228,15 +257,15 @@ impl Index {
     /// A slot of a tier is being filled for this block.
     pub fn begin(&mut self, tier: Tier, id: BlockId, slot: u32) {
         let block = self.block_mut(id);
-        assert!(block.places[tier as usize] == Place::Absent);
-        block.places[tier as usize] = Place::Filling(slot);
+        assert!(block.presence[tier as usize] == Presence::Absent);
+        (block.presence[tier as usize], block.slots[tier as usize]) = (Presence::Filling, slot);
     }
 
     /// The slot being filled is full: the tier holds the block now.
     pub fn finish(&mut self, tier: Tier, id: BlockId) {
         let block = self.block_mut(id);
-        let Place::Filling(slot) = block.places[tier as usize] else { panic!("{tier:?}: only what fills can be full") };
-        block.places[tier as usize] = Place::Ready(slot);
+        assert!(block.presence[tier as usize] == Presence::Filling, "only what fills can be full");
+        block.presence[tier as usize] = Presence::Ready;
         let (parent, key) = (block.parent(), block.key);
         self.evict[tier as usize].insert(id, self.table.fingerprint(key));
         if let Some(parent) = parent {
@@ -254,16 +283,17 @@ impl Index {
     /// The filling failed; the slot is the caller's again.
     pub fn fail(&mut self, tier: Tier, id: BlockId) {
         let block = self.block_mut(id);
-        assert!(matches!(block.places[tier as usize], Place::Filling(_)));
-        block.places[tier as usize] = Place::Absent;
+        assert!(block.presence[tier as usize] == Presence::Filling);
+        block.presence[tier as usize] = Presence::Absent;
     }
 
     /// Takes a block's bytes out of a tier; the slot is the caller's again.
     pub fn leave(&mut self, tier: Tier, id: BlockId) -> u32 {
         let t = tier as usize;
         let block = self.block_mut(id);
-        let Place::Ready(slot) = block.places[t] else { panic!("{tier:?}: only what is there can leave") };
-        block.places[t] = Place::Absent;
+        assert!(block.is_ready(t), "only what is there can leave");
+        block.presence[t] = Presence::Absent;
+        let slot = block.slots[t];
         let parent = block.parent();
         self.evict[t].remove(id);
         if let Some(parent) = parent {
@@ -304,7 +334,7 @@ impl Index {
 
     fn is_complete(&self, id: BlockId) -> bool {
         let block = self.block(id);
-        !block.detached && block.places.iter().any(|place| place.ready().is_some())
+        !block.detached && (block.is_ready(0) || block.is_ready(1))
     }
 
     /// Forgets a block and all that continues it. What nothing holds goes at once; its slots are in
@@ -316,8 +346,7 @@ impl Index {
         loop {
             if !self.block(at).detached {
                 let key = self.block(at).key;
-                let blocks = &self.blocks;
-                self.table.remove(key, at, |other| blocks[other.0 as usize].key);
+                self.table.remove(key, at);
                 let block = self.block_mut(at);
                 (block.detached, block.visible) = (true, false);
                 count += 1;
@@ -341,7 +370,7 @@ impl Index {
     /// Says whether the block itself went.
     fn let_go(&mut self, id: BlockId) -> bool {
         let block = self.block(id);
-        let filling = block.places.iter().any(|place| matches!(place, Place::Filling(_)));
+        let filling = block.is_filling();
         if !block.detached || block.has_children() || block.leases > 0 || block.pins > 0 || filling {
             return false;
         }
@@ -430,19 +459,44 @@ impl Index {
             crate::limits::VICTIM_BUDGET,
             |id| may_leave(&blocks[id.0 as usize], tier),
             |id| table.fingerprint(blocks[id.0 as usize].key),
+            |id| crate::dma::prefetch(&blocks[id.0 as usize]),
         )?;
+        self.fetch_after(tier, id);
         let slot = self.leave(tier, id);
         let block = self.block(id);
-        if block.places == [Place::Absent; 2] {
+        if block.presence == [Presence::Absent; 2] {
             // A leaf without lease or pin, by `may_leave`: it goes at once.
             let key = block.key;
             if !block.detached {
-                let blocks = &self.blocks;
-                self.table.remove(key, id, |other| blocks[other.0 as usize].key);
+                self.table.remove(key, id);
             }
             self.free_block(id);
         }
         Some(slot)
+    }
+
+    /// Evictions come in rows, mostly up a chain: a parent is next in line once its last child is gone.
+    /// The parent's block is here by now, fetched when it was a grandparent: its place in the table
+    /// and its slot can be fetched, and the block of the one after it.
+    fn fetch_after(&mut self, tier: Tier, id: BlockId) {
+        let [next, second] = match self.block(id).parent() {
+            Some(parent) => [Some(parent), self.block(parent).parent()],
+            None => self.evict[tier as usize].after(id),
+        };
+        if let Some(next) = next {
+            let block = &self.blocks[next.0 as usize];
+            self.table.prefetch(block.key);
+            self.next_slot = block.slots[tier as usize];
+        }
+        if let Some(second) = second {
+            crate::dma::prefetch(&self.blocks[second.0 as usize]);
+            self.evict[tier as usize].prefetch(second);
+        }
+    }
+
+    /// Brings a key's place closer, for a lookup that comes soon.
+    pub fn prefetch(&self, key: BlockKey) {
+        self.table.prefetch(key);
     }
 
     /// Checks that nobody uses a block. Says how many slots of each tier hold one.
@@ -452,10 +506,12 @@ impl Index {
     pub fn check_at_rest(&self) -> [u32; 2] {
         let mut held = [0, 0];
         for block in self.blocks.iter().filter(|block| block.in_use) {
-            assert!(block.leases == 0 && block.pins == 0 && !block.detached, "in use at rest: {block:?}");
+            assert!(
+                block.leases == 0 && block.pins == 0 && !block.detached && !block.is_filling(),
+                "in use at rest: {block:?}"
+            );
             for tier in [0, 1] {
-                assert!(!matches!(block.places[tier], Place::Filling(_)), "filling at rest: {block:?}");
-                held[tier] += u32::from(block.places[tier].ready().is_some());
+                held[tier] += u32::from(block.is_ready(tier));
             }
         }
         held
@@ -476,7 +532,7 @@ impl Index {
                 let c = self.block(BlockId(child));
                 assert!(c.parent == id.0 && c.depth == block.depth + 1);
                 for tier in [0, 1] {
-                    children[tier] += u32::from(c.places[tier].ready().is_some());
+                    children[tier] += u32::from(c.is_ready(tier));
                 }
                 child = c.next_sibling;
             }
@@ -496,10 +552,7 @@ impl Index {
                 assert!(!(ready && parked && may_leave(block, tier)), "what may go is in line");
             }
             assert!(
-                !block.detached
-                    || block.has_children()
-                    || block.leases + block.pins > 0
-                    || block.places.iter().any(|p| matches!(p, Place::Filling(_))),
+                !block.detached || block.has_children() || block.leases + block.pins > 0 || block.is_filling(),
                 "something holds a detached block"
             );
         }
@@ -509,8 +562,8 @@ impl Index {
 
 /// Whether a block's bytes may leave a tier now.
 fn may_leave(block: &Block, tier: Tier) -> bool {
-    let elsewhere = block.places[1 - tier as usize].ready().is_some();
-    block.place(tier).ready().is_some()
+    let elsewhere = block.is_ready(1 - tier as usize);
+    block.is_ready(tier as usize)
         && block.pins == 0
         && block.children[tier as usize] == 0
         && (elsewhere || (!block.has_children() && block.leases == 0))

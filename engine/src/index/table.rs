@@ -6,11 +6,13 @@
 use kvring_ipc::key::BlockKey;
 
 use super::BlockId;
+use crate::dma;
 
 /// The table. Knows hashes and ids; keys live in the blocks.
 #[derive(Debug)]
 pub struct Table {
-    /// (upper half of the hash, block or NONE).
+    /// (lower half of the hash, block or NONE). The half is the place's home and more, so that nobody
+    /// has to look at a block to know where it belongs.
     places: Box<[(u32, u32)]>,
     mask: usize,
     secret: [u64; 2],
@@ -21,12 +23,12 @@ const EMPTY: (u32, u32) = (0, u32::MAX);
 impl Table {
     /// A table for up to `capacity` blocks, at most half full.
     pub fn new(capacity: usize, secret: [u64; 2]) -> Self {
+        // The home of a place is in 32 bits of its hash.
+        assert!(capacity < 1 << 31);
         let places = (capacity * 2).next_power_of_two().max(16);
-        Self {
-            places: vec![EMPTY; places].into_boxed_slice(),
-            mask: places - 1,
-            secret: [secret[0] | 1, secret[1] | 1],
-        }
+        let places = vec![EMPTY; places].into_boxed_slice();
+        dma::advise_hugepages(&places);
+        Self { mask: places.len() - 1, places, secret: [secret[0] | 1, secret[1] | 1] }
     }
 
     fn hash(&self, key: BlockKey) -> u64 {
@@ -40,10 +42,15 @@ impl Table {
         self.hash(key)
     }
 
+    /// Brings the place of a key closer, for a `find`, `insert` or `remove` that comes soon.
+    pub fn prefetch(&self, key: BlockKey) {
+        dma::prefetch(&self.places[self.hash(key) as usize & self.mask]);
+    }
+
     /// The block with this key, if `is` says that one of the candidates has it.
     pub fn find(&self, key: BlockKey, is: impl Fn(BlockId) -> bool) -> Option<BlockId> {
         let hash = self.hash(key);
-        let (tag, mut at) = ((hash >> 32) as u32, hash as usize & self.mask);
+        let (tag, mut at) = (hash as u32, hash as usize & self.mask);
         loop {
             let (place_tag, block) = self.places[at];
             if block == EMPTY.1 {
@@ -63,15 +70,14 @@ impl Table {
         while self.places[at].1 != EMPTY.1 {
             at = (at + 1) & self.mask;
         }
-        self.places[at] = ((hash >> 32) as u32, block.0);
+        self.places[at] = (hash as u32, block.0);
     }
 
-    /// Removes a block that is in the table. Those behind it move up, so that no gap breaks a search;
-    /// `key_of` gives the key of each that is looked at.
+    /// Removes a block that is in the table. Those behind it move up, so that no gap breaks a search.
     ///
     /// # Panics
     /// If the block is not in the table: our own bug.
-    pub fn remove(&mut self, key: BlockKey, block: BlockId, key_of: impl Fn(BlockId) -> BlockKey) {
+    pub fn remove(&mut self, key: BlockKey, block: BlockId) {
         let mut gap = self.hash(key) as usize & self.mask;
         while self.places[gap].1 != block.0 {
             assert!(self.places[gap].1 != EMPTY.1, "the block is in the table");
@@ -84,7 +90,7 @@ impl Table {
             if place.1 == EMPTY.1 {
                 break;
             }
-            let home = self.hash(key_of(BlockId(place.1))) as usize & self.mask;
+            let home = place.0 as usize & self.mask;
             // It may move to the gap unless its home lies cyclically in (gap, at].
             if (at.wrapping_sub(home) & self.mask) >= (at.wrapping_sub(gap) & self.mask) {
                 self.places[gap] = place;
@@ -114,7 +120,7 @@ mod test {
                 if add && model.insert(n, block).is_none() {
                     table.insert(key(n), block);
                 } else if !add && model.remove(&n).is_some() {
-                    table.remove(key(n), block, key_of);
+                    table.remove(key(n), block);
                 }
                 for n in 0..24 {
                     let found = table.find(key(n), |block| key_of(block) == key(n));

@@ -29,7 +29,7 @@ use crate::metrics::Metrics;
 use crate::tier::host::SessionId;
 use load::{Dirty, Loads, Waiter};
 use session::Session;
-use transfer::{Purpose, Transfers};
+use transfer::{Landed, Purpose, Transfers};
 
 /// What a shard is told.
 #[derive(Debug, Clone, Copy)]
@@ -78,6 +78,7 @@ pub struct Shard<D> {
     metrics: Arc<Metrics>,
     options: ShardOptions,
     done: Vec<Done>,
+    landed: Vec<Landed>,
     keys: Box<[BlockKey]>,
     blocks: Box<[BlockId]>,
     next_housekeeping_ns: u64,
@@ -135,6 +136,7 @@ impl<D: Device> Shard<D> {
             metrics,
             options,
             done: Vec::with_capacity(DEVICE_BUDGET),
+            landed: Vec::with_capacity(DEVICE_BUDGET),
             keys: vec![BlockKey::default(); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             blocks: vec![BlockId(0); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             next_housekeeping_ns: 0,
@@ -520,8 +522,13 @@ impl<D: Device> Shard<D> {
         let mut rooms = keys.count;
         let mut run = Run::new(tag, Op::Reserve);
         let mut parent = self.cache.parent(parent, first);
+        let mut next_key = session.segment.read_key(keys, 0);
         for index in 0..keys.count {
-            let key = session.segment.read_key(keys, index);
+            let key = next_key;
+            if index + 1 < keys.count {
+                next_key = session.segment.read_key(keys, index + 1);
+                self.cache.index.prefetch(next_key);
+            }
             let (reserve, block) = match parent {
                 Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer),
                 Err(()) => (Reserve::Dropped, None),
@@ -599,8 +606,14 @@ impl<D: Device> Shard<D> {
         let mut done = std::mem::take(&mut self.done);
         self.devices[at].device.poll(now_ns, DEVICE_BUDGET, &mut done);
         let count = done.len() as u32;
-        for done in done.drain(..) {
-            let Some(landed) = self.devices[at].land(done) else { continue };
+        let mut landed = std::mem::take(&mut self.landed);
+        landed.extend(done.drain(..).filter_map(|done| self.devices[at].land(done)));
+        self.done = done;
+        // The device gets its next work before what it brought is checked: a checksum takes longer
+        // than a submission, and meanwhile it would idle.
+        self.devices[at].start_waiting();
+        self.devices[at].device.flush();
+        for landed in landed.drain(..) {
             match landed.purpose {
                 Purpose::Read { block, host_slot, disk_slot } => {
                     self.end_read(block, host_slot, disk_slot, landed.good)
@@ -617,7 +630,7 @@ impl<D: Device> Shard<D> {
                 }
             }
         }
-        self.done = done;
+        self.landed = landed;
         self.metrics.ssd_short_count.add(std::mem::take(&mut self.devices[at].short_count));
         count
     }

@@ -32,7 +32,9 @@ enum State {
     Quarantined,
 }
 
+/// One cache line.
 #[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
 struct Slot {
     state: State,
     generation: u32,
@@ -92,9 +94,13 @@ impl HostSlots {
             suspects: 0,
             free_at_ns: 0,
         };
+        let slots = vec![slot; count as usize].into_boxed_slice();
+        crate::dma::advise_hugepages(&slots);
+        let writers = vec![NOBODY; count as usize * tp_size as usize].into_boxed_slice();
+        crate::dma::advise_hugepages(&writers);
         Self {
-            slots: vec![slot; count as usize].into_boxed_slice(),
-            writers: vec![NOBODY; count as usize * tp_size as usize].into_boxed_slice(),
+            slots,
+            writers,
             tp_size,
             free: Vec::with_capacity(count as usize),
             born_count: 0,
@@ -128,6 +134,14 @@ impl HostSlots {
     /// Slots that wait out a grace.
     pub fn quarantined_count(&self) -> u32 {
         self.quarantined.len() as u32
+    }
+
+    /// Brings what is known of a slot closer.
+    pub fn prefetch(&self, slot: u32) {
+        if let Some(s) = self.slots.get(slot as usize) {
+            crate::dma::prefetch(s);
+            crate::dma::prefetch(&self.writers[(slot * self.tp_size) as usize]);
+        }
     }
 
     /// A free slot. Its generation moves on, so earlier grants of it are worthless.

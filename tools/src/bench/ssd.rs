@@ -86,7 +86,8 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
-    let fio = Fio::new(&args.dir, ssd_bytes, args.block_kib)?;
+    let huge = session.welcome().is_some_and(|welcome| welcome.page_bytes > 4096);
+    let fio = Fio::new(&args.dir, ssd_bytes, args.block_kib, huge)?;
     if fio.is_none() {
         run.doubts.push("ssd: fio is not installed, so there is no ceiling beside the numbers".into());
     }
@@ -94,31 +95,40 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
     let pid = session.welcome().map(|welcome| welcome.server_pid);
     let (mut reads, mut fio_reads, mut writes, mut fio_writes, mut cpu) = (vec![], vec![], vec![], vec![], vec![]);
     for round in 0..args.rounds.max(1) {
-        if let Some(fio) = &fio {
-            fio_reads.push(fio.run("read", READ_DEPTH, run.time)?);
+        // A B, then B A: a disk that tires, or wakes up, favours neither side.
+        for ours in [round % 2 == 1, round % 2 == 0] {
+            if ours {
+                let (before, from) = (cpu_of(pid), Instant::now());
+                let read = read_chains(run.time, &server, &mut session, &chains, round)?;
+                cpu.push((cpu_of(pid) - before) / (read * from.elapsed().as_secs_f64()).max(1e-9));
+                reads.push(read);
+            } else if let Some(fio) = &fio {
+                fio_reads.push(fio.run("read", READ_DEPTH, run.time)?);
+            }
         }
-        let (before, from) = (cpu_of(pid), Instant::now());
-        let read = read_chains(run.time, &server, &mut session, &chains, round)?;
-        cpu.push((cpu_of(pid) - before) / (read * from.elapsed().as_secs_f64()).max(1e-9));
-        reads.push(read);
-        if let Some(fio) = &fio {
-            fio_writes.push(fio.run("write", WRITE_DEPTH, run.time)?);
-        }
-        writes.push(write_chains(run.time, &server, &mut session, round)?);
-        // What the writes pushed out of the SSD comes back before it is read again.
-        for keys in &chains {
-            store(&mut session, keys)?;
-            wait_for_writes(&server)?;
+    }
+    for round in 0..args.rounds.max(1) {
+        for ours in [round % 2 == 1, round % 2 == 0] {
+            if ours {
+                writes.push(write_chains(run.time, &server, &mut session, round)?);
+            } else if let Some(fio) = &fio {
+                fio_writes.push(fio.run("write", WRITE_DEPTH, run.time)?);
+            }
         }
     }
     if server.metric("ssd_checksum_errors_count")? + server.metric("ssd_read_errors_count")? > 0 {
         run.doubts.push("ssd: there were read errors".into());
     }
     let side = |ours: Vec<f64>, fio: Vec<f64>| {
-        let ratio =
-            if fio.is_empty() { Value::Null } else { rounded(median(ours.clone()) / median(fio.clone()), 3).into() };
-        let fio = if fio.is_empty() { Value::Null } else { rounded(median(fio), 3).into() };
-        json!({"kvring_gb_s": rounded(median(ours), 3), "fio_gb_s": fio, "ratio": ratio})
+        // Round by round: the disk of one round is not the disk of the next.
+        let ratios: Vec<f64> = ours.iter().zip(&fio).map(|(ours, fio)| ours / fio).collect();
+        let or_null = |value: f64| if value.is_nan() { Value::Null } else { rounded(value, 3).into() };
+        json!({
+            "kvring_gb_s": or_null(median(ours.clone())),
+            "fio_gb_s": or_null(median(fio.clone())),
+            "ratio": or_null(median(ratios)),
+            "rounds": format!("kvring {ours:.2?}, fio {fio:.2?}"),
+        })
     };
     Ok(json!({
         "block_kib": args.block_kib,
@@ -202,9 +212,10 @@ fn write_chains(
         number += 1;
         // Ahead of the device by a few chains, not by the whole pool: what is evicted unwritten is work in vain.
         while started.elapsed() < time
-            && server.metric("ssd_write_bytes")? - before + 4 * u64::from(CHAIN) * slot_bytes < offered
+            && server.metric("ssd_write_bytes")? - before + 5 * u64::from(CHAIN) * slot_bytes < offered
         {
-            std::thread::sleep(Duration::from_millis(1));
+            // Asking costs the server's CPU time: seldom.
+            std::thread::sleep(Duration::from_millis(8));
         }
     }
     let elapsed = started.elapsed().as_secs_f64();
@@ -218,15 +229,17 @@ struct Fio {
     file: PathBuf,
     bytes: u64,
     block_kib: u64,
+    /// Buffers on hugepages, if the pool is.
+    huge: bool,
 }
 
 impl Fio {
     /// `None` if fio is not installed.
-    fn new(dir: &Path, bytes: u64, block_kib: u64) -> Result<Option<Self>, Box<dyn std::error::Error>> {
+    fn new(dir: &Path, bytes: u64, block_kib: u64, huge: bool) -> Result<Option<Self>, Box<dyn std::error::Error>> {
         if Command::new("fio").arg("--version").output().is_err() {
             return Ok(None);
         }
-        let fio = Self { file: dir.join(format!("kvring-bench-fio-{}", std::process::id())), bytes, block_kib };
+        let fio = Self { file: dir.join(format!("kvring-bench-fio-{}", std::process::id())), bytes, block_kib, huge };
         // Written once, so that reads find extents and writes overwrite.
         fio.command("write", WRITE_DEPTH, &[])?;
         Ok(Some(fio))
@@ -253,6 +266,9 @@ impl Fio {
             .arg(format!("--bs={}k", self.block_kib))
             .arg(format!("--iodepth={depth}"))
             .arg(format!("--size={}", self.bytes));
+        if self.huge {
+            command.args(["--iomem=shmhuge", "--hugepage-size=2m"]);
+        }
         command.args(more);
         let output = command.output()?;
         let text = String::from_utf8_lossy(&output.stdout);
