@@ -21,6 +21,14 @@ pub enum Reserve {
     Dropped,
 }
 
+/// The block before the first is not resident: what follows it has no place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoParent;
+
+/// A grant that is not the writer's own and current.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StaleGrant;
+
 /// What a load finds of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
@@ -266,12 +274,12 @@ impl Cache {
     ///
     /// # Errors
     /// Nothing of the kind is resident.
-    pub fn parent(&self, parent: BlockKey, depth: u32) -> Result<Option<BlockId>, ()> {
+    pub fn parent(&self, parent: BlockKey, depth: u32) -> Result<Option<BlockId>, NoParent> {
         if depth == 0 {
             return Ok(None);
         }
-        let id = self.index.find(parent).ok_or(())?;
-        if self.index.block(id).depth + 1 == depth { Ok(Some(id)) } else { Err(()) }
+        let id = self.index.find(parent).ok_or(NoParent)?;
+        if self.index.block(id).depth + 1 == depth { Ok(Some(id)) } else { Err(NoParent) }
     }
 
     /// A rank has filled its part of a slot. `Err` if the grant is not its own and current;
@@ -279,8 +287,8 @@ impl Cache {
     ///
     /// # Errors
     /// The grant is stale.
-    pub fn commit(&mut self, grant: Grant, writer: Writer) -> Result<Option<BlockId>, ()> {
-        match self.host.rank_done(grant, writer, true).ok_or(())? {
+    pub fn commit(&mut self, grant: Grant, writer: Writer) -> Result<Option<BlockId>, StaleGrant> {
+        match self.host.rank_done(grant, writer, true).ok_or(StaleGrant)? {
             RankDone::Waiting => Ok(None),
             RankDone::Lost(block) => {
                 self.lose(grant.slot, block);

@@ -717,7 +717,7 @@ mod test {
                 Some((id, _)) => arena.give_back(id),
                 None => assert!(!held.is_empty(), "an empty arena has room"),
             }
-            if !held.is_empty() && (random >> 33) % 2 == 0 {
+            if !held.is_empty() && (random >> 33).is_multiple_of(2) {
                 let (id, ..) = held.swap_remove((random >> 20) as usize % held.len());
                 arena.give_back(id);
             }

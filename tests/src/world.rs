@@ -155,8 +155,10 @@ pub struct World {
     chains: Vec<Vec<BlockKey>>,
     committed: HashSet<BlockKey>,
     next_id: u32,
-    /// Called before and after every poll of the shard.
-    pub around_poll: Option<(fn(), fn())>,
+    /// Called before every poll of the shard.
+    pub before_poll: Option<fn()>,
+    /// Called after.
+    pub after_poll: Option<fn()>,
     /// Polls so far.
     pub polls_count: u64,
     /// What was done.
@@ -191,7 +193,8 @@ impl World {
             chains: Vec::new(),
             committed: HashSet::new(),
             next_id: 1,
-            around_poll: None,
+            before_poll: None,
+            after_poll: None,
             polls_count: 0,
             tally: Tally::default(),
             shape,
@@ -354,15 +357,11 @@ impl World {
 
     /// Lets the shard do one round.
     pub fn poll_once(&mut self) {
-        let (now_ns, around) = (self.now_ns, self.around_poll);
+        let (now_ns, before, after) = (self.now_ns, self.before_poll, self.after_poll);
         self.polls_count += 1;
-        if let Some((before, _)) = around {
-            before();
-        }
+        before.inspect(|before| before());
         self.shard().poll(now_ns);
-        if let Some((_, after)) = around {
-            after();
-        }
+        after.inspect(|after| after());
     }
 
     /// Lets time pass, in small steps.

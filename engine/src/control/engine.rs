@@ -243,11 +243,10 @@ impl Engine {
 
 type AnyDevice = Box<dyn Device + Send>;
 
-fn open_devices(
-    config: &Config,
-    pool: &PoolMemory,
-    opened: Vec<files::DeviceFiles>,
-) -> Result<(Vec<(PathBuf, AnyDevice)>, Vec<std::fs::File>), BuildError> {
+/// Devices with where each lies, and the locks that make them ours.
+type Opened = (Vec<(PathBuf, AnyDevice)>, Vec<std::fs::File>);
+
+fn open_devices(config: &Config, pool: &PoolMemory, opened: Vec<files::DeviceFiles>) -> Result<Opened, BuildError> {
     let use_uring = match config.io_engine {
         IoEngine::Aio => false,
         _ if opened.is_empty() => false,

@@ -36,7 +36,7 @@ impl Chance {
     }
     /// Uniform below `limit`, which is above 0.
     pub fn below(&mut self, limit: u64) -> u64 {
-        (u128::from(self.next_u64()) * u128::from(limit) >> 64) as u64
+        ((u128::from(self.next_u64()) * u128::from(limit)) >> 64) as u64
     }
     /// True `permille` times in a thousand.
     pub fn happens(&mut self, permille: u32) -> bool {

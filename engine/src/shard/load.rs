@@ -38,6 +38,23 @@ pub struct Load {
     in_use: bool,
 }
 
+/// What a load begins with, beside its blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// Its name.
+    pub tag: Tag,
+    /// Index of its session.
+    pub session: usize,
+    /// The lease that covers it.
+    pub lease: LeaseId,
+    /// Whose lease that is.
+    pub instance: u32,
+    /// Depth of its first block.
+    pub first: u32,
+    /// When its unstarted blocks are answered busy.
+    pub deadline_ns: u64,
+}
+
 /// A block of a load that waits for a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiter {
@@ -94,31 +111,22 @@ impl Loads {
     }
 
     /// Begins a load. The caller has seen `has_room`.
-    pub fn begin(
-        &mut self,
-        tag: Tag,
-        session: usize,
-        lease: LeaseId,
-        instance: u32,
-        first: u32,
-        blocks: &[BlockId],
-        deadline_ns: u64,
-    ) -> u32 {
+    pub fn begin(&mut self, asked: Asked, blocks: &[BlockId]) -> u32 {
         let Some(at) = self.free.pop() else { unreachable!("room was seen") };
         let load = &mut self.loads[at as usize];
         load.blocks[..blocks.len()].copy_from_slice(blocks);
         let count = blocks.len() as u32;
         *load = Load {
-            session: Some(session),
-            tag,
-            lease,
-            instance,
-            first,
+            session: Some(asked.session),
+            tag: asked.tag,
+            lease: asked.lease,
+            instance: asked.instance,
+            first: asked.first,
             count,
             next: 0,
             answered: 0,
             rooms: count,
-            deadline_ns,
+            deadline_ns: asked.deadline_ns,
             cancelled: false,
             in_use: true,
             blocks: load.blocks,

@@ -20,14 +20,14 @@ use kvring_ipc::wire::{
     BATCH_BLOCKS_MAX, Completion, GRANTS_PER_ENTRY, Grant, LeaseId, Op, Span, Status, Submission, Tag,
 };
 
-use crate::cache::{Cache, Found, Reserve};
+use crate::cache::{Cache, Found, NoParent, Reserve};
 use crate::checksum;
 use crate::device::{Device, Direction, Done, Io, Region};
 use crate::index::BlockId;
 use crate::limits::{DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, SESSION_BUDGET, SESSIONS_MAX};
 use crate::metrics::Metrics;
 use crate::tier::host::SessionId;
-use load::{Dirty, Loads, Waiter};
+use load::{Asked, Dirty, Loads, Waiter};
 use session::Session;
 use transfer::{Landed, Purpose, Transfers};
 
@@ -376,7 +376,8 @@ impl<D: Device> Shard<D> {
         }
         session.loads_count += 1;
         let deadline_ns = now_ns + self.options.load_wait_ns;
-        let load = self.loads.begin(tag, at, lease, instance, first, &self.blocks[..count], deadline_ns);
+        let asked = Asked { tag, session: at, lease, instance, first, deadline_ns };
+        let load = self.loads.begin(asked, &self.blocks[..count]);
         self.hungry_count += 1;
         self.advance_load(load, now_ns);
     }
@@ -531,10 +532,10 @@ impl<D: Device> Shard<D> {
             }
             let (reserve, block) = match parent {
                 Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer),
-                Err(()) => (Reserve::Dropped, None),
+                Err(NoParent) => (Reserve::Dropped, None),
             };
             // What follows a block that is not there has no parent.
-            parent = block.map(Some).ok_or(());
+            parent = block.map(Some).ok_or(NoParent);
             let (status, grant) = match reserve {
                 Reserve::Slot(grant) => (Status::Ok, Some(grant)),
                 Reserve::Present => (Status::Present, None),
