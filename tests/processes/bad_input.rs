@@ -122,6 +122,48 @@ fn without_memlock(command: &mut Command) {
 }
 
 #[test]
+fn io_uring_is_forbidden() {
+    let mut place = Place::new();
+    let mut command = place.kvring(&["serve", "--block-kib", "64", "--io-engine", "uring"]);
+    without_io_uring(&mut command);
+    refused_by(&mut command, &["io_engine = uring", "io_uring_setup", "set io_engine = aio"]);
+    // auto says so, and serves.
+    let log = std::fs::File::create(place.path("log")).unwrap();
+    let mut command = place.kvring(&["serve", "--block-kib", "64"]);
+    without_io_uring(&mut command);
+    place.children.push(command.stderr(log).spawn().unwrap());
+    place.wait_for_server();
+    let said = std::fs::read_to_string(place.path("log")).unwrap();
+    assert!(said.contains("WARN") && said.contains("libaio drives the SSDs instead"), "{said}");
+    assert!(place.stats().unwrap()["devices"][0].as_str().unwrap().contains("libaio"));
+}
+
+/// A process whose io_uring_setup is answered EPERM, as container runtimes do.
+#[expect(unsafe_code, reason = "what a child does between fork and exec")]
+fn without_io_uring(command: &mut Command) {
+    const LOAD_NUMBER: u16 = 0x20;
+    const JUMP_IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    let step = |code, jt, k| libc::sock_filter { code, jt, jf: 0, k };
+    let mut filter = [
+        step(LOAD_NUMBER, 0, 0),
+        libc::sock_filter { jf: 1, ..step(JUMP_IF_EQUAL, 0, libc::SYS_io_uring_setup as u32) },
+        step(RETURN, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        step(RETURN, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: both are system calls on values of our own, and allowed between fork and exec.
+        let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } == 0
+            // SAFETY: as above; the program outlives the call.
+            && unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) } == 0;
+        if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure only makes two system calls.
+    unsafe { command.pre_exec(install) };
+}
+
+#[test]
 fn sockets() {
     let mut place = Place::new();
     std::fs::write(place.socket(), "not a socket").unwrap();

@@ -136,20 +136,21 @@ impl Evict {
     }
 
     /// The next block to go, taken out of the lists: whoever asks evicts it or unparks it. `None` if
-    /// nothing may go, or `budget` places were looked at. `fetch` is told of a block that comes soon.
+    /// nothing may go, or `budget` places were looked at. `fetch` is told which come
+    /// next and next but one.
     pub fn victim(
         &mut self,
         mut budget: u32,
         may_go: impl Fn(BlockId) -> bool,
         fingerprint: impl Fn(BlockId) -> u64,
-        fetch: impl Fn(BlockId),
+        fetch: impl Fn(BlockId, Option<BlockId>),
     ) -> Option<BlockId> {
         while budget > 0 {
             budget -= 1;
             let (block, list) = self.next_in_line()?;
-            if let [_, Some(second)] = self.after(BlockId(block)) {
-                self.prefetch(second);
-                fetch(second);
+            if let [Some(first), second] = self.after(BlockId(block)) {
+                second.inspect(|second| self.prefetch(*second));
+                fetch(first, second);
             }
             self.unlink(block);
             if !may_go(BlockId(block)) {
@@ -161,6 +162,13 @@ impl Evict {
             return Some(BlockId(block));
         }
         None
+    }
+
+    /// Brings what is remembered of a key closer.
+    pub fn prefetch_ghost(&self, fingerprint: u64) {
+        if let Some(ghost) = self.ghosts.get(fingerprint as usize & self.ghosts.len().wrapping_sub(1)) {
+            crate::dma::prefetch(ghost);
+        }
     }
 
     /// Brings a block's place in the lists closer.

@@ -459,7 +459,17 @@ impl Index {
             crate::limits::VICTIM_BUDGET,
             |id| may_leave(&blocks[id.0 as usize], tier),
             |id| table.fingerprint(blocks[id.0 as usize].key),
-            |id| crate::dma::prefetch(&blocks[id.0 as usize]),
+            |first, second| {
+                // Fetched when it was second: what it leads to can be fetched now.
+                let block = &blocks[first.0 as usize];
+                table.prefetch(block.key);
+                if block.parent != NONE {
+                    crate::dma::prefetch(&blocks[block.parent as usize]);
+                }
+                if let Some(second) = second {
+                    crate::dma::prefetch(&blocks[second.0 as usize]);
+                }
+            },
         )?;
         self.fetch_after(tier, id);
         let slot = self.leave(tier, id);
@@ -497,6 +507,7 @@ impl Index {
     /// Brings a key's place closer, for a lookup that comes soon.
     pub fn prefetch(&self, key: BlockKey) {
         self.table.prefetch(key);
+        self.evict[Tier::Host as usize].prefetch_ghost(self.table.fingerprint(key));
     }
 
     /// Checks that nobody uses a block. Says how many slots of each tier hold one.
