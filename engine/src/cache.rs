@@ -77,8 +77,11 @@ pub struct Cache {
 
 impl Cache {
     /// An empty cache over these slots. All memory it will ever need is allocated here.
-    pub fn new(options: &IndexOptions, host: HostSlots, disk: Option<DiskSlots>) -> Self {
-        Self { index: Index::new(options), host, disk, leases: Leases::default(), evicted: Evicted::default() }
+    pub fn new(options: &IndexOptions, mut host: HostSlots, disk: Option<DiskSlots>) -> Self {
+        let mut leases = Leases::default();
+        host.begin_generations_at(options.secret[0] as u32);
+        leases.begin_generations_at(options.secret[1] as u32);
+        Self { index: Index::new(options), host, disk, leases, evicted: Evicted::default() }
     }
 
     /// Rebuilds the index from what the disk's headers say. A block whose parent is not there is

@@ -61,6 +61,11 @@ impl Default for Leases {
 }
 
 impl Leases {
+    /// Generations begin at this number: leases of another server's life are worthless here.
+    pub fn begin_generations_at(&mut self, generation: u32) {
+        self.leases.iter_mut().for_each(|lease| lease.generation = generation);
+    }
+
     /// Leases held now.
     pub fn count(&self) -> usize {
         self.leases.len() - self.free.len()

@@ -17,6 +17,8 @@ pub const LOADS_PER_SESSION_MAX: u32 = 64;
 pub const SESSION_BUDGET: u32 = 32;
 /// Completions taken from one device in one turn: each may cost a checksum, 0.1 ms for 1 MiB.
 pub const DEVICE_BUDGET: usize = 8;
+/// Reads that may wait for a device when a prefetch adds another: a demand read waits behind these.
+pub const PREFETCH_AHEAD_MAX: u32 = 64;
 /// Places looked at for one victim before giving up for now.
 pub const VICTIM_BUDGET: u32 = 4096;
 /// Largest number of slots in a tier: an index is a `u32` and two values are reserved.

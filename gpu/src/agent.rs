@@ -80,17 +80,20 @@ impl<B: CopyBackend> Agent<B> {
         let mut stored = Stored::default();
         let reserved = self.instance.reserve(parent, first, keys);
         let mut grants = Vec::with_capacity(keys.len());
-        // Without a pool there are no grants either: both belong to one session.
-        let pool = self.instance.pool().cloned();
         for (index, reserved) in reserved.into_iter().enumerate() {
-            match (reserved, &pool) {
-                (Reserved::Slot(grant), Some(pool)) => {
+            match reserved {
+                Reserved::Slot(slot) => {
                     compute(&mut self.backend, index);
-                    self.backend.store(pool, grant.slot, blocks[index]);
-                    grants.push(grant);
+                    // None: the session was lost meanwhile, and the slot with it.
+                    let Some(pool) = self.instance.pool_of(slot) else {
+                        stored.blocks_dropped += 1;
+                        continue;
+                    };
+                    self.backend.store(pool, slot.grant.slot, blocks[index]);
+                    grants.push(slot);
                 }
-                (Reserved::Present, _) => stored.blocks_present += 1,
-                _ => stored.blocks_dropped += 1,
+                Reserved::Present => stored.blocks_present += 1,
+                Reserved::Dropped => stored.blocks_dropped += 1,
             }
         }
         stored.blocks_stored = self.instance.commit(&grants);

@@ -2,13 +2,14 @@
 //! wait there is has a deadline. Not shared between threads: one session a thread.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::bell;
 use crate::doorbell;
 use crate::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome};
 use crate::key::BlockKey;
@@ -24,13 +25,15 @@ pub enum ConnectError {
     /// Nobody listens: no server, or a stale socket file.
     #[error("no server listens on {0}")]
     NoServer(String),
-    /// The server refuses this instance, for good.
+    /// The server refuses this instance.
     #[error("the server refuses this instance: {reason}{}", listed(.differences))]
     Refused {
         /// A sentence.
         reason: String,
         /// Fields in which the layouts differ.
         differences: Vec<Difference>,
+        /// Whether asking again is in vain.
+        permanent: bool,
     },
     /// The exchange failed.
     #[error("handshake with the server on {socket} failed: {error}")]
@@ -192,8 +195,8 @@ enum GiveBack {
 #[derive(Debug)]
 struct Wires {
     control: Channel,
-    server_bell: OwnedFd,
-    client_bell: OwnedFd,
+    /// Our end: ringing it wakes the server, its ring makes it readable.
+    bell: OwnedFd,
 }
 
 /// How long a wait spins before it sleeps: a few times what a quick answer takes.
@@ -222,13 +225,15 @@ impl Session {
         let (reply, fds): (Reply, _) = channel.receive(true).map_err(failed)?;
         let welcome = match reply {
             Reply::Welcome(welcome) => welcome,
-            Reply::Refused { reason, differences } => return Err(ConnectError::Refused { reason, differences }),
+            Reply::Refused { reason, differences, permanent } => {
+                return Err(ConnectError::Refused { reason, differences, permanent });
+            }
             _ => return Err(failed(ChannelError::Malformed("not an answer to attach".into()))),
         };
-        let Ok([segment, pool, server_bell, client_bell]) = <[OwnedFd; 4]>::try_from(fds) else {
-            return Err(failed(ChannelError::Malformed("four descriptors were expected".into())));
+        let Ok([segment, pool, bell]) = <[OwnedFd; 3]>::try_from(fds) else {
+            return Err(failed(ChannelError::Malformed("three descriptors were expected".into())));
         };
-        Self::open(welcome, &segment, &pool, Wires { control: channel, server_bell, client_bell }).map_err(failed)
+        Self::open(welcome, &segment, &pool, Wires { control: channel, bell }).map_err(failed)
     }
 
     fn open(welcome: Welcome, segment: &OwnedFd, pool: &OwnedFd, wires: Wires) -> Result<Self, ChannelError> {
@@ -424,7 +429,7 @@ impl Session {
         if doorbell::must_ring(self.segment.server_sleeps())
             && let Some(wires) = &self.wires
         {
-            ring(&wires.server_bell);
+            bell::ring(&wires.bell);
         }
     }
 
@@ -619,13 +624,14 @@ impl Session {
         let missed = !matches!(self.completions.peek(), Ok(None));
         if !missed {
             let timeout = Timespec { tv_sec: at_most.as_secs() as i64, tv_nsec: i64::from(at_most.subsec_nanos()) };
-            let mut fds = [PollFd::new(&wires.client_bell, PollFlags::IN), PollFd::new(&wires.control, PollFlags::IN)];
+            let mut fds = [PollFd::new(&wires.bell, PollFlags::IN), PollFd::new(&wires.control, PollFlags::IN)];
             let polled = poll(&mut fds, Some(&timeout));
             if polled.is_ok() && !fds[1].revents().is_empty() {
                 return Err(Broken("the server is gone"));
             }
             if polled.is_ok() && !fds[0].revents().is_empty() {
-                drain(&wires.client_bell);
+                // The server has hung up its end too: the control socket says so.
+                let _ = bell::drain(&wires.bell);
             }
         }
         doorbell::retract(self.segment.client_sleeps());
@@ -654,16 +660,6 @@ enum Next {
     None,
 }
 
-/// Rings an eventfd. It can only fail when its counter is full, and then it rings already.
-pub fn ring(bell: impl AsFd) {
-    let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
-}
-
-/// Empties an eventfd.
-pub fn drain(bell: impl AsFd) {
-    let _ = rustix::io::read(bell, &mut [0u8; 8]);
-}
-
 /// What a match brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Matched {
@@ -680,6 +676,8 @@ pub struct Lease {
     pub id: LeaseId,
     /// CLOCK_MONOTONIC: bytes copied out after this moment may be another block's.
     pub expires_at_ns: u64,
+    /// Which of an instance's sessions granted it: to another server the same name means another lease.
+    pub session: u32,
 }
 
 impl Matched {
@@ -691,7 +689,7 @@ impl Matched {
         if completion.status != Status::Ok || completion.payload[0] == 0 {
             return Self::MISS;
         }
-        let lease = Lease { id: LeaseId(completion.payload[0]), expires_at_ns: completion.payload[1] };
+        let lease = Lease { id: LeaseId(completion.payload[0]), expires_at_ns: completion.payload[1], session: 0 };
         Self { blocks: completion.count, lease: Some(lease) }
     }
 }

@@ -55,7 +55,7 @@ pub struct Attach {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
-    /// A session: segment, pool, the server's doorbell and the client's come beside it.
+    /// A session: segment, pool and the client's end of the bell come beside it.
     Welcome(Welcome),
     /// No session, and why.
     Refused {
@@ -63,6 +63,8 @@ pub enum Reply {
         reason: String,
         /// Every field in which the layouts differ, if that is why.
         differences: Vec<Difference>,
+        /// Whether asking again is in vain.
+        permanent: bool,
     },
     /// Answer to `Stats`.
     Stats(serde_json::Value),
@@ -246,8 +248,11 @@ mod test {
             r#"{"request":"attach","protocol":1,"instance_id":2,"instance_token":"t","rank":3,"layout":{"model":"opaque","dtype":"u8","tokens_per_block":1,"layers":1,"kv_heads":1,"head_size":1,"tp_size":1,"pp_size":1,"kv_layout":"block_first","block_bytes":4096,"key_contract":1}}"#
         );
         assert_eq!(serde_json::to_string(&Request::Goodbye).unwrap(), r#"{"request":"goodbye"}"#);
-        let refused = Reply::Refused { reason: "no".into(), differences: vec![] };
-        assert_eq!(serde_json::to_string(&refused).unwrap(), r#"{"reply":"refused","reason":"no","differences":[]}"#);
+        let refused = Reply::Refused { reason: "no".into(), differences: vec![], permanent: true };
+        assert_eq!(
+            serde_json::to_string(&refused).unwrap(),
+            r#"{"reply":"refused","reason":"no","differences":[],"permanent":true}"#
+        );
     }
 
     #[test]

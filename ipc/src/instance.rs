@@ -20,11 +20,20 @@ use crate::wire::{BATCH_BLOCKS_MAX, Grant, PROTOCOL_VERSION, Status, Tag};
 /// How often the thread behind tries.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// A slot to fill, good for the session that granted it and no other: a server that was started anew
+/// gives the same name to other slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldSlot {
+    /// The slot.
+    pub grant: Grant,
+    session: u32,
+}
+
 /// What a reserve says of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reserved {
     /// Fill this slot, then commit it.
-    Slot(Grant),
+    Slot(HeldSlot),
     /// Somebody has stored it or is storing it.
     Present,
     /// No room, no parent, no server: do not store it.
@@ -65,12 +74,20 @@ pub struct Instance {
     config: Config,
     attach: Attach,
     session: Option<Session>,
-    connecting: Option<Receiver<Result<Session, String>>>,
+    connecting: Option<Receiver<Found>>,
+    /// What the server said last when it refused, though it may yet take us.
+    put_off: Option<String>,
     stop: Arc<AtomicBool>,
     refused: Option<String>,
     /// Whether a session was ever held: then a server was there, and its loss is ours to mend.
     was_served: bool,
     sessions_count: u32,
+}
+
+/// What the thread behind has found.
+enum Found {
+    Session(Box<Session>),
+    Refused { reason: String, permanent: bool },
 }
 
 /// A random token: 128 bits, in hex.
@@ -87,7 +104,7 @@ impl Instance {
     /// `start_wait_ms`. Without a server it goes on, and every answer is a miss until one is there.
     ///
     /// # Errors
-    /// Only what will not mend itself: the server refuses this instance, with its reason.
+    /// The server refuses this instance, for good or for as long as that; with its reason.
     pub fn open(config: Config, layout: Layout, rank: u32) -> Result<Self, ConnectError> {
         Self::open_with_token(config, layout, rank, random_token())
     }
@@ -104,6 +121,7 @@ impl Instance {
             attach,
             session: None,
             connecting: None,
+            put_off: None,
             stop: Arc::new(AtomicBool::new(false)),
             refused: None,
             was_served: false,
@@ -113,16 +131,21 @@ impl Instance {
         // The first try is ours, so that a refusal is an error and not a line in a log.
         match Session::connect(&instance.config.socket, &instance.attach, instance.connect_wait()) {
             Ok(session) => instance.adopt(session),
-            Err(error @ ConnectError::Refused { .. }) => return Err(error),
+            Err(error @ ConnectError::Refused { permanent: true, .. }) => return Err(error),
             Err(_) => instance.connect_behind(),
         }
         while instance.session.is_none() && Instant::now() < deadline {
             instance.look_for_session(Some(deadline));
             if let Some(reason) = instance.refused.take() {
-                return Err(ConnectError::Refused { reason, differences: Vec::new() });
+                return Err(ConnectError::Refused { reason, differences: Vec::new(), permanent: true });
             }
         }
-        Ok(instance)
+        match instance.put_off.take() {
+            Some(reason) if instance.session.is_none() => {
+                Err(ConnectError::Refused { reason, differences: Vec::new(), permanent: false })
+            }
+            _ => Ok(instance),
+        }
     }
 
     fn connect_wait(&self) -> Duration {
@@ -148,9 +171,9 @@ impl Instance {
         self.look_for_session(None);
         self.session.as_mut()
     }
-    /// The pool, while connected.
-    pub fn pool(&self) -> Option<&Pool> {
-        self.session.as_ref().map(Session::pool)
+    /// The pool that a slot lies in, while its session lasts.
+    pub fn pool_of(&self, slot: HeldSlot) -> Option<&Pool> {
+        self.session.as_ref().filter(|_| slot.session == self.sessions_count).map(Session::pool)
     }
     /// Why the server refused to take this instance back, if it did.
     pub fn refusal(&self) -> Option<&str> {
@@ -167,8 +190,14 @@ impl Instance {
             let mut next_start = Instant::now();
             while !stop.load(Ordering::Relaxed) {
                 match Session::connect(&config.socket, &attach, wait) {
-                    Ok(session) => return drop(sender.send(Ok(session))),
-                    Err(error @ ConnectError::Refused { .. }) => return drop(sender.send(Err(error.to_string()))),
+                    Ok(session) => return drop(sender.send(Found::Session(Box::new(session)))),
+                    Err(error @ ConnectError::Refused { permanent, .. }) => {
+                        let refused = Found::Refused { reason: error.to_string(), permanent };
+                        if sender.send(refused).is_err() || permanent {
+                            return;
+                        }
+                        std::thread::sleep(5 * RETRY);
+                    }
                     Err(ConnectError::NoServer(_)) if may_start && Instant::now() >= next_start => {
                         // A server that cannot start says why in its log; do not start one a moment.
                         next_start = Instant::now() + Duration::from_secs(2);
@@ -199,17 +228,29 @@ impl Instance {
             None => receiver.try_recv().map_err(|error| error == TryRecvError::Disconnected),
         };
         match received {
-            Ok(Ok(session)) => {
+            Ok(Found::Session(session)) => {
                 self.connecting = None;
-                self.adopt(session);
+                self.adopt(*session);
             }
-            Ok(Err(reason)) => {
+            Ok(Found::Refused { reason, permanent: true }) => {
                 self.connecting = None;
                 self.refused = Some(reason);
             }
+            Ok(Found::Refused { reason, permanent: false }) => self.put_off = Some(reason),
             Err(true) => self.connecting = None,
             Err(false) => {}
         }
+    }
+
+    /// Runs one exchange, if it is with this session: what another one granted means nothing to it.
+    fn exchange_in<T>(
+        &mut self,
+        number: u32,
+        miss: T,
+        exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>,
+    ) -> T {
+        self.look_for_session(None);
+        if number == self.sessions_count { self.exchange(miss, exchange) } else { miss }
     }
 
     /// Runs one exchange; if the session turns out broken, forgets it and connects anew behind.
@@ -250,16 +291,24 @@ impl Instance {
             return Matched::MISS;
         }
         let keys = &keys[..keys.len().min(crate::wire::MATCH_BLOCKS_MAX as usize)];
-        self.exchange(Matched::MISS, |session, deadline| {
+        let mut matched = self.exchange(Matched::MISS, |session, deadline| {
             let tag = session.post_match(keys)?;
             let mut matched = Matched::MISS;
             session.wait(tag, deadline, |_, completion| matched = Matched::from_completion(&completion))?;
             Ok(matched)
-        })
+        });
+        if let Some(lease) = &mut matched.lease {
+            lease.session = self.sessions_count;
+        }
+        matched
     }
 
     /// Ends a lease. Does not wait.
     pub fn release(&mut self, lease: Lease) {
+        if lease.session != self.sessions_count {
+            // Its server is gone, and the lease with it.
+            return;
+        }
         let broken = self.session.as_mut().is_some_and(|session| session.release_soon(lease.id).is_err());
         if broken {
             self.lose_session();
@@ -268,9 +317,11 @@ impl Instance {
 
     /// Asks for leased blocks to be read into the pool ahead of a load. Does not wait.
     pub fn prefetch(&mut self, lease: Lease, first: u32, count: u32) {
-        self.exchange((), |session, _| {
-            let tag = session.post_prefetch(lease.id, first, count)?;
-            session.nobody_waits(tag);
+        self.exchange_in(lease.session, (), |session, _| {
+            for from in (first..first + count).step_by(BATCH_BLOCKS_MAX as usize) {
+                let tag = session.post_prefetch(lease.id, from, (first + count - from).min(BATCH_BLOCKS_MAX))?;
+                session.nobody_waits(tag);
+            }
             session.publish();
             Ok(())
         });
@@ -290,7 +341,7 @@ impl Instance {
         let total = keys.len() as u32;
         let mut loaded = Loaded::default();
         let (mut arrived, mut ssd) = (0, 0);
-        self.exchange((), |session, _| {
+        self.exchange_in(lease.session, (), |session, _| {
             let deadline = Instant::now() + wait;
             // All batches are posted before the first is waited for: the device sees the whole load.
             let mut posted: Vec<(Tag, u32)> = Vec::new();
@@ -335,8 +386,10 @@ impl Instance {
     pub fn reserve(&mut self, parent: BlockKey, first: u32, keys: &[BlockKey]) -> Vec<Reserved> {
         let mut reserved = vec![Reserved::Dropped; keys.len()];
         let mut parent = parent;
+        self.look_for_session(None);
+        let session_number = self.sessions_count;
         for (start, batch) in (0..).step_by(BATCH_BLOCKS_MAX as usize).zip(keys.chunks(BATCH_BLOCKS_MAX as usize)) {
-            self.exchange((), |session, deadline| {
+            self.exchange_in(session_number, (), |session, deadline| {
                 let tag = session.post_reserve(parent, first + start, batch)?;
                 let mut answered = Vec::new();
                 let ended = session.wait(tag, deadline, |_, completion| answered.push(completion))?;
@@ -345,7 +398,8 @@ impl Instance {
                     match completion.status {
                         Status::Ok if ended => {
                             for (index, grant) in completion.grants() {
-                                reserved[(start + index) as usize] = Reserved::Slot(grant);
+                                let held = HeldSlot { grant, session: session_number };
+                                reserved[(start + index) as usize] = Reserved::Slot(held);
                             }
                         }
                         // Too late to be told of every slot: those we know of go back.
@@ -365,10 +419,14 @@ impl Instance {
     }
 
     /// Commits filled slots; says how many the server took.
-    pub fn commit(&mut self, grants: &[Grant]) -> u32 {
+    pub fn commit(&mut self, slots: &[HeldSlot]) -> u32 {
         let mut taken = 0;
+        self.look_for_session(None);
+        let session_number = self.sessions_count;
+        let grants: Vec<Grant> =
+            slots.iter().filter(|slot| slot.session == session_number).map(|slot| slot.grant).collect();
         for batch in grants.chunks(BATCH_BLOCKS_MAX as usize) {
-            taken += self.exchange(0, |session, deadline| {
+            taken += self.exchange_in(session_number, 0, |session, deadline| {
                 let tag = session.post_commit(batch)?;
                 let mut taken = 0;
                 session.wait(tag, deadline, |_, completion| taken = completion.payload[0] as u32)?;
@@ -379,8 +437,10 @@ impl Instance {
     }
 
     /// Gives slots back unfilled. Does not wait.
-    pub fn abort(&mut self, grants: &[Grant]) {
-        let broken = self.session.as_mut().is_some_and(|session| session.abort_soon(grants.iter().copied()).is_err());
+    pub fn abort(&mut self, slots: &[HeldSlot]) {
+        let number = self.sessions_count;
+        let grants = slots.iter().filter(|slot| slot.session == number).map(|slot| slot.grant);
+        let broken = self.session.as_mut().is_some_and(|session| session.abort_soon(grants).is_err());
         if broken {
             self.lose_session();
         }
@@ -414,7 +474,8 @@ mod test {
         let keys = [BlockKey::from_words([1, 2])];
         assert_eq!(instance.match_prefix(&keys), Matched::MISS);
         assert_eq!(instance.reserve(keys[0], 0, &keys), [Reserved::Dropped]);
-        assert_eq!(instance.commit(&[Grant { slot: 0, generation: 1 }]), 0);
+        let slot = HeldSlot { grant: Grant { slot: 0, generation: 1 }, session: 0 };
+        assert_eq!(instance.commit(&[slot]), 0);
         assert!(started.elapsed() < Duration::from_secs(1) && !instance.is_connected());
     }
 }

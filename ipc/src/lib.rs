@@ -25,6 +25,8 @@ pub mod ring;
 pub mod sync;
 
 #[cfg(not(loom))]
+pub mod bell;
+#[cfg(not(loom))]
 pub mod client;
 #[cfg(not(loom))]
 pub mod config;

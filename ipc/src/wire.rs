@@ -275,7 +275,7 @@ impl Submission {
                 Self::Load { lease: LeaseId(entry[3]), first, keys: span(16)? }
             }
             Op::Prefetch => {
-                bounded(MATCH_BLOCKS_MAX)?;
+                bounded(BATCH_BLOCKS_MAX)?;
                 Self::Prefetch { lease: LeaseId(entry[3]), first, count }
             }
             Op::Reserve => {

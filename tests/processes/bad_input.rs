@@ -38,7 +38,7 @@ fn impossible_settings() {
     );
     refused(&place, &["--policy", "arc"], &["eviction_policy = \"arc\"", "lru, lfu, slru"]);
     refused(&place, &["--cpu-cache-gb", "0.00001"], &["cpu_cache_gb is too small", "raise cpu_cache_gb"]);
-    refused(&place, &["--cpu-cache-gb", "1000000"], &["cpu_cache_gb", "cannot be had", "lower cpu_cache_gb"]);
+    refused(&place, &["--cpu-cache-gb", "200"], &["cpu_cache_gb", "cannot be had", "lower cpu_cache_gb"]);
     refused(&place, &["--ssd-cache-gb", "0.000001"], &["ssd_cache_gb is too small", "raise ssd_cache_gb"]);
     refused_by(
         place.kvring(&["serve"]).env("FLEXKV_CPU_CACHE_GBS", "1"),
@@ -58,13 +58,22 @@ fn a_block_size_that_is_no_multiple_of_the_device_s() {
 }
 
 #[test]
+fn a_block_size_that_makes_too_many_blocks() {
+    let place = Place::new();
+    let words = ["block_bytes = 4096", "whose index needs", "choose more tokens_per_block"];
+    refused_by(&mut place.kvring(&["serve", "--block-kib", "4", "--ssd-cache-gb", "4000"]), &words);
+    // Before anything was made for it.
+    assert!(!exists(&place.path("ssd")));
+}
+
+#[test]
 fn directories_and_disks() {
     let place = Place::new();
     std::fs::write(place.path("file"), "x").unwrap();
     let dir = place.path("file").display().to_string();
     refused(&place, &["--ssd-cache-dir", &dir], &["ssd_cache_dir", &dir, "may write to"]);
     refused(&place, &["--ssd-cache-dir", "/proc/kvring"], &["ssd_cache_dir /proc/kvring", "may write to"]);
-    refused(&place, &["--ssd-cache-gb", "100000"], &["ssd_cache_dir", "are needed", "lower ssd_cache_gb"]);
+    refused(&place, &["--ssd-cache-gb", "400"], &["ssd_cache_dir", "are needed", "lower ssd_cache_gb"]);
     assert!(!exists(&place.path("ssd/kvring.cache")), "what does not fit takes nothing");
 }
 

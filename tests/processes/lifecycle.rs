@@ -140,7 +140,9 @@ fn another_configuration_is_refused_with_both_values_and_nobody_else_notices() {
     let text = error.to_string();
     assert!(text.contains("dtype: the server has \"u8\", this instance \"fp8\""), "{text}");
     assert!(text.contains("tokens_per_block: the server has 1, this instance 16"), "{text}");
-    let Err(error) = Instance::open(place.config(0, &[]), layout(), 0) else { panic!("two instances with one id") };
+    let Err(error) = Instance::open(place.config(0, &[("start_wait_ms", "300")]), layout(), 0) else {
+        panic!("two instances with one id")
+    };
     assert!(error.to_string().contains("instance_id = 0 is in use by process"), "{error}");
     assert_eq!(load(&mut first, &chain("a", 5)), 5);
     assert_eq!(first.instance().sessions_count(), 1);
@@ -168,7 +170,8 @@ fn ranks_share_a_slot_and_a_block_is_seen_when_all_have_committed() {
                 .collect::<Vec<_>>(),
         );
     }
-    assert_eq!(grants[0], grants[1], "one slot, all ranks");
+    let slots = |held: &[kvring_ipc::instance::HeldSlot]| held.iter().map(|slot| slot.grant).collect::<Vec<_>>();
+    assert_eq!(slots(&grants[0]), slots(&grants[1]), "one slot, all ranks");
     assert_eq!(ranks[0].commit(&grants[0]), 4);
     assert_eq!(ranks[1].match_prefix(&keys).blocks, 0);
     assert_eq!(ranks[1].commit(&grants[1]), 4);
@@ -192,4 +195,35 @@ fn stop_is_polite_and_leaves_no_socket() {
     // What was dirty was written before it went.
     place.serve(&["--block-kib", "64", "--io-engine", "aio"]);
     eventually("and is found again, by another engine", || load(&mut agent, &chain("a", 8)) == 8);
+}
+
+#[test]
+fn a_rude_control_connection_costs_only_itself() {
+    use kvring_ipc::handshake::{Attach, Channel};
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64"]);
+    let rude = Channel::connect(&place.socket(), Duration::from_millis(200)).unwrap();
+    let attach = |token: &str| {
+        Request::Attach(Attach {
+            protocol: kvring_ipc::wire::PROTOCOL_VERSION,
+            instance_id: 3,
+            instance_token: token.into(),
+            rank: 0,
+            layout: layout(),
+        })
+    };
+    rude.send(&attach("a"), &[]).unwrap();
+    eventually("it is attached", || place.metric("sessions_count") == 1);
+    // Questions without end, and never an ear for the answers.
+    for _ in 0..500 {
+        let _ = rude.send(&Request::Stats, &[]);
+    }
+    let mut other = place.agent(1, &[]);
+    assert_eq!(store(&mut other, &chain("a", 5)), 5, "the control plane answers others");
+    // A second session on one connection is none, and costs the first.
+    rude.send(&attach("a"), &[]).unwrap();
+    eventually("the rude one is suspect", || place.metric("sessions_count") == 2);
+    drop(rude);
+    assert_eq!(load(&mut other, &chain("a", 5)), 5);
+    assert!(place.kvring(&["status"]).output().unwrap().status.success());
 }

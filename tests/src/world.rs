@@ -299,7 +299,7 @@ impl World {
             let pool = Pool::new(self.pool.clone(), self.shape.slot_bytes as usize, self.shape.host_slots);
             let session = Session::within(segment.clone(), pool);
             let writer = Writer { session: id, instance, rank };
-            self.shard().attach(Box::new(ServerSession::new(writer, segment, None, None)));
+            self.shard().attach(Box::new(ServerSession::new(writer, segment, None)));
             let client = Client {
                 id,
                 instance,
@@ -521,7 +521,7 @@ impl World {
 
     fn post_prefetch(&mut self, at: usize) {
         if let Some((chain, blocks, lease)) = self.clients[at].leases.last().copied() {
-            let posted = self.clients[at].session.post_prefetch(lease.id, 0, blocks);
+            let posted = self.clients[at].session.post_prefetch(lease.id, 0, blocks.min(256));
             self.post(at, posted, Self::asked(Op::Prefetch, chain, 0, 0));
         }
     }

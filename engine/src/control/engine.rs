@@ -1,6 +1,6 @@
 //! Building the data plane from a configuration and a layout, and the thread it runs on.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -8,8 +8,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
-use kvring_ipc::client::{drain, monotonic_ns, ring};
-use kvring_ipc::config::{Config, IoEngine, Polling};
+use kvring_ipc::bell as doorbells;
+use kvring_ipc::client::monotonic_ns;
+use kvring_ipc::config::{Config, IoEngine, OnMismatch, Polling};
 use kvring_ipc::layout::Layout;
 use kvring_ipc::segment::SessionState;
 use rustix::event::{EventfdFlags, Timespec, epoll};
@@ -48,6 +49,10 @@ pub enum BuildError {
         "fixed_buffers = on: the memlock limit is {limit} bytes and the pool has {pool}: raise it (ulimit -l, LimitMEMLOCK=), grant CAP_IPC_LOCK, or set fixed_buffers = off"
     )]
     Memlock { limit: u64, pool: u64 },
+    #[error(
+        "block_bytes = {block_bytes} makes {blocks} blocks of cpu_cache_gb and ssd_cache_gb, whose index needs {needed_gb:.1} GB of the {available_gb:.1} GB available: choose more tokens_per_block or smaller caches"
+    )]
+    TooManyBlocks { block_bytes: u64, blocks: u64, needed_gb: f64, available_gb: f64 },
     #[error("the pool's first piece cannot be registered with the devices: {0}")]
     Register(rustix::io::Errno),
     #[error("{what}: {errno}")]
@@ -97,7 +102,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`BuildError`]: nothing was started.
-    pub fn start(config: &Config, layout: Layout) -> Result<Self, BuildError> {
+    pub fn start(config: &Config, layout: Layout, on_mismatch: OnMismatch) -> Result<Self, BuildError> {
         layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
         let slot_bytes = layout.block_bytes;
         // The disk first: what can be refused is refused before the pool takes memory.
@@ -107,10 +112,9 @@ impl Engine {
                 files::geometry(config.ssd_cache_dirs.len(), config.ssd_cache_bytes, slot_bytes, config.max_file_bytes)
             })
             .transpose()?;
+        check_index(config, &layout, geometry.map_or(0, |geometry| u64::from(geometry.slots_count())))?;
         let opened = match &geometry {
-            Some(geometry) => {
-                files::open(&config.ssd_cache_dirs, geometry, layout.fingerprint(), config.ssd_on_mismatch)?
-            }
+            Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, layout.fingerprint(), on_mismatch)?,
             None => Vec::new(),
         };
         let pool = Arc::new(dma::create(config, slot_bytes)?);
@@ -129,7 +133,8 @@ impl Engine {
         };
         let mut cache = Cache::new(&options, host, disk);
         let metrics = Arc::new(Metrics::default());
-        let recovered = cache.recover();
+        // Without checksums a header may name a block whose slot was written anew since: start cold.
+        let recovered = if config.checksum { cache.recover() } else { 0 };
         metrics.ssd_recovered_blocks_count.add(u64::from(recovered));
         if with_disk {
             tracing::info!("{recovered} blocks found on the SSD");
@@ -196,7 +201,7 @@ impl Engine {
     pub fn tell(&self, message: ToShard) {
         // The shard holds its end until it has returned.
         let _ = self.to_shard.send(message);
-        ring(&*self.bell);
+        doorbells::ring_own(&*self.bell);
     }
 
     /// Gives the rest of the pool its pages, in parallel and behind.
@@ -217,7 +222,7 @@ impl Engine {
                         continue;
                     }
                     let _ = to_shard.send(ToShard::Bear(piece, pool.slots_of(piece)));
-                    ring(&*bell);
+                    doorbells::ring_own(&*bell);
                 }
             };
             if let Err(error) = std::thread::Builder::new().name("kvring-touch".into()).spawn(touch) {
@@ -279,6 +284,28 @@ fn open_devices(config: &Config, pool: &PoolMemory, opened: Vec<files::DeviceFil
         locks.push(device.lock);
     }
     Ok((devices, locks))
+}
+
+/// The index is in memory and grows with the number of blocks: small blocks in a big cache are refused
+/// before anything is made for them.
+fn check_index(config: &Config, layout: &Layout, disk_slots: u64) -> Result<(), BuildError> {
+    /// A block's line, its links in two tiers, two places of the table, a host slot, a disk slot with
+    /// its header's image.
+    const BYTES_PER_BLOCK: u64 = 64 + 2 * 20 + 2 * 2 * 8 + 64 + 16 + 64;
+    let host_slots = config.cpu_cache_bytes / layout.block_bytes;
+    let blocks = host_slots + disk_slots + crate::limits::LEASES_MAX as u64;
+    let (needed, available) = (blocks * BYTES_PER_BLOCK, dma::available_bytes());
+    let indices_fit = blocks < 1 << 31 && host_slots * u64::from(layout.tp_size) < 1 << 32;
+    if indices_fit && needed <= available / 4 {
+        return Ok(());
+    }
+    let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(BuildError::TooManyBlocks {
+        block_bytes: layout.block_bytes,
+        blocks,
+        needed_gb: gb(needed),
+        available_gb: gb(available),
+    })
 }
 
 /// Registered buffers count against RLIMIT_MEMLOCK unless the process may lock at will.
@@ -358,7 +385,7 @@ impl Runner {
     fn obey(&mut self, message: ToShard, sleeper: &mut Option<Sleeper>) -> bool {
         match message {
             ToShard::Attach(session) => {
-                if let (Some(sleeper), Some(bell)) = (sleeper, &session.server_bell) {
+                if let (Some(sleeper), Some(bell)) = (sleeper, &session.bell) {
                     sleeper.watch(session.writer.session.0 as usize % SESSIONS_MAX, bell);
                 }
                 self.shard.attach(session);
@@ -407,6 +434,8 @@ struct Sleeper {
     events: Vec<epoll::Event>,
     /// A copy of the bell of the session in each place, to drain it; last, the shard's own.
     bells: Vec<Option<OwnedFd>>,
+    /// Bells that could not be watched, for want of descriptors: then nobody sleeps long.
+    unwatched: bool,
 }
 
 const DEVICE: u64 = u64::MAX;
@@ -417,7 +446,7 @@ impl Sleeper {
     fn new(shard: &mut Shard<AnyDevice>, bell: &OwnedFd) -> Option<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
         let bells = (0..=SESSIONS_MAX).map(|_| None).collect();
-        let mut sleeper = Self { epoll, events: Vec::with_capacity(64), bells };
+        let mut sleeper = Self { epoll, events: Vec::with_capacity(64), bells, unwatched: false };
         sleeper.watch(OWN_BELL, bell);
         for device in shard.devices() {
             let fd = device.wake_fd()?;
@@ -428,11 +457,11 @@ impl Sleeper {
 
     fn watch(&mut self, place: usize, bell: &OwnedFd) {
         self.unwatch(place);
-        let Ok(copy) = bell.try_clone() else { return };
         let token = epoll::EventData::new_u64(place as u64);
-        if epoll::add(&self.epoll, copy.as_fd(), token, epoll::EventFlags::IN).is_ok() {
-            self.bells[place] = Some(copy);
-        }
+        let watched =
+            bell.try_clone().ok().filter(|copy| epoll::add(&self.epoll, copy, token, epoll::EventFlags::IN).is_ok());
+        self.unwatched |= watched.is_none();
+        self.bells[place] = watched;
     }
 
     /// By name: closing our copy alone would leave the client's copy registered.
@@ -443,15 +472,23 @@ impl Sleeper {
     }
 
     fn sleep(&mut self, at_most: Duration) {
+        let at_most = if self.unwatched { at_most.min(Duration::from_millis(1)) } else { at_most };
         let timeout = Timespec { tv_sec: at_most.as_secs() as i64, tv_nsec: i64::from(at_most.subsec_nanos()) };
         let woken = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut self.events), Some(&timeout));
         if woken.is_ok() {
-            for event in self.events.drain(..) {
+            let mut events = std::mem::take(&mut self.events);
+            for event in events.drain(..) {
+                let place = event.data.u64() as usize;
                 // A device's descriptor falls silent when it is polled.
-                if let Some(Some(bell)) = self.bells.get(event.data.u64() as usize) {
-                    drain(bell);
+                let Some(Some(bell)) = self.bells.get(place) else { continue };
+                if place == OWN_BELL {
+                    doorbells::drain_own(bell);
+                } else if !doorbells::drain(bell) {
+                    // The client has closed its end: it would keep us awake for ever.
+                    self.unwatch(place);
                 }
             }
+            self.events = events;
         }
     }
 }

@@ -10,14 +10,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use kvring_ipc::config::Config;
+use kvring_ipc::config::{Config, OnMismatch};
 use kvring_ipc::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome, listen};
 use kvring_ipc::launch::{beside_socket, try_lock};
-use kvring_ipc::layout::Layout;
+use kvring_ipc::layout::{Difference, Layout};
 use kvring_ipc::peer::Peer;
 use kvring_ipc::segment::Segment;
 use kvring_ipc::wire::PROTOCOL_VERSION;
-use rustix::event::{EventfdFlags, Timespec, epoll};
+use rustix::event::{Timespec, epoll};
 
 use crate::limits::SESSIONS_MAX;
 use crate::shard::End;
@@ -61,6 +61,27 @@ struct Attached {
     goodbye: bool,
     hung_up: bool,
     died: bool,
+}
+
+/// Why somebody may not attach.
+struct Refusal {
+    reason: String,
+    differences: Vec<Difference>,
+    permanent: bool,
+}
+
+impl Refusal {
+    /// Asking again will not help.
+    fn for_good(reason: String) -> Self {
+        Self { reason, differences: Vec::new(), permanent: true }
+    }
+    /// It may mend itself.
+    fn for_now(reason: String) -> Self {
+        Self { permanent: false, ..Self::for_good(reason) }
+    }
+    fn into_reply(self) -> Reply {
+        Reply::Refused { reason: self.reason, differences: self.differences, permanent: self.permanent }
+    }
 }
 
 /// An instance: sessions that share an id and a token.
@@ -121,7 +142,8 @@ impl Server {
         let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
         remove_stale_socket(&path)?;
         // The data plane before the socket: whoever connects is served at once.
-        let engine = layout.clone().map(|layout| Engine::start(&config, layout)).transpose()?;
+        raise_descriptor_limit();
+        let engine = layout.clone().map(|layout| Engine::start(&config, layout, config.ssd_on_mismatch)).transpose()?;
         let listener = listen(&path).map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(system("epoll"))?;
         let server = Self {
@@ -185,14 +207,22 @@ impl Server {
     /// How long nothing can be missed. Without sessions: for ever, at no cost.
     fn nap(&self) -> Option<Timespec> {
         let silent = self.connections.values().any(|connection| connection.session.is_none());
-        match self.connections.is_empty() {
+        // With a data plane, once a second: it may fail, and sessions it is done with come back.
+        match self.connections.is_empty() && self.engine.is_none() {
             true => None,
             false => Some(Timespec { tv_sec: i64::from(!silent), tv_nsec: if silent { 200_000_000 } else { 0 } }),
         }
     }
 
     fn accept(&mut self) {
-        let Ok(fd) = rustix::net::accept_with(&self.listener, rustix::net::SocketFlags::CLOEXEC) else { return };
+        // Non-blocking: a peer that does not read its answers must not make us wait.
+        let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
+        let Ok(fd) = rustix::net::accept_with(&self.listener, flags) else {
+            // Out of descriptors: the listener stays readable, and hearing it at once would be all we do.
+            #[expect(clippy::disallowed_methods, reason = "the control plane may wait, here for descriptors")]
+            std::thread::sleep(Duration::from_millis(20));
+            return;
+        };
         // Twice the sessions, so that a full house can still be asked for its counters.
         if self.connections.len() >= 2 * SESSIONS_MAX {
             return;
@@ -218,17 +248,18 @@ impl Server {
             Err(ChannelError::TimedOut) => return,
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
-                    self.refuse(number, format!("not understood: {error}"), Vec::new());
+                    self.reply(number, &Refusal::for_good(format!("not understood: {error}")).into_reply());
                 }
                 return self.on_hang_up(number);
             }
         };
         match request {
             Request::Attach(attach) => {
-                if let Err((reason, differences)) = self.attach(number, &attach) {
-                    tracing::warn!("instance {} refused: {reason}", attach.instance_id);
-                    self.refuse(number, reason, differences);
-                    self.connections.remove(&number);
+                if let Err(refusal) = self.attach(number, &attach) {
+                    tracing::warn!("instance {} refused: {}", attach.instance_id, refusal.reason);
+                    self.reply(number, &refusal.into_reply());
+                    // Whatever it had is taken back as from one that hung up.
+                    self.on_hang_up(number);
                 }
             }
             Request::Goodbye => {
@@ -263,66 +294,65 @@ impl Server {
         }
     }
 
-    fn refuse(&self, number: u64, reason: String, differences: Vec<kvring_ipc::layout::Difference>) {
-        self.reply(number, &Reply::Refused { reason, differences });
-    }
-
     fn is_same_user(&self, number: u64) -> bool {
         let Some(connection) = self.connections.get(&number) else { return false };
         let ours = rustix::process::geteuid().as_raw();
         Peer::of(connection.channel.as_fd()).is_ok_and(|peer| peer.uid == ours || peer.uid == 0)
     }
 
-    fn attach(&mut self, number: u64, attach: &Attach) -> Result<(), (String, Vec<kvring_ipc::layout::Difference>)> {
-        let plain = |reason: String| (reason, Vec::new());
+    fn attach(&mut self, number: u64, attach: &Attach) -> Result<(), Refusal> {
         let Some(connection) = self.connections.get(&number) else { return Ok(()) };
         if connection.session.is_some() {
-            return Err(plain("this connection has a session already".into()));
+            return Err(Refusal::for_good("this connection has a session already".into()));
         }
-        let peer =
-            Peer::of(connection.channel.as_fd()).map_err(|errno| plain(format!("who connects is unknown: {errno}")))?;
+        let peer = Peer::of(connection.channel.as_fd())
+            .map_err(|errno| Refusal::for_now(format!("who connects is unknown: {errno}")))?;
         let ours = rustix::process::geteuid().as_raw();
         if peer.uid != ours && peer.uid != 0 {
-            return Err(plain(format!("user {} may not attach to the server of user {ours}", peer.uid)));
+            let reason = format!("user {} may not attach to the server of user {ours}", peer.uid);
+            return Err(Refusal::for_good(reason));
         }
         if attach.protocol != PROTOCOL_VERSION {
-            return Err(plain(format!(
+            return Err(Refusal::for_good(format!(
                 "the server speaks protocol {PROTOCOL_VERSION}, this instance {}: use one version of kvring",
                 attach.protocol
             )));
         }
         if attach.rank >= attach.layout.tp_size {
-            return Err(plain(format!("rank = {} is not below tp_size = {}", attach.rank, attach.layout.tp_size)));
+            let reason = format!("rank = {} is not below tp_size = {}", attach.rank, attach.layout.tp_size);
+            return Err(Refusal::for_good(reason));
         }
         let layout = self.engine.as_ref().map(|engine| &engine.layout).or(self.layout.as_ref());
         if let Some(layout) = layout {
             let differences = layout.differences(&attach.layout);
             if !differences.is_empty() {
-                return Err(("its parallel configuration is not the server's".into(), differences));
+                let reason = "its parallel configuration is not the server's".into();
+                return Err(Refusal { differences, ..Refusal::for_good(reason) });
             }
         }
-        let taken = self
-            .instances
-            .iter()
-            .find(|instance| instance.id == attach.instance_id && instance.token != attach.instance_token);
+        let same_id = |instance: &&Instance| instance.id == attach.instance_id;
+        let taken = self.instances.iter().find(|i| same_id(i) && i.token != attach.instance_token);
         if let Some(other) = taken {
-            return Err(plain(format!(
+            // For now: the other may be dying, and this one its successor.
+            return Err(Refusal::for_now(format!(
                 "instance_id = {} is in use by process {}: give each instance its own",
                 attach.instance_id, other.pid
             )));
         }
         if self.engine.is_none() {
-            let engine = Engine::start(&self.config, attach.layout.clone()).map_err(|error| {
+            // A layout that no operator gave never empties a cache that is there.
+            let engine = Engine::start(&self.config, attach.layout.clone(), OnMismatch::Refuse).map_err(|error| {
                 tracing::error!("{error}");
-                plain(error.to_string())
+                Refusal::for_now(error.to_string())
             })?;
             self.engine = Some(engine);
         }
-        let id = self.free_session_id().ok_or_else(|| plain(format!("all {SESSIONS_MAX} sessions are taken")))?;
+        let id =
+            self.free_session_id().ok_or_else(|| Refusal::for_now(format!("all {SESSIONS_MAX} sessions are taken")))?;
         let instance = self.instance_of(attach, peer.pid.as_raw_nonzero().get());
         self.open_session(number, id, instance, attach.rank, peer).map_err(|errno| {
             self.leave_instance(instance);
-            plain(format!("no session can be made: {errno}"))
+            Refusal::for_now(format!("no session can be made: {errno}"))
         })
     }
 
@@ -382,8 +412,7 @@ impl Server {
     ) -> rustix::io::Result<()> {
         let (Some(engine), Some(connection)) = (&self.engine, self.connections.get_mut(&number)) else { return Ok(()) };
         let (segment, segment_fd) = Segment::create()?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let (server_bell, client_bell) = (rustix::event::eventfd(0, flags)?, rustix::event::eventfd(0, flags)?);
+        let (bell, their_bell) = kvring_ipc::bell::pair()?;
         let pool = &engine.pool;
         let welcome = Welcome {
             session: id.0,
@@ -394,12 +423,12 @@ impl Server {
             server_pid: std::process::id(),
         };
         epoll::add(&self.epoll, &peer.pidfd, epoll::EventData::new_u64(number * 2 + 1), epoll::EventFlags::IN)?;
-        let fds = [segment_fd.as_fd(), pool.fd.as_fd(), server_bell.as_fd(), client_bell.as_fd()];
+        let fds = [segment_fd.as_fd(), pool.fd.as_fd(), their_bell.as_fd()];
         if connection.channel.send(&Reply::Welcome(welcome), &fds).is_err() {
             return Err(rustix::io::Errno::PIPE);
         }
         let writer = Writer { session: id, instance, rank };
-        let session = Box::new(Session::new(writer, segment, Some(server_bell), Some(client_bell)));
+        let session = Box::new(Session::new(writer, segment, Some(bell)));
         connection.session = Some(Attached { id, instance, peer, goodbye: false, hung_up: false, died: false });
         engine.tell(ToShard::Attach(session));
         Ok(())
@@ -501,6 +530,19 @@ impl Server {
             stats["metrics"] = counters.into();
         }
         stats
+    }
+}
+
+/// Each session costs four descriptors: the soft limit of 1024 is for programs that use select(2).
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let wanted = 4 * SESSIONS_MAX as u64 + 256;
+    if setrlimit(Resource::Nofile, limit).is_err() || limit.maximum.is_some_and(|maximum| maximum < wanted) {
+        tracing::warn!(
+            "fewer than {wanted} descriptors may be open, so fewer than {SESSIONS_MAX} sessions fit: raise ulimit -n"
+        );
     }
 }
 

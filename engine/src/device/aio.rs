@@ -141,22 +141,29 @@ impl Device for Aio {
                     let first = self.queue.remove(0);
                     self.refused.push(Done { tag: first.data as u32, result: Err(error) });
                     // Nobody rings for it, so we do.
-                    kvring_ipc::client::ring(&self.bell);
+                    kvring_ipc::bell::ring_own(&self.bell);
                 }
             }
         }
     }
 
     fn poll(&mut self, _now_ns: u64, budget: usize, done: &mut Vec<Done>) {
-        while let Some(refused) = self.refused.pop() {
+        // Silent before the look, so that what completes after it rings again.
+        kvring_ipc::bell::drain_own(&self.bell);
+        let most = budget.saturating_sub(done.len());
+        for refused in self.refused.drain(self.refused.len().saturating_sub(most)..) {
             self.inflight -= 1;
             done.push(refused);
         }
         let in_kernel = self.inflight as usize - self.queue.len();
         if in_kernel == 0 {
+            if !self.refused.is_empty() {
+                kvring_ipc::bell::ring_own(&self.bell);
+            }
             return;
         }
         let mut events = [Event::default(); EVENTS];
+        let budget = budget.saturating_sub(done.len());
         let most = EVENTS.min(budget).min(in_kernel);
         let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: `events` has room for `most` events; `zero` outlives the call.
@@ -175,8 +182,10 @@ impl Device for Aio {
             let result = u32::try_from(event.res).map_err(|_| Errno::from_raw_os_error(-event.res as i32));
             done.push(Done { tag: event.data as u32, result });
         }
-        if self.inflight == 0 {
-            kvring_ipc::client::drain(&self.bell);
+        let cut_short = most < in_kernel && usize::try_from(result) == Ok(most);
+        if cut_short || !self.refused.is_empty() {
+            // There may be more: nobody else would ring for it.
+            kvring_ipc::bell::ring_own(&self.bell);
         }
     }
 

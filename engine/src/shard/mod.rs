@@ -24,7 +24,9 @@ use crate::cache::{Cache, Found, NoParent, Reserve};
 use crate::checksum;
 use crate::device::{Device, Direction, Done, Io, Region};
 use crate::index::BlockId;
-use crate::limits::{DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, SESSION_BUDGET, SESSIONS_MAX};
+use crate::limits::{
+    DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, PREFETCH_AHEAD_MAX, SESSION_BUDGET, SESSIONS_MAX,
+};
 use crate::metrics::Metrics;
 use crate::tier::host::SessionId;
 use load::{Asked, Dirty, Loads, Waiter};
@@ -496,21 +498,17 @@ impl<D: Device> Shard<D> {
         let Some(session) = self.sessions[at].as_deref() else { return };
         let instance = session.writer.instance;
         let mut started = 0;
-        let mut status = Status::Ok;
-        let mut from = first;
-        while from < first + count {
-            let batch = (first + count - from).min(BATCH_BLOCKS_MAX) as usize;
-            if let Err(error) = self.cache.leased_blocks(lease, instance, from, None, &mut self.blocks[..batch]) {
-                status = error;
-                break;
-            }
-            for i in 0..batch {
-                // Best effort: without a slot the load will read it.
-                if self.cache.find(self.blocks[i]) == Found::OnDisk && self.begin_read(self.blocks[i]).is_some() {
+        let blocks = &mut self.blocks[..count as usize];
+        let status = self.cache.leased_blocks(lease, instance, first, None, blocks).err().unwrap_or(Status::Ok);
+        if status == Status::Ok {
+            for i in 0..count as usize {
+                // Best effort: without a slot, or with much ahead of it, the load will read it.
+                let ahead = self.devices.iter().any(|device| device.reads_waiting() > PREFETCH_AHEAD_MAX);
+                let block = self.blocks[i];
+                if !ahead && self.cache.find(block) == Found::OnDisk && self.begin_read(block).is_some() {
                     started += 1;
                 }
             }
-            from += batch as u32;
         }
         let payload = [started, 0, 0, 0, 0, 0];
         if let Some(session) = self.sessions[at].as_deref_mut() {

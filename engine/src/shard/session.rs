@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use kvring_ipc::client::ring;
+use kvring_ipc::bell::ring;
 use kvring_ipc::doorbell;
 use kvring_ipc::ring::{Consumer, Poisoned, Producer};
 use kvring_ipc::segment::{RingView, Segment, SessionState};
@@ -24,16 +24,15 @@ pub struct Session {
     promised: u32,
     /// Loads under way.
     pub loads_count: u32,
-    /// Rung by the client; watched by whoever puts the shard to sleep.
-    pub server_bell: Option<OwnedFd>,
-    client_bell: Option<OwnedFd>,
+    /// Our end of the bell: watched by whoever puts the shard to sleep.
+    pub bell: Option<OwnedFd>,
     /// Its leases and slots were taken back: it is not polled any more.
     pub ended: bool,
 }
 
 impl Session {
     /// A session over this segment.
-    pub fn new(writer: Writer, segment: Segment, server_bell: Option<OwnedFd>, client_bell: Option<OwnedFd>) -> Self {
+    pub fn new(writer: Writer, segment: Segment, bell: Option<OwnedFd>) -> Self {
         Self {
             writer,
             submissions: Consumer::new(segment.submissions()),
@@ -41,8 +40,7 @@ impl Session {
             segment,
             promised: 0,
             loads_count: 0,
-            server_bell,
-            client_bell,
+            bell,
             ended: false,
         }
     }
@@ -77,7 +75,7 @@ impl Session {
         self.submissions.release();
         if self.completions.publish()
             && doorbell::must_ring(self.segment.client_sleeps())
-            && let Some(bell) = &self.client_bell
+            && let Some(bell) = &self.bell
         {
             ring(bell);
         }
@@ -86,7 +84,7 @@ impl Session {
     /// Tells the client that nothing more will come.
     pub fn close(&mut self, state: SessionState) {
         self.segment.set_state(state);
-        if let Some(bell) = &self.client_bell {
+        if let Some(bell) = &self.bell {
             ring(bell);
         }
     }

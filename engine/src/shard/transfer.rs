@@ -93,6 +93,10 @@ impl<D: Device> Transfers<D> {
     pub fn queue_write(&mut self, purpose: Purpose, io: Io) {
         self.writes.push_back((purpose, io));
     }
+    /// Reads that wait.
+    pub fn reads_waiting(&self) -> u32 {
+        self.reads.len() as u32
+    }
     /// Writes that wait or are in flight.
     pub fn writes_count(&self) -> u32 {
         self.writes.len() as u32 + self.writes_inflight

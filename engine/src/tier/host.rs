@@ -108,6 +108,11 @@ impl HostSlots {
         }
     }
 
+    /// Generations begin at this number: grants of another server's life are worthless here.
+    pub fn begin_generations_at(&mut self, generation: u32) {
+        self.slots.iter_mut().for_each(|slot| slot.generation = generation);
+    }
+
     /// These slots are registered: they may be used.
     pub fn bear(&mut self, slots: std::ops::Range<u32>) {
         for slot in slots.rev() {
