@@ -81,6 +81,7 @@ pub struct Shard<D> {
     options: ShardOptions,
     done: Vec<Done>,
     landed: Vec<Landed>,
+    scratch: Box<[u8]>,
     keys: Box<[BlockKey]>,
     blocks: Box<[BlockId]>,
     next_housekeeping_ns: u64,
@@ -139,6 +140,7 @@ impl<D: Device> Shard<D> {
             options,
             done: Vec::with_capacity(DEVICE_BUDGET),
             landed: Vec::with_capacity(DEVICE_BUDGET),
+            scratch: vec![0; checksum::SCRATCH_BYTES].into_boxed_slice(),
             keys: vec![BlockKey::default(); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             blocks: vec![BlockId(0); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             next_housekeeping_ns: 0,
@@ -644,9 +646,10 @@ impl<D: Device> Shard<D> {
             self.metrics.ssd_read_errors_count.add(1);
         }
         let expected = self.cache.disk.as_ref().map_or(0, |disk| disk.data_crc(disk_slot));
+        let offset = self.offset_of(host_slot);
         let sound = !self.options.checksum
             || !moved
-            || checksum::of_mapping(&self.pool, self.offset_of(host_slot), bytes as usize) == expected;
+            || checksum::of_mapping(&self.pool, offset, bytes as usize, &mut self.scratch) == expected;
         if !sound {
             self.metrics.ssd_checksum_errors_count.add(1);
         }
@@ -701,7 +704,7 @@ impl<D: Device> Shard<D> {
             let Some(write) = self.cache.begin_write(grant, block) else { continue };
             let offset = self.offset_of(write.host_slot);
             let data_crc = if self.options.checksum {
-                checksum::of_mapping(&self.pool, offset, self.options.slot_bytes as usize)
+                checksum::of_mapping(&self.pool, offset, self.options.slot_bytes as usize, &mut self.scratch)
             } else {
                 0
             };
