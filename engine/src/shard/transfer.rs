@@ -47,6 +47,9 @@ pub struct Landed {
     pub good: bool,
 }
 
+/// Write-backs that wait with their checksum made.
+const WRITES_AHEAD: u32 = 4;
+
 /// One device and its transfers.
 pub struct Transfers<D> {
     /// The device.
@@ -101,8 +104,14 @@ impl<D: Device> Transfers<D> {
     pub fn writes_count(&self) -> u32 {
         self.writes.len() as u32 + self.writes_inflight
     }
-    /// How many writes may be under way now: fewer while reads are.
+    /// How many writes may be begun now: a few more than may be in flight, so that one that ends is
+    /// followed at once and not after a checksum.
     pub fn writes_wanted(&self) -> u32 {
+        self.writes_limit() + WRITES_AHEAD
+    }
+
+    /// How many writes may be in flight now: fewer while reads are.
+    fn writes_limit(&self) -> u32 {
         let busy = self.reads_inflight > 0 || !self.reads.is_empty();
         if busy { (self.write_depth / 4).max(1) } else { self.write_depth }
     }
@@ -139,7 +148,7 @@ impl<D: Device> Transfers<D> {
             self.start(purpose, io);
             count += 1;
         }
-        while self.writes_inflight < self.write_depth && !self.free.is_empty() {
+        while self.writes_inflight < self.writes_limit() && !self.free.is_empty() {
             let Some((purpose, io)) = self.writes.pop_front() else { break };
             self.writes_inflight += 1;
             self.start(purpose, io);
