@@ -170,6 +170,14 @@ fn mapping(bytes: u64) -> Arc<Mapping> {
     Arc::new(Mapping::new(&fd, bytes as usize).expect("a mapping"))
 }
 
+/// Whether these are a key's bytes; if not, says whose they are.
+fn is_exact(chains: &[Vec<BlockKey>], key: BlockKey, block: &[u8]) -> bool {
+    let Some(at) = bytes::first_difference(key, block) else { return true };
+    let owner = chains.iter().flatten().find(|other| bytes::first_difference(**other, block).is_none());
+    eprintln!("{key} differs at byte {at}; these are the bytes of {owner:?}");
+    false
+}
+
 impl World {
     /// A world of a seed's own shape.
     pub fn new(seed: u64) -> Self {
@@ -609,19 +617,7 @@ impl World {
         let mut block = vec![0; slot_bytes];
         for held in &client.held {
             client.session.pool().copy_out(held.grant.slot, 0, &mut block);
-            if bytes::first_difference(held.key, &block).is_some() {
-                let whose: Vec<_> = self
-                    .chains
-                    .iter()
-                    .flatten()
-                    .filter(|other| bytes::first_difference(**other, &block).is_none())
-                    .collect();
-                let zombies: Vec<_> = self.zombies.iter().map(|z| (z.id, &z.slots, z.until_ns)).collect();
-                panic!(
-                    "a leased block changed at {now_ns}: {held:?} is now {whose:?}; zombies {zombies:?}; {:?}",
-                    bytes::first_difference(held.key, &block)
-                );
-            }
+            assert!(is_exact(&self.chains, held.key, &block), "a leased block changed: {held:?} at {now_ns}");
         }
     }
 
@@ -672,21 +668,7 @@ impl World {
                     }
                     let key = chain[asked.first + index as usize];
                     client.session.pool().copy_out(grant.slot, 0, &mut block);
-                    if bytes::first_difference(key, &block).is_some() {
-                        let whose: Vec<_> = self
-                            .chains
-                            .iter()
-                            .flatten()
-                            .filter(|other| bytes::first_difference(**other, &block).is_none())
-                            .collect();
-                        let zombies: Vec<_> = self.zombies.iter().map(|z| (&z.slots, z.until_ns)).collect();
-                        panic!(
-                            "wrong bytes for {key} in {grant:?} at {:?}: they are those of {whose:?}; lease {lease:?} now {} zombies {zombies:?} from disk {}",
-                            bytes::first_difference(key, &block),
-                            self.now_ns,
-                            completion.from_disk
-                        );
-                    }
+                    assert!(is_exact(&self.chains, key, &block), "wrong bytes for {key} in {grant:?} under {lease:?}");
                     self.tally.blocks_loaded += 1;
                     client.held.push(Held { lease, key, grant });
                 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 
-use super::{Device, DeviceMemory, Direction, Done, Io, Region};
+use super::{Device, DeviceMemory, Direction, Done, Io};
 
 /// `struct iocb` of linux/aio_abi.h, little-endian.
 #[repr(C)]
@@ -98,16 +98,12 @@ impl Device for Aio {
         if self.inflight == self.depth {
             return Err(io);
         }
-        let mapping = match io.region {
-            Region::Pool => &self.memory.pool,
-            Region::Headers => &self.memory.headers,
-        };
         self.inflight += 1;
         self.queue.push(Iocb {
             data: u64::from(io.tag),
             opcode: if io.direction == Direction::Read { IOCB_CMD_PREAD } else { IOCB_CMD_PWRITE },
             fildes: self.files[io.file as usize].as_raw_fd() as u32,
-            buf: mapping.address(io.offset_in_region, io.bytes as usize) as u64,
+            buf: self.memory.address(&io) as u64,
             nbytes: u64::from(io.bytes),
             offset: io.offset_in_file as i64,
             flags: IOCB_FLAG_RESFD,

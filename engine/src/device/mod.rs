@@ -37,6 +37,21 @@ pub enum Region {
     Headers,
 }
 
+impl DeviceMemory {
+    /// The memory of a region.
+    pub fn region(&self, region: Region) -> &Mapping {
+        match region {
+            Region::Pool => &self.pool,
+            Region::Headers => &self.headers,
+        }
+    }
+
+    /// Where a transfer's bytes lie; checked to be inside the region.
+    pub fn address(&self, io: &Io) -> *mut u8 {
+        self.region(io.region).address(io.offset_in_region, io.bytes as usize)
+    }
+}
+
 /// Which way bytes move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {

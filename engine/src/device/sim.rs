@@ -14,7 +14,7 @@ use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
-use super::{Device, DeviceMemory, Direction, Done, Io, Region};
+use super::{Device, DeviceMemory, Direction, Done, Io};
 use crate::limits::SECTOR_BYTES;
 
 /// A small, fast, seeded source of chance (splitmix64, Steele et al., OOPSLA 2014).
@@ -99,10 +99,7 @@ impl Sim {
     }
 
     fn transfer(&mut self, io: &Io, offset_in_file: u64) {
-        let memory = match io.region {
-            Region::Pool => &self.memory.pool,
-            Region::Headers => &self.memory.headers,
-        };
+        let memory = self.memory.region(io.region);
         let from = offset_in_file as usize;
         let bytes = &mut self.platter[io.file as usize][from..from + io.bytes as usize];
         match io.direction {

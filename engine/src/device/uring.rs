@@ -80,11 +80,7 @@ impl Device for Uring {
         if self.inflight == self.depth {
             return Err(io);
         }
-        let mapping = match io.region {
-            Region::Pool => &self.memory.pool,
-            Region::Headers => &self.memory.headers,
-        };
-        let address = mapping.address(io.offset_in_region, io.bytes as usize);
+        let address = self.memory.address(&io);
         let file = types::Fixed(u32::from(io.file));
         let fixed = self.fixed_buffers && io.region == Region::Pool;
         let piece = (io.offset_in_region / self.memory.piece_bytes) as u16;
