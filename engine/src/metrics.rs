@@ -36,6 +36,18 @@ macro_rules! metrics {
     };
 }
 
+/// Those of [`Metrics`] that are levels, not counts: they fall as well as rise.
+pub const GAUGES: &[&str] = &[
+    "sessions_count",
+    "leases_count",
+    "host_slots_count",
+    "host_slots_free_count",
+    "host_slots_quarantined_count",
+    "ssd_slots_count",
+    "ssd_slots_free_count",
+    "blocks_count",
+];
+
 metrics! {
     matches_count: "Match requests answered.",
     match_blocks_requested_count: "Blocks named by match requests.",

@@ -766,6 +766,9 @@ impl Config {
             _ => return Err(broken("must hold one mapping of settings".into())),
         };
         for (key, value) in entries {
+            // In a file as in the environment, or in lower case without the prefix.
+            let lower = key.to_ascii_lowercase();
+            let key = lower.trim_start_matches("flexkv_").trim_start_matches("kvring_").to_owned();
             let as_flexkv = format!("FLEXKV_{}", key.to_ascii_uppercase());
             let setting = SETTINGS.iter().find(|s| s.name == key || s.flexkv == Some(as_flexkv.as_str()));
             let instead = NOT_APPLICABLE.iter().find(|(name, _)| *name == as_flexkv).map(|(_, instead)| *instead);
@@ -841,12 +844,10 @@ is an error that names the field, the value and what would be accepted.
 
 fn unknown<'a>(field: &str, value: &str, origin: &str, known: impl Iterator<Item = &'a str>) -> ConfigError {
     let closest = known.max_by(|a, b| strsim::jaro_winkler(a, field).total_cmp(&strsim::jaro_winkler(b, field)));
-    ConfigError {
-        field: field.into(),
-        value: value.into(),
-        origin: origin.into(),
-        problem: format!("no such setting; the closest is {}, and docs/CONFIG.md lists all", closest.unwrap_or("none")),
-    }
+    let closest = closest.filter(|name| strsim::jaro_winkler(name, field) > 0.8);
+    let hint = closest.map(|name| format!("the closest is {name}, and ")).unwrap_or_default();
+    let problem = format!("no such setting; {hint}docs/CONFIG.md lists all");
+    ConfigError { field: field.into(), value: value.into(), origin: origin.into(), problem }
 }
 
 fn plain_text(key: &str, value: &serde_json::Value, origin: &str) -> Result<String, ConfigError> {

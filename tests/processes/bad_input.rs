@@ -213,7 +213,7 @@ fn traces() {
     refused_by(&mut place.kvring(&["replay", &truncated]), &["t.jsonl:2:", "each line must be an object"]);
     let binary = trace("\u{7f}ELF\u{0}\u{0}");
     refused_by(&mut place.kvring(&["replay", &binary]), &["t.jsonl:1:"]);
-    refused_by(&mut place.kvring(&["replay", "/nonexistent"]), &["/nonexistent:0: cannot be read"]);
+    refused_by(&mut place.kvring(&["replay", "/nonexistent"]), &["/nonexistent: cannot be read"]);
     refused_by(&mut place.kvring(&["replay", "--speed", "-1"]), &["--speed -1"]);
 }
 

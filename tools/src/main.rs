@@ -33,7 +33,11 @@ enum Command {
 }
 
 fn main() -> std::process::ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if !matches!(command, Command::Serve(_)) {
+        end_with_the_pipe();
+    }
+    let result = match command {
         Command::Serve(args) => serve::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Bench(args) => bench::run(args),
@@ -48,6 +52,13 @@ fn main() -> std::process::ExitCode {
             std::process::ExitCode::FAILURE
         }
     }
+}
+
+/// `kvring status | head` ends quietly, as other tools do. A server does not end with a pipe.
+#[expect(unsafe_code, reason = "SIGPIPE's default action has no safe binding")]
+fn end_with_the_pipe() {
+    // SAFETY: no handler of ours is installed; the default action is the kernel's.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
 /// What a command ends with: a sentence for the operator.

@@ -4,9 +4,13 @@ use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use kvring_engine::control::Server;
+use kvring_ipc::config::Config;
+use kvring_ipc::handshake::{Request, ask};
+use kvring_ipc::launch::beside_socket;
 use kvring_ipc::layout::Layout;
 
 use crate::Outcome;
@@ -24,6 +28,9 @@ pub struct ServeArgs {
     /// Start the server in a session of its own and return.
     #[arg(long)]
     detach: bool,
+    /// Stop when the process that started this one ends.
+    #[arg(long, conflicts_with = "detach")]
+    die_with_parent: bool,
     #[command(flatten)]
     settings: Settings,
 }
@@ -32,7 +39,10 @@ pub struct ServeArgs {
 pub fn run(args: ServeArgs) -> Outcome {
     let loaded = args.settings.load()?;
     if args.detach {
-        return detach();
+        return detach(&loaded.config);
+    }
+    if args.die_with_parent {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
     }
     let filter = tracing_subscriber::EnvFilter::new(&loaded.config.log_level);
     tracing_subscriber::fmt()
@@ -72,14 +82,26 @@ fn keep_no_descriptors() {
     unsafe { libc::syscall(libc::SYS_close_range, 3 as libc::c_uint, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) };
 }
 
-/// Starts the server proper in a session of its own; it is init's child once we return.
-fn detach() -> Outcome {
+/// Starts the server proper in a session of its own, writing to its log; it is init's child once we
+/// return, which is when it answers.
+fn detach(config: &Config) -> Outcome {
     keep_no_descriptors();
     // Not a group leader unless a shell made us one; then we are in nobody's way either.
     let _ = rustix::process::setsid();
     let mut command = Command::new(std::env::current_exe()?);
     command.args(std::env::args_os().skip(1).filter(|argument| argument != "--detach"));
-    command.stdin(Stdio::null());
-    command.spawn().map_err(|error| format!("cannot start the server: {error}"))?;
+    let log_path = config.server_log.clone().unwrap_or_else(|| beside_socket(&config.socket, "log"));
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path);
+    let log = log.map_err(|error| format!("cannot open the server's log {}: {error}", log_path.display()))?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    let mut child = command.spawn().map_err(|error| format!("cannot start the server: {error}"))?;
+    // A big pool takes its time; whoever waits for us is a thread with nothing else to do.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while ask(&config.socket, &Request::Stats, Duration::from_secs(2)).is_err() && Instant::now() < deadline {
+        if let Some(status) = child.try_wait()? {
+            return Err(format!("the server did not start ({status}): see {}", log_path.display()).into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
     Ok(())
 }

@@ -19,6 +19,20 @@ impl Settings {
         Config::load(&self.flags, self.config_path.as_deref(), std::env::vars())
     }
 
+    /// Tells a child process everything that was said to this one, wherever it was said, and nothing else.
+    pub fn tell(&self, command: &mut std::process::Command) -> Result<(), ConfigError> {
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("KVRING_") || text.starts_with("FLEXKV_") {
+                command.env_remove(&name);
+            }
+        }
+        for (name, value) in self.load()?.config.said {
+            command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
+        }
+        Ok(())
+    }
+
     /// Says something unless the operator has, by flag, file or environment.
     pub fn default_to(&mut self, name: &str, value: &str) -> Result<(), ConfigError> {
         if !self.load()?.config.said.contains_key(name) {

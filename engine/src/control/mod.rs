@@ -109,6 +109,8 @@ pub struct Server {
     next_session: u32,
     next_instance: u32,
     matches_logged: u64,
+    media_errors: [u64; 3],
+    media_warned: Option<Instant>,
     stopping: bool,
 }
 
@@ -160,6 +162,8 @@ impl Server {
             next_session: 0,
             next_instance: 0,
             matches_logged: 0,
+            media_errors: [0; 3],
+            media_warned: None,
             stopping: false,
         };
         server.watch(server.listener.as_fd(), LISTENER)?;
@@ -193,6 +197,7 @@ impl Server {
             self.drop_silent();
             self.hear_shard();
             self.log_counters();
+            self.warn_of_media();
             failed = self.engine.as_ref().is_some_and(Engine::has_failed);
         }
         tracing::info!("stopping");
@@ -505,6 +510,25 @@ impl Server {
             m.commit_blocks_count.get(),
             m.host_slots_free_count.get(),
             m.host_slots_count.get(),
+        );
+    }
+
+    /// A disk that fails is the operator's business, once in a while and not once a block.
+    fn warn_of_media(&mut self) {
+        let Some(engine) = &self.engine else { return };
+        let m = &engine.metrics;
+        let errors = [m.ssd_checksum_errors_count.get(), m.ssd_read_errors_count.get(), m.ssd_write_errors_count.get()];
+        let waited = self.media_warned.is_none_or(|at| at.elapsed() > Duration::from_secs(10));
+        if errors == self.media_errors || !waited {
+            return;
+        }
+        #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
+        let now = Instant::now();
+        (self.media_errors, self.media_warned) = (errors, Some(now));
+        let [checksums, reads, writes] = errors;
+        tracing::warn!(
+            "the SSD fails: {checksums} blocks were not the bytes written, {reads} reads and {writes} writes failed since the start; each is a miss. Look at the device ({})",
+            engine.devices.join("; ")
         );
     }
 

@@ -265,14 +265,22 @@ fn read_superblock(path: &Path) -> std::io::Result<Found> {
 
 fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
     let fields = [
-        ("layout fingerprint", found.layout, expected.layout),
         ("block bytes", found.slot_bytes, expected.slot_bytes),
+        ("layout fingerprint", found.layout, expected.layout),
         ("slots", found.slots_count, expected.slots_count),
         ("slots per file", found.slots_per_file, expected.slots_per_file),
         ("device index and count", found.device, expected.device),
         ("cache id", found.cache_id, expected.cache_id),
     ];
     let (name, found, expected) = fields.into_iter().find(|(_, found, expected)| found != expected)?;
+    if name == "device index and count" {
+        let place = |device: u64| format!("directory {} of {}", (device >> 32) + 1, device as u32);
+        return Some(format!(
+            "{} there, {} configured: restore ssd_cache_dir and its order",
+            place(found),
+            place(expected)
+        ));
+    }
     Some(format!("{name} {found} there, {expected} configured"))
 }
 

@@ -24,9 +24,10 @@ pub fn measure(run: &mut Run) -> Measured {
         let mut curve = Vec::new();
         for size in SIZES {
             let ns = one(run, size, *policy);
-            row[format!("{size}_ns")] = rounded(ns, 0).into();
             curve.push(ns);
         }
+        row["blocks"] = json!(SIZES);
+        row["ns"] = curve.iter().map(|ns| rounded(*ns, 0)).collect::<Vec<_>>().into();
         row["ratio"] = rounded(curve[SIZES.len() - 1] / curve[0], 2).into();
         rows.push(row);
     }

@@ -8,6 +8,9 @@ pub mod worker;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -74,10 +77,9 @@ fn answers(socket: &std::path::Path) -> Option<serde_json::Value> {
 pub fn start_server(settings: &Settings, block_kib: u64) -> Result<OwnServer, Box<dyn std::error::Error>> {
     let config = settings.load()?.config;
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["serve", "--block-kib", &block_kib.to_string()]);
-    for (name, value) in &settings.flags {
-        command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
-    }
+    command.args(["serve", "--die-with-parent", "--block-kib", &block_kib.to_string()]);
+    settings.tell(&mut command)?;
+    command.env_remove("KVRING_INSTANCE_ID");
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
     let mut server = OwnServer { child };
     let deadline = Instant::now() + Duration::from_secs(120);
@@ -147,6 +149,7 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
     let elapsed = started.elapsed();
     let server_cpu_s = cpu_seconds(pid) - cpu_before;
     let after = answers(&config.socket);
+    let lost = own.is_some() && after.is_none();
     drop(own);
     let report = Report::new(&results, elapsed, server_cpu_s, spec.block_bytes, &before, after.as_ref())?;
     if args.json {
@@ -155,6 +158,8 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
         print!("{report}");
     }
     match report.counts.wrong_blocks {
+        0 if lost => Err("the server that this replay started died".into()),
+        0 if report.counts.requests_without_server == requests_count => Err("no request reached a server".into()),
         0 => Ok(()),
         wrong => Err(format!("{wrong} blocks were wrong").into()),
     }
@@ -168,9 +173,7 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
     for index in 0..args.instances as usize {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("replay-instance").arg("--spec").arg(serde_json::to_string(&Spec { index, ..spec.clone() })?);
-        for (name, value) in &args.settings.flags {
-            command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
-        }
+        args.settings.tell(&mut command)?;
         command.env("KVRING_INSTANCE_NUM", args.instances.to_string()).env("KVRING_INSTANCE_ID", index.to_string());
         command.env("KVRING_SERVER_LAUNCH_MODE", "external");
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
@@ -186,15 +189,29 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
         children.push(child);
     }
     drop(sender);
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::flag::register(signal, interrupted.clone())?;
+    }
     let mut done = vec![0; children.len()];
     let mut results = Vec::new();
-    for (index, said) in receiver {
-        match said {
-            Said::Ready => {}
-            Said::Progress(count) => done[index] = count,
-            result => results.push(result),
+    loop {
+        match receiver.recv_timeout(Duration::from_millis(100)) {
+            Ok((_, Said::Ready)) => {}
+            Ok((index, Said::Progress(count))) => done[index] = count,
+            Ok((_, result)) => results.push(result),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
         }
         bar.set_position(done.iter().sum());
+        if interrupted.load(Ordering::Relaxed) {
+            // The server and the scratch directory go as this returns.
+            for child in &mut children {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            return Err("interrupted".into());
+        }
     }
     bar.finish_and_clear();
     for (index, mut child) in children.into_iter().enumerate() {

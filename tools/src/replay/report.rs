@@ -53,7 +53,8 @@ impl Report {
         }
         let server = after.map(|after| {
             let grown = after["metrics"].as_object().into_iter().flatten().map(|(name, value)| {
-                let before = before["metrics"][name].as_u64().unwrap_or(0);
+                let level = kvring_engine::metrics::GAUGES.contains(&name.as_str());
+                let before = if level { 0 } else { before["metrics"][name].as_u64().unwrap_or(0) };
                 (name.clone(), Value::from(value.as_u64().unwrap_or(0).saturating_sub(before)))
             });
             Value::Object(grown.collect())
@@ -86,6 +87,19 @@ impl Report {
         self.counts.blocks_stored * self.block_bytes
     }
 
+    /// What may be wrong with the numbers.
+    fn doubts(&self) -> Vec<String> {
+        let seconds = self.elapsed.as_secs_f64();
+        let unserved = self.counts.requests_without_server;
+        let all = [
+            (self.page_bytes == 4096, "the pool is on 4 KiB pages; hugepages would cost fewer TLB misses".to_owned()),
+            (unserved > 0, format!("{unserved} requests found no server")),
+            (self.server.is_none(), "the server was gone at the end, so its counters are missing".to_owned()),
+            (seconds < 1.0, format!("{seconds:.2} s is short; give more --requests")),
+        ];
+        all.into_iter().filter(|(is, _)| *is).map(|(_, doubt)| doubt).collect()
+    }
+
     /// The interface.
     pub fn json(&self) -> Value {
         let percentiles = |histogram: &Histogram<u64>| {
@@ -113,6 +127,8 @@ impl Report {
             "sessions": self.counts.sessions,
             "requests_without_server": self.counts.requests_without_server,
             "server": self.server,
+            "devices": self.devices,
+            "doubts": self.doubts(),
         })
     }
 }
@@ -181,17 +197,8 @@ impl std::fmt::Display for Report {
         for device in &self.devices {
             writeln!(f, "device              {device}")?;
         }
-        if self.page_bytes == 4096 {
-            writeln!(f, "doubt: the pool is on 4 KiB pages; hugepages would cost fewer TLB misses")?;
-        }
-        if c.requests_without_server > 0 {
-            writeln!(f, "doubt: {} requests found no server", c.requests_without_server)?;
-        }
-        if self.server.is_none() {
-            writeln!(f, "doubt: the server was gone at the end, so its counters are missing")?;
-        }
-        if seconds < 1.0 {
-            writeln!(f, "doubt: {seconds:.2} s is short; give more --requests")?;
+        for doubt in self.doubts() {
+            writeln!(f, "doubt: {doubt}")?;
         }
         Ok(())
     }

@@ -31,12 +31,18 @@ struct Line {
 /// A line that is no request, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{file}:{line}: {problem}: each line must be an object with timestamp (ms), input_length, output_length and hash_ids (1 to {MATCH_BLOCKS_MAX} whole numbers)"
+    "{file}{}: {problem}: each line must be an object with timestamp (ms), input_length, output_length and hash_ids (1 to {MATCH_BLOCKS_MAX} whole numbers)",
+    at(*line)
 )]
 pub struct TraceError {
     file: String,
     line: usize,
     problem: String,
+}
+
+/// `:line`, unless it is the file as a whole.
+fn at(line: usize) -> String {
+    if line == 0 { String::new() } else { format!(":{line}") }
 }
 
 /// Longest line that is read: 8192 ids of 20 digits fit several times.

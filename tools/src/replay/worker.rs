@@ -149,6 +149,8 @@ const CHUNK: usize = 64;
 
 /// Replays this instance's share.
 pub fn run(args: &WorkerArgs) -> Outcome {
+    // A replay that is killed leaves no instance behind.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
     let spec: Spec = serde_json::from_str(&args.spec)?;
     let config = args.settings.load()?.config;
     // A load may wait for the disk behind other loads: longer than a scheduler would.
