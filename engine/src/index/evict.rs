@@ -104,6 +104,12 @@ impl Evict {
         }
     }
 
+    /// A block has got a child in the tier, so it may not go: parked now, while its line is at hand, and
+    /// not met again when its turn comes.
+    pub fn park(&mut self, block: BlockId) {
+        self.remove(block);
+    }
+
     /// A child leaves the tier: what it earned is its parent's.
     pub fn child_left(&mut self, parent: BlockId, child: BlockId) {
         let earned = self.links[child.0 as usize].hits;
@@ -237,11 +243,11 @@ impl Evict {
     }
 
     fn move_front(&mut self, block: u32, list: u16) {
-        // A parked block stays parked: its obstacle is still there.
-        if self.links[block as usize].list == PARKED {
-            return;
+        // A parked block takes its new place too: should its turn come while its obstacle is still there
+        // it is parked again, and if not, it stands where this use put it.
+        if self.links[block as usize].list != PARKED {
+            self.unlink(block);
         }
-        self.unlink(block);
         self.push_front(block, list);
     }
 

@@ -270,6 +270,7 @@ impl Index {
         self.evict[tier as usize].insert(id, self.table.fingerprint(key));
         if let Some(parent) = parent {
             self.block_mut(parent).children[tier as usize] += 1;
+            self.evict[tier as usize].park(parent);
         }
         // With a second copy, the first may go now.
         self.unpark(id, false);
@@ -497,6 +498,7 @@ impl Index {
             let block = &self.blocks[next.0 as usize];
             self.table.prefetch(block.key);
             self.next_slot = block.slots[tier as usize];
+            self.evict[tier as usize].prefetch_ghost(self.table.fingerprint(block.key));
         }
         if let Some(second) = second {
             crate::dma::prefetch(&self.blocks[second.0 as usize]);
