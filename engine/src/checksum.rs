@@ -2,6 +2,8 @@
 
 use kvring_ipc::mapping::Mapping;
 
+use crate::dma;
+
 /// Stays in the second-level cache, so the copy costs a fraction of the read from DRAM: 20 GB/s in all
 /// where pieces of 16 KiB give 17.
 pub const SCRATCH_BYTES: usize = 64 << 10;
@@ -12,14 +14,20 @@ pub const SCRATCH_BYTES: usize = 64 << 10;
 /// the block becomes a miss.
 ///
 /// # Panics
-/// If the range is not inside the mapping.
+/// If the range is not inside the mapping, or does not begin on a multiple of 8.
 pub fn of_mapping(memory: &Mapping, offset: usize, bytes: usize, scratch: &mut [u8]) -> u64 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
     let mut done = 0;
     while done < bytes {
         let piece = &mut scratch[..SCRATCH_BYTES.min(bytes - done)];
         memory.copy_out(offset + done, piece);
-        digest.update(piece);
+        // While this piece is hashed, the memory would idle: it brings the next one.
+        let next = done + piece.len();
+        let ahead = memory.words64(offset + next, SCRATCH_BYTES.min(bytes - next) / 8);
+        for (part, lines) in piece.chunks(4096).zip(ahead.chunks(512).chain(std::iter::repeat(&[][..]))) {
+            lines.iter().step_by(8).for_each(dma::prefetch);
+            digest.update(part);
+        }
         done += piece.len();
     }
     digest.finalize()
@@ -42,7 +50,7 @@ mod test {
         let fd = sealed_memfd("test", 65536, Pages::Small).unwrap();
         let memory = Mapping::new(&fd, 65536).unwrap();
         let bytes: Vec<u8> = (0..50_000u32).map(|i| (i * 7) as u8).collect();
-        memory.copy_in(100, &bytes);
-        assert_eq!(of_mapping(&memory, 100, bytes.len(), &mut vec![0; SCRATCH_BYTES]), of_bytes(&bytes));
+        memory.copy_in(104, &bytes);
+        assert_eq!(of_mapping(&memory, 104, bytes.len(), &mut vec![0; SCRATCH_BYTES]), of_bytes(&bytes));
     }
 }
