@@ -1,103 +1,652 @@
-//! One instance and its KV memory: match, load what hits, store what missed. Every call is bounded and
-//! none fails: what cannot be had is missed, what cannot be stored is dropped.
+//! The transfer agent: a thread that answers load and store tickets over one session.
+//!
+//! Whoever submits never waits: a ticket is a message to the thread, its end is found by [`Agent::poll`].
+//! The thread keeps many tickets in flight; loads are copied before stores. Every ticket ends: a load
+//! at its deadline with the blocks that did not come, a store that cannot go on by dropping the rest.
+//!
+//! What the caller's memory needs to know is when it is no longer read: [`Agent::fence`] returns when
+//! the stores it names have been copied, or makes them stop.
 
-use std::time::Duration;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use kvring_ipc::client::{Lease, Matched};
-use kvring_ipc::instance::{Instance, LoadStep, Loaded, Reserved};
+use kvring_ipc::bell;
+use kvring_ipc::client::{Broken, PostError, monotonic_ns};
+use kvring_ipc::instance::Instance;
 use kvring_ipc::key::BlockKey;
+use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Completion, Grant, LeaseId, Op, Status, Tag};
 
 use crate::backend::CopyBackend;
 
-/// What became of a store.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stored {
-    /// Blocks that are resident now because of it.
-    pub blocks_stored: u32,
-    /// Blocks that were there already or that somebody else is storing.
-    pub blocks_present: u32,
-    /// Blocks for which there was no room, no parent or no server.
-    pub blocks_dropped: u32,
+/// Names a load or store; the submitter's choice, unique among those that have not ended.
+pub type Ticket = u64;
+
+/// Blocks to bring into the instance's memory.
+#[derive(Debug, Clone)]
+pub struct Load {
+    /// Its name.
+    pub ticket: Ticket,
+    /// The lease, granted to this instance, that covers the blocks.
+    pub lease: LeaseId,
+    /// When that ends: what is copied later may be another block's, and is missed.
+    pub expires_at_ns: u64,
+    /// Depth of the first block.
+    pub first: u32,
+    /// The blocks.
+    pub keys: Vec<BlockKey>,
+    /// The pages of each, one after the other.
+    pub pages: Vec<u32>,
 }
 
-/// A transfer agent.
-pub struct Agent<B> {
+/// Blocks to store from the instance's memory.
+#[derive(Debug, Clone)]
+pub struct Store {
+    /// Its name.
+    pub ticket: Ticket,
+    /// The block before the first.
+    pub parent: BlockKey,
+    /// Depth of the first block.
+    pub first: u32,
+    /// The blocks.
+    pub keys: Vec<BlockKey>,
+    /// The pages of each, one after the other.
+    pub pages: Vec<u32>,
+}
+
+/// How a ticket ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finished {
+    /// Which.
+    pub ticket: Ticket,
+    /// A load, not a store.
+    pub is_load: bool,
+    /// Indices of blocks that did not come: compute them. Always empty for a store.
+    pub missed: Vec<u32>,
+    /// From submission to end.
+    pub took: Duration,
+}
+
+/// What an agent has done since it was started.
+#[derive(Debug, Default)]
+#[expect(missing_docs, reason = "the names are the documentation: blocks, by what became of them")]
+pub struct Counters {
+    pub blocks_loaded_dram: AtomicU64,
+    pub blocks_loaded_ssd: AtomicU64,
+    pub blocks_missed: AtomicU64,
+    pub blocks_stored: AtomicU64,
+    pub blocks_present: AtomicU64,
+    pub blocks_dropped: AtomicU64,
+    pub sessions: AtomicU64,
+}
+
+impl Counters {
+    /// By name.
+    pub fn read(&self) -> [(&'static str, u64); 7] {
+        [
+            ("blocks_loaded_dram", &self.blocks_loaded_dram),
+            ("blocks_loaded_ssd", &self.blocks_loaded_ssd),
+            ("blocks_missed", &self.blocks_missed),
+            ("blocks_stored", &self.blocks_stored),
+            ("blocks_present", &self.blocks_present),
+            ("blocks_dropped", &self.blocks_dropped),
+            ("sessions", &self.sessions),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+    }
+}
+
+fn add(counter: &AtomicU64, blocks: usize) {
+    // Relaxed: counters order nothing.
+    counter.fetch_add(blocks as u64, Ordering::Relaxed);
+}
+
+enum Command {
+    Load(Load, Instant),
+    Store(Store, Instant),
+    /// Stop what these still have to copy.
+    Cancel(Vec<Ticket>),
+    Stop,
+}
+
+#[derive(Default)]
+struct Shared {
+    finished: Mutex<Vec<Finished>>,
+    /// Stores whose pages may still be read.
+    reading: Mutex<HashSet<Ticket>>,
+    /// Rung when `reading` shrinks.
+    copied: Condvar,
+    /// Rung when a ticket ends.
+    ended: Condvar,
+    counters: Counters,
+    is_connected: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while the lock was held leaves a set that is still a set.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Bounds of an agent's patience.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// How long a load may take: reads from a busy disk, not a scheduler's wait.
+    pub load: Duration,
+    /// How long a store may wait for slots before it is dropped.
+    pub store: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { load: Duration::from_secs(2), store: Duration::from_secs(2) }
+    }
+}
+
+/// A transfer agent. Dropping it ends every ticket and the thread.
+pub struct Agent {
+    commands: Sender<Command>,
+    wake: Arc<OwnedFd>,
+    shared: Arc<Shared>,
+    pages_per_block: usize,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Agent {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// What the system says of a thread or an eventfd.
+    pub fn start(instance: Instance, backend: impl CopyBackend + Send + 'static, patience: Patience) -> std::io::Result<Self> {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let wake = Arc::new(rustix::event::eventfd(0, flags)?);
+        let (sender, receiver) = channel();
+        let shared = Arc::new(Shared::default());
+        let pages_per_block = backend.pages_per_block();
+        let transfer = Transfer {
+            instance,
+            backend,
+            patience,
+            commands: receiver,
+            wake: wake.clone(),
+            shared: shared.clone(),
+            session_number: 0,
+            jobs: HashMap::new(),
+            posted: HashMap::new(),
+            copies: VecDeque::new(),
+        };
+        let thread = std::thread::Builder::new().name("kvring-agent".into()).spawn(move || transfer.run())?;
+        Ok(Self { commands: sender, wake, shared, pages_per_block, thread: Some(thread) })
+    }
+
+    fn command(&self, command: Command) {
+        // The thread only ends with this value, or by a bug of ours; then everything is missed.
+        let _ = self.commands.send(command);
+        bell::ring_own(&self.wake);
+    }
+
+    /// Submits a load.
+    ///
+    /// # Panics
+    /// If there are not as many pages as its keys have, or no keys.
+    pub fn load(&self, load: Load) {
+        assert_eq!(load.pages.len(), load.keys.len() * self.pages_per_block, "pages of {} blocks", load.keys.len());
+        assert!(!load.keys.is_empty(), "a load of nothing");
+        self.command(Command::Load(load, Instant::now()));
+    }
+
+    /// Submits a store. Its pages are read until it has ended or a fence has returned.
+    ///
+    /// # Panics
+    /// As [`Agent::load`].
+    pub fn store(&self, store: Store) {
+        assert_eq!(store.pages.len(), store.keys.len() * self.pages_per_block, "pages of {} blocks", store.keys.len());
+        assert!(!store.keys.is_empty(), "a store of nothing");
+        lock(&self.shared.reading).insert(store.ticket);
+        self.command(Command::Store(store, Instant::now()));
+    }
+
+    /// Tickets that have ended since the last call.
+    pub fn poll(&self) -> Vec<Finished> {
+        std::mem::take(&mut *lock(&self.shared.finished))
+    }
+
+    /// Waits until these stores read no page any more; those that are not done after `patience` are
+    /// stopped. Says whether all were copied in time.
+    ///
+    /// The wait after that is for one block's copy at the most.
+    pub fn fence(&self, tickets: &[Ticket], patience: Duration) -> bool {
+        let is_reading = |reading: &HashSet<Ticket>| tickets.iter().any(|ticket| reading.contains(ticket));
+        let wait = |patience| {
+            let reading = lock(&self.shared.reading);
+            let waited = self.shared.copied.wait_timeout_while(reading, patience, |reading| is_reading(reading));
+            !is_reading(&waited.unwrap_or_else(PoisonError::into_inner).0)
+        };
+        if wait(patience) {
+            return true;
+        }
+        self.command(Command::Cancel(tickets.to_vec()));
+        while !wait(Duration::from_secs(1)) && self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {}
+        false
+    }
+
+    /// Waits until a ticket has ended, at most `at_most`. Says whether [`Agent::poll`] has something.
+    pub fn wait(&self, at_most: Duration) -> bool {
+        let finished = lock(&self.shared.finished);
+        let waited = self.shared.ended.wait_timeout_while(finished, at_most, |finished| finished.is_empty());
+        !waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    }
+
+    /// Pages that make one block.
+    pub fn pages_per_block(&self) -> usize {
+        self.pages_per_block
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// Whether a server is attached, when the thread last looked.
+    pub fn is_connected(&self) -> bool {
+        // Relaxed: it may be wrong a moment later anyway.
+        self.shared.is_connected.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.command(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A ticket under way.
+struct Job {
+    is_load: bool,
+    lease: LeaseId,
+    expires_at_ns: u64,
+    parent: BlockKey,
+    first: u32,
+    keys: Vec<BlockKey>,
+    pages: Vec<u32>,
+    submitted: Instant,
+    deadline: Instant,
+    /// Blocks asked for so far.
+    asked: usize,
+    /// Requests without a last answer, commits included.
+    requests: usize,
+    /// Of those, reserves.
+    reserves: usize,
+    /// Loads: which came.
+    arrived: Vec<bool>,
+    /// Stores: slots to be filled yet.
+    copies: usize,
+    /// Stores: filled, not committed.
+    filled: Vec<Grant>,
+    blocks_stored: usize,
+    blocks_present: usize,
+}
+
+/// Filled slots that are committed in one request: few enough that others see them soon.
+const COMMIT_BLOCKS: usize = 16;
+/// How long to look at the ring before sleeping: a few times what a quick answer takes.
+const SPIN: Duration = Duration::from_micros(20);
+
+struct Transfer<B> {
     instance: Instance,
     backend: B,
+    patience: Patience,
+    commands: Receiver<Command>,
+    wake: Arc<OwnedFd>,
+    shared: Arc<Shared>,
+    session_number: u32,
+    jobs: HashMap<Ticket, Job>,
+    /// Whose request this is, and the index of its first block.
+    posted: HashMap<Tag, (Ticket, usize)>,
+    copies: VecDeque<(Ticket, usize, Grant)>,
 }
 
-impl<B: CopyBackend> Agent<B> {
-    /// Over an open instance and its memory.
-    pub fn new(instance: Instance, backend: B) -> Self {
-        Self { instance, backend }
-    }
-
-    /// The instance.
-    pub fn instance(&mut self) -> &mut Instance {
-        &mut self.instance
-    }
-
-    /// Its memory.
-    pub fn backend(&mut self) -> &mut B {
-        &mut self.backend
-    }
-
-    /// The longest resident prefix of a chain, under a lease.
-    pub fn match_prefix(&mut self, keys: &[BlockKey]) -> Matched {
-        self.instance.match_prefix(keys)
-    }
-
-    /// Loads leased blocks, the first at depth `first`, into the memory's blocks `blocks`. `arrived`
-    /// is told the index of each block that is there; only those count.
-    pub fn load(
-        &mut self,
-        lease: Lease,
-        first: u32,
-        keys: &[BlockKey],
-        blocks: &[usize],
-        wait: Duration,
-        mut arrived: impl FnMut(&mut B, usize),
-    ) -> Loaded {
-        assert_eq!(keys.len(), blocks.len());
-        let backend = &mut self.backend;
-        self.instance.load(lease, first, keys, wait, |step| match step {
-            LoadStep::Copy { index, pool, slot } => backend.load(pool, slot, blocks[index as usize]),
-            LoadStep::Arrived { index } => arrived(backend, index as usize),
-        })
-    }
-
-    /// Stores consecutive blocks after `parent`, the first at depth `first`, from the memory's blocks
-    /// `blocks`. `compute` is asked to have each block ready that really has to be stored.
-    pub fn store(
-        &mut self,
-        parent: BlockKey,
-        first: u32,
-        keys: &[BlockKey],
-        blocks: &[usize],
-        mut compute: impl FnMut(&mut B, usize),
-    ) -> Stored {
-        assert_eq!(keys.len(), blocks.len());
-        let mut stored = Stored::default();
-        let reserved = self.instance.reserve(parent, first, keys);
-        let mut grants = Vec::with_capacity(keys.len());
-        for (index, reserved) in reserved.into_iter().enumerate() {
-            match reserved {
-                Reserved::Slot(slot) => {
-                    compute(&mut self.backend, index);
-                    // None: the session was lost meanwhile, and the slot with it.
-                    let Some(pool) = self.instance.pool_of(slot) else {
-                        stored.blocks_dropped += 1;
-                        continue;
-                    };
-                    self.backend.store(pool, slot.grant.slot, blocks[index]);
-                    grants.push(slot);
+impl<B: CopyBackend> Transfer<B> {
+    fn run(mut self) {
+        let mut idle_since = Instant::now();
+        loop {
+            bell::drain_own(&*self.wake);
+            while let Ok(command) = self.commands.try_recv() {
+                match command {
+                    Command::Load(load, submitted) => self.begin_load(load, submitted),
+                    Command::Store(store, submitted) => self.begin_store(store, submitted),
+                    Command::Cancel(tickets) => tickets.iter().for_each(|ticket| self.stop_store(*ticket)),
+                    Command::Stop => {
+                        let tickets: Vec<_> = self.jobs.keys().copied().collect();
+                        tickets.into_iter().for_each(|ticket| self.end(ticket));
+                        return;
+                    }
                 }
-                Reserved::Present => stored.blocks_present += 1,
-                Reserved::Dropped => stored.blocks_dropped += 1,
+            }
+            let worked = match self.turn() {
+                Ok(worked) => worked,
+                Err(_broken) => {
+                    self.instance.lose_session();
+                    true
+                }
+            };
+            self.end_overdue();
+            if worked {
+                idle_since = Instant::now();
+            } else if self.jobs.is_empty() || idle_since.elapsed() > SPIN {
+                self.sleep();
+            } else {
+                std::hint::spin_loop();
             }
         }
-        stored.blocks_stored = self.instance.commit(&grants);
-        stored.blocks_dropped += grants.len() as u32 - stored.blocks_stored;
-        stored
+    }
+
+    fn begin_load(&mut self, load: Load, submitted: Instant) {
+        let Load { ticket, lease, expires_at_ns, first, keys, pages } = load;
+        let arrived = vec![false; keys.len()];
+        let deadline = submitted + self.patience.load;
+        let parent = BlockKey::default();
+        let job = Job { is_load: true, lease, expires_at_ns, arrived, ..Job::new(parent, first, keys, pages, submitted, deadline) };
+        self.jobs.insert(ticket, job);
+    }
+
+    fn begin_store(&mut self, store: Store, submitted: Instant) {
+        let Store { ticket, parent, first, keys, pages } = store;
+        let deadline = submitted + self.patience.store;
+        self.jobs.insert(ticket, Job::new(parent, first, keys, pages, submitted, deadline));
+    }
+
+    /// One look at everything. Says whether there was something to do.
+    fn turn(&mut self) -> Result<bool, Broken> {
+        let connected = self.instance.session().is_some();
+        self.shared.is_connected.store(connected, Ordering::Relaxed);
+        let number = self.instance.sessions_count();
+        if !connected || number != self.session_number {
+            self.session_number = number;
+            self.shared.counters.sessions.store(u64::from(number), Ordering::Relaxed);
+            // What another session was asked will never be answered, and what it granted is void.
+            self.posted.clear();
+            self.copies.clear();
+            let begun = |job: &Job| !connected || job.asked > 0;
+            let lost: Vec<_> = self.jobs.iter().filter(|(_, job)| begun(job)).map(|(ticket, _)| *ticket).collect();
+            lost.into_iter().for_each(|ticket| self.end(ticket));
+        }
+        let Some(session) = self.instance.session() else { return Ok(false) };
+        let mut answers: Vec<Completion> = Vec::new();
+        session.poll(|completion| answers.push(completion))?;
+        if session.abandoned_count() > 0 && !self.jobs.is_empty() {
+            // The server owes answers: slow, stopped or gone. A look at the socket tells which.
+            if session.is_hung_up() {
+                return Err(Broken("the server is gone"));
+            }
+            // Stores are not worth waiting for it.
+            let new = |job: &Job| !job.is_load && job.asked == 0;
+            let new: Vec<_> = self.jobs.iter().filter(|(_, job)| new(job)).map(|(ticket, _)| *ticket).collect();
+            new.into_iter().for_each(|ticket| self.end(ticket));
+        }
+        let mut worked = !answers.is_empty();
+        answers.into_iter().try_for_each(|answer| self.answered(&answer))?;
+        worked |= self.post()?;
+        worked |= self.copy_one()?;
+        Ok(worked)
+    }
+
+    /// Asks for what has not been asked for, as far as there is room: loads first.
+    fn post(&mut self) -> Result<bool, Broken> {
+        let Some(session) = self.instance.session() else { return Ok(false) };
+        let mut waiting: Vec<_> = self.jobs.iter_mut().filter(|(_, job)| job.asked < job.keys.len()).collect();
+        waiting.sort_by_key(|(ticket, job)| (!job.is_load, **ticket));
+        let mut posted = false;
+        'jobs: for (ticket, job) in waiting {
+            while job.asked < job.keys.len() {
+                let from = job.asked;
+                let batch = &job.keys[from..(from + BATCH_BLOCKS_MAX as usize).min(job.keys.len())];
+                let first = job.first + from as u32;
+                let parent = if from == 0 { job.parent } else { job.keys[from - 1] };
+                let tag = match job.is_load {
+                    true => session.post_load(job.lease, first, batch),
+                    false => session.post_reserve(parent, first, batch),
+                };
+                match tag {
+                    Ok(tag) => {
+                        job.asked += batch.len();
+                        job.requests += 1;
+                        job.reserves += usize::from(!job.is_load);
+                        self.posted.insert(tag, (*ticket, from));
+                        posted = true;
+                    }
+                    Err(PostError::Full) => break 'jobs,
+                    Err(PostError::Broken(broken)) => return Err(broken),
+                }
+            }
+        }
+        if posted {
+            session.publish();
+        }
+        Ok(posted)
+    }
+
+    fn answered(&mut self, answer: &Completion) -> Result<(), Broken> {
+        let Some((ticket, from)) = self.posted.get(&answer.tag).copied() else { return Ok(()) };
+        if answer.last {
+            self.posted.remove(&answer.tag);
+        }
+        let Some(job) = self.jobs.get_mut(&ticket) else { return Ok(()) };
+        let counters = &self.shared.counters;
+        if job.is_load {
+            let Some(session) = self.instance.session() else { return Ok(()) };
+            let pages_per_block = self.backend.pages_per_block();
+            for (index, grant) in answer.grants() {
+                let index = from + index as usize;
+                let pages = &job.pages[index * pages_per_block..][..pages_per_block];
+                self.backend.load(session.pool(), grant.slot, pages);
+                // Read after the copy: a lease that holds now held while it was made.
+                if monotonic_ns() < job.expires_at_ns {
+                    job.arrived[index] = true;
+                    add(if answer.from_disk { &counters.blocks_loaded_ssd } else { &counters.blocks_loaded_dram }, 1);
+                }
+            }
+        } else {
+            match answer.op {
+                Some(Op::Commit) => job.blocks_stored += answer.payload[0] as usize,
+                _ if answer.status == Status::Ok => {
+                    for (index, grant) in answer.grants() {
+                        self.copies.push_back((ticket, from + index as usize, grant));
+                        job.copies += 1;
+                    }
+                }
+                _ if answer.status == Status::Present => job.blocks_present += answer.count as usize,
+                _ => {}
+            }
+        }
+        if answer.last {
+            job.requests -= 1;
+            job.reserves -= usize::from(!job.is_load && answer.op != Some(Op::Commit));
+        }
+        self.advance(ticket)
+    }
+
+    /// Fills one slot: one, so that a load never waits behind many.
+    fn copy_one(&mut self) -> Result<bool, Broken> {
+        let Some((ticket, index, grant)) = self.copies.pop_front() else { return Ok(false) };
+        let Some(session) = self.instance.session() else { return Ok(false) };
+        let Some(job) = self.jobs.get_mut(&ticket) else {
+            session.abort_soon([grant])?;
+            return Ok(true);
+        };
+        let pages_per_block = self.backend.pages_per_block();
+        let pages = &job.pages[index * pages_per_block..][..pages_per_block];
+        self.backend.store(session.pool(), grant.slot, pages);
+        job.filled.push(grant);
+        job.copies -= 1;
+        self.advance(ticket)?;
+        Ok(true)
+    }
+
+    /// Does what a job's new state allows: commits, tells that its pages are free, ends it.
+    fn advance(&mut self, ticket: Ticket) -> Result<(), Broken> {
+        let Some(job) = self.jobs.get_mut(&ticket) else { return Ok(()) };
+        let all_asked = job.asked == job.keys.len();
+        if !job.is_load {
+            let copied = all_asked && job.reserves == 0 && job.copies == 0;
+            if copied && lock(&self.shared.reading).remove(&ticket) {
+                self.shared.copied.notify_all();
+            }
+            if job.filled.len() >= COMMIT_BLOCKS || copied && !job.filled.is_empty() {
+                let Some(session) = self.instance.session() else { return Ok(()) };
+                for batch in job.filled.chunks(BATCH_BLOCKS_MAX as usize) {
+                    match session.post_commit(batch) {
+                        Ok(tag) => {
+                            self.posted.insert(tag, (ticket, 0));
+                            job.requests += 1;
+                        }
+                        // Rings are sized so that this is rare: the slots go back unfilled.
+                        Err(PostError::Full) => session.abort_soon(batch.iter().copied())?,
+                        Err(PostError::Broken(broken)) => return Err(broken),
+                    }
+                }
+                job.filled.clear();
+                session.publish();
+            }
+        }
+        if all_asked && job.requests == 0 && job.copies == 0 {
+            self.end(ticket);
+        }
+        Ok(())
+    }
+
+    /// Stops a store: what is not copied stays uncopied, what is copied is still committed.
+    fn stop_store(&mut self, ticket: Ticket) {
+        let Some(job) = self.jobs.get_mut(&ticket) else { return };
+        if job.is_load {
+            return;
+        }
+        job.asked = job.keys.len();
+        let session = self.instance.session();
+        let mut aborted = Vec::new();
+        self.copies.retain(|(of, _, grant)| {
+            if *of == ticket {
+                aborted.push(*grant);
+            }
+            *of != ticket
+        });
+        job.copies -= aborted.len();
+        if let Some(session) = session {
+            // A session that is broken here is found so by the next turn.
+            let _ = session.abort_soon(aborted);
+            if job.reserves > 0 {
+                for tag in self.posted.iter().filter(|(_, (of, _))| *of == ticket).map(|(tag, _)| *tag) {
+                    session.abandon(tag);
+                }
+                // Commits among them are taken all the same; they are only not counted.
+                self.posted.retain(|_, (of, _)| *of != ticket);
+                (job.requests, job.reserves) = (0, 0);
+            }
+        }
+        if self.advance(ticket).is_err() {
+            self.end(ticket);
+        }
+    }
+
+    /// Ends what is past its deadline.
+    fn end_overdue(&mut self) {
+        if self.jobs.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let overdue: Vec<_> =
+            self.jobs.iter().filter(|(_, job)| now >= job.deadline && job.copies == 0).map(|(ticket, _)| *ticket).collect();
+        for ticket in overdue {
+            if let Some(session) = self.instance.session() {
+                let is_load = self.jobs.get(&ticket).is_some_and(|job| job.is_load);
+                for tag in self.posted.iter().filter(|(_, (of, _))| *of == ticket).map(|(tag, _)| *tag) {
+                    session.abandon(tag);
+                    // The server need not start what nobody waits for.
+                    if is_load && let Ok(cancel) = session.post_cancel(tag) {
+                        session.nobody_waits(cancel);
+                    }
+                }
+                session.publish();
+            }
+            self.end(ticket);
+        }
+    }
+
+    /// The ticket has ended, however far it came.
+    fn end(&mut self, ticket: Ticket) {
+        let Some(job) = self.jobs.remove(&ticket) else { return };
+        self.posted.retain(|_, (of, _)| *of != ticket);
+        if let Some(session) = self.instance.session()
+            && !job.filled.is_empty()
+        {
+            let _ = session.abort_soon(job.filled.iter().copied());
+        }
+        let counters = &self.shared.counters;
+        let mut missed = Vec::new();
+        if job.is_load {
+            missed.extend((0..).zip(&job.arrived).filter(|(_, arrived)| !**arrived).map(|(index, _)| index));
+            add(&counters.blocks_missed, missed.len());
+        } else {
+            add(&counters.blocks_stored, job.blocks_stored);
+            add(&counters.blocks_present, job.blocks_present);
+            add(&counters.blocks_dropped, job.keys.len() - job.blocks_stored - job.blocks_present);
+            lock(&self.shared.reading).remove(&ticket);
+            self.shared.copied.notify_all();
+        }
+        let took = job.submitted.elapsed();
+        lock(&self.shared.finished).push(Finished { ticket, is_load: job.is_load, missed, took });
+        self.shared.ended.notify_all();
+    }
+
+    /// Sleeps until somebody has something to say, or the next deadline.
+    fn sleep(&mut self) {
+        let now = Instant::now();
+        let next = self.jobs.values().map(|job| job.deadline.saturating_duration_since(now)).min();
+        let wake = self.wake.clone();
+        let at_most = next.unwrap_or(Duration::from_secs(3600));
+        let slept = match self.instance.session() {
+            Some(session) => session.sleep_beside(Some(wake.as_fd()), at_most),
+            None => {
+                // The thread that connects has no bell of ours: look again soon.
+                let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+                let mut fds = [rustix::event::PollFd::new(&wake, rustix::event::PollFlags::IN)];
+                let _ = rustix::event::poll(&mut fds, Some(&timeout));
+                Ok(())
+            }
+        };
+        if slept.is_err() {
+            self.instance.lose_session();
+        }
     }
 }
+
+impl Job {
+    fn new(parent: BlockKey, first: u32, keys: Vec<BlockKey>, pages: Vec<u32>, submitted: Instant, deadline: Instant) -> Self {
+        Self {
+            is_load: false,
+            lease: LeaseId(0),
+            expires_at_ns: 0,
+            parent,
+            first,
+            keys,
+            pages,
+            submitted,
+            deadline,
+            asked: 0,
+            requests: 0,
+            reserves: 0,
+            arrived: Vec::new(),
+            copies: 0,
+            filled: Vec::new(),
+            blocks_stored: 0,
+            blocks_present: 0,
+        }
+    }
+}
+

@@ -2,7 +2,7 @@
 //! wait there is has a deadline. Not shared between threads: one session a thread.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -617,14 +617,23 @@ impl Session {
         }
     }
 
-    /// Sleeps until the server rings, dies, or `at_most` has passed.
     fn sleep(&mut self, at_most: Duration) -> Result<(), Broken> {
+        self.sleep_beside(None, at_most)
+    }
+
+    /// Sleeps until the server rings, `also` is readable, or `at_most` has passed.
+    ///
+    /// # Errors
+    /// [`Broken`]: the server is gone.
+    pub fn sleep_beside(&mut self, also: Option<BorrowedFd<'_>>, at_most: Duration) -> Result<(), Broken> {
         let Some(wires) = &self.wires else { return Ok(()) };
         doorbell::announce(self.segment.client_sleeps());
         let missed = !matches!(self.completions.peek(), Ok(None));
         if !missed {
+            let (bell, control) = (wires.bell.as_fd(), wires.control.as_fd());
             let timeout = Timespec { tv_sec: at_most.as_secs() as i64, tv_nsec: i64::from(at_most.subsec_nanos()) };
-            let mut fds = [PollFd::new(&wires.bell, PollFlags::IN), PollFd::new(&wires.control, PollFlags::IN)];
+            let also = also.as_ref().unwrap_or(&bell);
+            let mut fds = [&bell, &control, also].map(|fd| PollFd::new(fd, PollFlags::IN));
             let polled = poll(&mut fds, Some(&timeout));
             if polled.is_ok() && !fds[1].revents().is_empty() {
                 return Err(Broken("the server is gone"));

@@ -47,8 +47,9 @@ pub struct Attach {
     pub instance_token: String,
     /// Tensor-parallel rank, or 0 for a scheduler.
     pub rank: u32,
-    /// What this instance's blocks look like.
-    pub layout: Layout,
+    /// What this instance's blocks look like. None: this session moves no block, it only matches, as an
+    /// engine's scheduler does; its keys' namespace says which blocks they can mean.
+    pub layout: Option<Layout>,
 }
 
 /// What the server answers.
@@ -240,7 +241,7 @@ mod test {
             instance_id: 2,
             instance_token: "t".into(),
             rank: 3,
-            layout: Layout::opaque(4096),
+            layout: Some(Layout::opaque(4096)),
         });
         let text = serde_json::to_string(&attach).unwrap();
         assert_eq!(

@@ -90,6 +90,15 @@ enum Found {
     Refused { reason: String, permanent: bool },
 }
 
+/// The instance's id: what was said, or one that its token gives, so that who numbers nothing meets nobody.
+fn instance_id(config: &Config, token: &str) -> u32 {
+    if config.said.contains_key("instance_id") || config.instance_id != 0 {
+        return config.instance_id;
+    }
+    let hash = blake3::hash(token.as_bytes());
+    1 << 31 | u32::from_le_bytes(std::array::from_fn(|i| hash.as_bytes()[i]))
+}
+
 /// A random token: 128 bits, in hex.
 pub fn random_token() -> String {
     let mut bytes = [0u8; 16];
@@ -105,7 +114,7 @@ impl Instance {
     ///
     /// # Errors
     /// The server refuses this instance, for good or for as long as that; with its reason.
-    pub fn open(config: Config, layout: Layout, rank: u32) -> Result<Self, ConnectError> {
+    pub fn open(config: Config, layout: impl Into<Option<Layout>>, rank: u32) -> Result<Self, ConnectError> {
         Self::open_with_token(config, layout, rank, random_token())
     }
 
@@ -113,9 +122,19 @@ impl Instance {
     ///
     /// # Errors
     /// As [`Instance::open`].
-    pub fn open_with_token(config: Config, layout: Layout, rank: u32, token: String) -> Result<Self, ConnectError> {
-        let attach =
-            Attach { protocol: PROTOCOL_VERSION, instance_id: config.instance_id, instance_token: token, rank, layout };
+    pub fn open_with_token(
+        config: Config,
+        layout: impl Into<Option<Layout>>,
+        rank: u32,
+        token: String,
+    ) -> Result<Self, ConnectError> {
+        let attach = Attach {
+            protocol: PROTOCOL_VERSION,
+            instance_id: instance_id(&config, &token),
+            instance_token: token,
+            rank,
+            layout: layout.into(),
+        };
         let mut instance = Self {
             config,
             attach,
@@ -185,7 +204,8 @@ impl Instance {
         let (sender, receiver) = channel();
         let (config, attach, stop) = (self.config.clone(), self.attach.clone(), self.stop.clone());
         let wait = self.connect_wait();
-        let may_start = config.launch_mode == LaunchMode::Embedded && (config.instance_id == 0 || self.was_served);
+        let is_first = config.instance_id == 0 || !config.said.contains_key("instance_id");
+        let may_start = config.launch_mode == LaunchMode::Embedded && (is_first || self.was_served);
         let connector = move || {
             let mut next_start = Instant::now();
             while !stop.load(Ordering::Relaxed) {
@@ -201,9 +221,10 @@ impl Instance {
                     Err(ConnectError::NoServer(_)) if may_start && Instant::now() >= next_start => {
                         // A server that cannot start says why in its log; do not start one a moment.
                         next_start = Instant::now() + Duration::from_secs(2);
-                        match start_server(&config, &attach.layout) {
-                            Ok(()) | Err(LaunchError::SomebodyElse) => {}
-                            Err(error) => eprintln!("kvring: cannot start the server: {error}"),
+                        // Who does not know the layout cannot start a server; a worker will.
+                        match attach.layout.as_ref().map(|layout| start_server(&config, layout)) {
+                            None | Some(Ok(()) | Err(LaunchError::SomebodyElse)) => {}
+                            Some(Err(error)) => eprintln!("kvring: cannot start the server: {error}"),
                         }
                     }
                     Err(_) => {}
@@ -280,7 +301,8 @@ impl Instance {
         }
     }
 
-    fn lose_session(&mut self) {
+    /// Forgets a session that turned out broken, and connects anew behind.
+    pub fn lose_session(&mut self) {
         self.session = None;
         self.connect_behind();
     }

@@ -209,7 +209,7 @@ fn a_rude_control_connection_costs_only_itself() {
             instance_id: 3,
             instance_token: token.into(),
             rank: 0,
-            layout: layout(),
+            layout: Some(layout()),
         })
     };
     rude.send(&attach("a"), &[]).unwrap();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use kvring_gpu::agent::Agent;
+use kvring_gpu::direct::DirectAgent;
 use kvring_gpu::backend::host::HostMemory;
 use kvring_ipc::config::Config;
 use kvring_ipc::handshake::{Reply, Request, ask};
@@ -104,9 +104,9 @@ impl Place {
         eventually("a server answers", || self.stats().is_some());
     }
 
-    fn agent(&self, instance_id: u32, more: &[(&str, &str)]) -> Agent<HostMemory> {
+    fn agent(&self, instance_id: u32, more: &[(&str, &str)]) -> DirectAgent<HostMemory> {
         let instance = Instance::open(self.config(instance_id, more), layout(), 0).unwrap();
-        Agent::new(instance, HostMemory::new(64, BLOCK))
+        DirectAgent::new(instance, HostMemory::new(64, BLOCK))
     }
 }
 
@@ -145,14 +145,14 @@ fn chain(name: &str, blocks: u32) -> Vec<BlockKey> {
 }
 
 /// Stores a chain whole; says how many blocks are resident because of it.
-fn store(agent: &mut Agent<HostMemory>, keys: &[BlockKey]) -> u32 {
+fn store(agent: &mut DirectAgent<HostMemory>, keys: &[BlockKey]) -> u32 {
     let blocks: Vec<usize> = (0..keys.len()).collect();
     let compute = |memory: &mut HostMemory, index: usize| bytes::fill(keys[index], 0, memory.block_mut(index));
     agent.store(BlockKey::default(), 0, keys, &blocks, compute).blocks_stored
 }
 
 /// Matches and loads a chain, and compares every byte. Says how many blocks came.
-fn load(agent: &mut Agent<HostMemory>, keys: &[BlockKey]) -> u32 {
+fn load(agent: &mut DirectAgent<HostMemory>, keys: &[BlockKey]) -> u32 {
     let Some(lease) = agent.match_prefix(keys).lease else { return 0 };
     let blocks: Vec<usize> = (0..keys.len()).collect();
     let matched = agent.match_prefix(keys);

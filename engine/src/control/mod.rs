@@ -323,13 +323,15 @@ impl Server {
                 attach.protocol
             )));
         }
-        if attach.rank >= attach.layout.tp_size {
-            let reason = format!("rank = {} is not below tp_size = {}", attach.rank, attach.layout.tp_size);
+        if let Some(layout) = &attach.layout
+            && attach.rank >= layout.tp_size
+        {
+            let reason = format!("rank = {} is not below tp_size = {}", attach.rank, layout.tp_size);
             return Err(Refusal::for_good(reason));
         }
         let layout = self.engine.as_ref().map(|engine| &engine.layout).or(self.layout.as_ref());
-        if let Some(layout) = layout {
-            let differences = layout.differences(&attach.layout);
+        if let (Some(layout), Some(theirs)) = (layout, &attach.layout) {
+            let differences = layout.differences(theirs);
             if !differences.is_empty() {
                 let reason = "its parallel configuration is not the server's".into();
                 return Err(Refusal { differences, ..Refusal::for_good(reason) });
@@ -345,8 +347,11 @@ impl Server {
             )));
         }
         if self.engine.is_none() {
+            let Some(layout) = attach.layout.clone() else {
+                return Err(Refusal::for_now("no worker has said yet what its blocks look like".into()));
+            };
             // A layout that no operator gave never empties a cache that is there.
-            let engine = Engine::start(&self.config, attach.layout.clone(), OnMismatch::Refuse).map_err(|error| {
+            let engine = Engine::start(&self.config, layout, OnMismatch::Refuse).map_err(|error| {
                 tracing::error!("{error}");
                 Refusal::for_now(error.to_string())
             })?;
@@ -355,7 +360,8 @@ impl Server {
         let id =
             self.free_session_id().ok_or_else(|| Refusal::for_now(format!("all {SESSIONS_MAX} sessions are taken")))?;
         let instance = self.instance_of(attach, peer.pid.as_raw_nonzero().get());
-        self.open_session(number, id, instance, attach.rank, peer).map_err(|errno| {
+        let moves_blocks = attach.layout.is_some();
+        self.open_session(number, id, instance, attach.rank, moves_blocks, peer).map_err(|errno| {
             self.leave_instance(instance);
             Refusal::for_now(format!("no session can be made: {errno}"))
         })
@@ -413,6 +419,7 @@ impl Server {
         id: SessionId,
         instance: u32,
         rank: u32,
+        moves_blocks: bool,
         peer: Peer,
     ) -> rustix::io::Result<()> {
         let (Some(engine), Some(connection)) = (&self.engine, self.connections.get_mut(&number)) else { return Ok(()) };
@@ -433,7 +440,8 @@ impl Server {
             return Err(rustix::io::Errno::PIPE);
         }
         let writer = Writer { session: id, instance, rank };
-        let session = Box::new(Session::new(writer, segment, Some(bell)));
+        let mut session = Box::new(Session::new(writer, segment, Some(bell)));
+        session.moves_blocks = moves_blocks;
         connection.session = Some(Attached { id, instance, peer, goodbye: false, hung_up: false, died: false });
         engine.tell(ToShard::Attach(session));
         Ok(())

@@ -297,6 +297,10 @@ impl<D: Device> Shard<D> {
         }
         let Some(entry) = session.submissions.peek()? else { return Ok(false) };
         let (tag, parsed) = Submission::parse(&entry, kvring_ipc::segment::ARENA_BYTES);
+        let parsed = parsed.and_then(|submission| {
+            let moves = matches!(submission.op(), Op::Load | Op::Reserve | Op::Commit | Op::Abort);
+            if moves && !session.moves_blocks { Err(Status::BadRequest) } else { Ok(submission) }
+        });
         let submission = match parsed {
             Ok(submission) => submission,
             Err(status) => {

@@ -1,4 +1,4 @@
-//! The host back end: the instance's KV memory is ordinary memory, a copy is a memcpy.
+//! KV memory of our own, for replays and tests: a copy is a memcpy.
 
 use kvring_ipc::client::Pool;
 
@@ -35,11 +35,15 @@ impl HostMemory {
 }
 
 impl CopyBackend for HostMemory {
-    fn load(&mut self, pool: &Pool, slot: u32, block: usize) {
-        pool.copy_out(slot, 0, self.block_mut(block));
+    fn pages_per_block(&self) -> usize {
+        1
     }
 
-    fn store(&mut self, pool: &Pool, slot: u32, block: usize) {
-        pool.copy_in(slot, 0, self.block(block));
+    fn load(&mut self, pool: &Pool, slot: u32, pages: &[u32]) {
+        pool.copy_out(slot, 0, self.block_mut(pages[0] as usize));
+    }
+
+    fn store(&mut self, pool: &Pool, slot: u32, pages: &[u32]) {
+        pool.copy_in(slot, 0, self.block(pages[0] as usize));
     }
 }

@@ -194,7 +194,7 @@ impl BenchServer {
             instance_id: 0,
             instance_token: kvring_ipc::instance::random_token(),
             rank: 0,
-            layout: kvring_ipc::layout::Layout::opaque(block_bytes),
+            layout: Some(kvring_ipc::layout::Layout::opaque(block_bytes)),
         };
         let socket = self.settings.load()?.config.socket;
         Ok(kvring_ipc::client::Session::connect(&socket, &attach, Duration::from_secs(5))?)

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Deserializer, Serializer, V2Serializer};
-use kvring_gpu::agent::Agent;
+use kvring_gpu::direct::DirectAgent;
 use kvring_gpu::backend::host::HostMemory;
 use kvring_ipc::instance::Instance;
 use kvring_ipc::key::BlockKey;
@@ -158,7 +158,7 @@ pub fn run(args: &WorkerArgs) -> Outcome {
     let requests: Vec<_> = spec.all_requests()?.into_iter().skip(spec.index).step_by(spec.of).collect();
     let instance = Instance::open(config, Layout::opaque(spec.block_bytes), 0)?;
     let mut replay = Replay {
-        agent: Agent::new(instance, HostMemory::new(CHUNK, spec.block_bytes as usize)),
+        agent: DirectAgent::new(instance, HostMemory::new(CHUNK, spec.block_bytes as usize)),
         counts: Counts::default(),
         match_ns: new_histogram(),
         load_ns: new_histogram(),
@@ -183,7 +183,7 @@ pub fn run(args: &WorkerArgs) -> Outcome {
 }
 
 struct Replay {
-    agent: Agent<HostMemory>,
+    agent: DirectAgent<HostMemory>,
     counts: Counts,
     match_ns: Histogram<u64>,
     load_ns: Histogram<u64>,

@@ -1,0 +1,295 @@
+//! How a block lies in an instance's KV memory: pages of tensors → runs of bytes. Pure.
+//!
+//! An engine keeps the KV of a block in one *page* of each of its tensors (a layer, or all layers in
+//! one). Layers that share a block table are a *group*; a hybrid model has several, and a group whose
+//! blocks are smaller than ours has several pages in one block. In the slot, a rank's part is the
+//! concatenation, in this order, of groups, their pages, their tensors, each in the tensor's logical
+//! (row-major) order: the same for every engine whose [`kvring_ipc::layout::Layout`] is equal.
+
+use serde::Deserialize;
+
+/// A page that is not there: its part of the slot is left alone.
+pub const NO_PAGE: u32 = u32::MAX;
+
+/// Most runs of one page: one of 128 tokens, 8 heads, keys and values apart has 2,048.
+const RUNS_MAX: usize = 1 << 16;
+
+/// A rank's KV memory.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryMap {
+    /// Where this rank's part begins in a slot.
+    pub offset_in_slot: usize,
+    /// In the order of their parts.
+    pub groups: Vec<GroupMap>,
+}
+
+/// Tensors that share a block table.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupMap {
+    /// Pages of this group in one block.
+    pub pages_per_block: usize,
+    /// In the order of their parts.
+    pub tensors: Vec<TensorMap>,
+}
+
+/// A tensor whose first dimension counts pages.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorMap {
+    /// Where page 0 begins.
+    pub address: usize,
+    /// Bytes from there to the end of what may be touched.
+    pub bytes: usize,
+    /// How many pages.
+    pub pages_count: usize,
+    /// From one page to the next.
+    pub page_stride_bytes: usize,
+    /// Dimensions of one page.
+    pub shape: Vec<usize>,
+    /// Bytes between neighbours in each dimension.
+    pub strides_bytes: Vec<usize>,
+    /// Bytes of one element.
+    pub element_bytes: usize,
+}
+
+/// Bytes that lie together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// From the start of the page.
+    pub offset_in_page: usize,
+    /// How many.
+    pub bytes: usize,
+}
+
+/// The runs of a page in logical order, neighbours joined.
+pub fn runs(shape: &[usize], strides_bytes: &[usize], element_bytes: usize) -> Vec<Run> {
+    // The innermost dimensions that lie without a gap are one run.
+    let mut run_bytes = element_bytes;
+    let mut dims: Vec<(usize, usize)> = shape.iter().copied().zip(strides_bytes.iter().copied()).collect();
+    while let Some((count, stride)) = dims.last().copied() {
+        if stride != run_bytes && count != 1 {
+            break;
+        }
+        run_bytes *= count;
+        dims.pop();
+    }
+    let mut runs: Vec<Run> = vec![];
+    let total: usize = dims.iter().map(|(count, _)| count).product();
+    for flat in 0..total {
+        let mut rest = flat;
+        let offset_in_page = dims.iter().rev().fold(0, |offset, (count, stride)| {
+            let at = rest % count;
+            rest /= count;
+            offset + at * stride
+        });
+        match runs.last_mut() {
+            Some(last) if last.offset_in_page + last.bytes == offset_in_page => last.bytes += run_bytes,
+            _ => runs.push(Run { offset_in_page, bytes: run_bytes }),
+        }
+    }
+    runs
+}
+
+/// One tensor's part of a page's part of a slot.
+#[derive(Debug)]
+struct Part {
+    address: usize,
+    pages_count: usize,
+    page_stride_bytes: usize,
+    offset_in_slot: usize,
+    runs: Vec<Run>,
+}
+
+/// Bytes to copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copy {
+    /// In the instance's memory.
+    pub address: usize,
+    /// In the slot.
+    pub offset_in_slot: usize,
+    /// How many.
+    pub bytes: usize,
+}
+
+/// What copying a block means, worked out once.
+#[derive(Debug)]
+pub struct Plan {
+    /// For each page of a block, in order.
+    pages: Vec<Vec<Part>>,
+    slot_end: usize,
+}
+
+impl Plan {
+    /// Works out and checks a map.
+    ///
+    /// # Errors
+    /// Names what is wrong with which tensor.
+    pub fn new(map: &MemoryMap) -> Result<Self, String> {
+        let mut pages = Vec::new();
+        let mut offset_in_slot = map.offset_in_slot;
+        for (group_index, group) in map.groups.iter().enumerate() {
+            for _ in 0..group.pages_per_block {
+                let mut parts = Vec::new();
+                for (tensor_index, tensor) in group.tensors.iter().enumerate() {
+                    let wrong = |what: &str| Err(format!("tensor {tensor_index} of group {group_index}: {what}"));
+                    if tensor.shape.len() != tensor.strides_bytes.len() {
+                        return wrong("shape and strides_bytes differ in length");
+                    }
+                    if tensor.shape.contains(&0) || tensor.element_bytes == 0 || tensor.pages_count == 0 {
+                        return wrong("a dimension is 0");
+                    }
+                    if tensor.shape.iter().product::<usize>() > RUNS_MAX << 12 {
+                        return wrong("a page has more than 2^28 elements: choose a smaller block size");
+                    }
+                    let runs = runs(&tensor.shape, &tensor.strides_bytes, tensor.element_bytes);
+                    if runs.len() > RUNS_MAX {
+                        return wrong("a page falls into more than 65,536 runs of bytes: choose a layout with larger ones");
+                    }
+                    let page_end = runs.iter().map(|run| run.offset_in_page + run.bytes).max().unwrap_or(0);
+                    let end = (tensor.pages_count - 1)
+                        .checked_mul(tensor.page_stride_bytes)
+                        .and_then(|last| last.checked_add(page_end));
+                    if end.is_none_or(|end| end > tensor.bytes) {
+                        return wrong("its last page ends after its memory does");
+                    }
+                    let bytes: usize = runs.iter().map(|run| run.bytes).sum();
+                    parts.push(Part {
+                        address: tensor.address,
+                        pages_count: tensor.pages_count,
+                        page_stride_bytes: tensor.page_stride_bytes,
+                        offset_in_slot,
+                        runs,
+                    });
+                    offset_in_slot += bytes;
+                }
+                pages.push(parts);
+            }
+        }
+        if pages.is_empty() {
+            return Err("no group has a page: there is no KV memory to cache".into());
+        }
+        Ok(Self { pages, slot_end: offset_in_slot })
+    }
+
+    /// Pages that make one block.
+    pub fn pages_per_block(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Where this rank's part of a slot ends.
+    pub fn slot_end(&self) -> usize {
+        self.slot_end
+    }
+
+    /// Whether every page is one of the tensors' or none.
+    pub fn has_pages(&self, pages: &[u32]) -> bool {
+        pages.len() == self.pages.len()
+            && pages.iter().zip(&self.pages).all(|(page, parts)| {
+                *page == NO_PAGE || parts.iter().all(|part| (*page as usize) < part.pages_count)
+            })
+    }
+
+    /// What to copy for a block that lies in these pages.
+    ///
+    /// # Panics
+    /// If a page is not one of the tensors'.
+    pub fn copies(&self, pages: &[u32], mut copy: impl FnMut(Copy)) {
+        assert!(self.has_pages(pages), "pages {pages:?} are not all there");
+        for (page, parts) in pages.iter().zip(&self.pages).filter(|(page, _)| **page != NO_PAGE) {
+            for part in parts {
+                let page_address = part.address + *page as usize * part.page_stride_bytes;
+                let mut offset_in_slot = part.offset_in_slot;
+                for run in &part.runs {
+                    copy(Copy { address: page_address + run.offset_in_page, offset_in_slot, bytes: run.bytes });
+                    offset_in_slot += run.bytes;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Dense strides of `shape` when its dimensions lie in memory in the order `order`.
+    fn strides(shape: &[usize], order: &[usize], element_bytes: usize) -> Vec<usize> {
+        let mut strides = vec![0; shape.len()];
+        let mut next = element_bytes;
+        for dim in order.iter().rev() {
+            strides[*dim] = next;
+            next *= shape[*dim];
+        }
+        strides
+    }
+
+    proptest! {
+        #[test]
+        fn runs_visit_every_element_once_in_logical_order(
+            shape in prop::collection::vec(1usize..5, 1..5),
+            shuffle in any::<u64>(),
+            element_bytes in prop::sample::select(vec![1usize, 2, 4]),
+        ) {
+            let mut order: Vec<usize> = (0..shape.len()).collect();
+            let mut random = shuffle;
+            for i in (1..order.len()).rev() {
+                random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                order.swap(i, (random >> 33) as usize % (i + 1));
+            }
+            let strides = strides(&shape, &order, element_bytes);
+            let mut expected = Vec::new();
+            for flat in 0..shape.iter().product::<usize>() {
+                let mut rest = flat;
+                let mut offset = 0;
+                for (count, stride) in shape.iter().zip(&strides).rev() {
+                    offset += rest % count * stride;
+                    rest /= count;
+                }
+                expected.extend(offset..offset + element_bytes);
+            }
+            let runs = runs(&shape, &strides, element_bytes);
+            let visited: Vec<usize> =
+                runs.iter().flat_map(|run| run.offset_in_page..run.offset_in_page + run.bytes).collect();
+            prop_assert_eq!(visited, expected);
+            let joined = runs.windows(2).all(|w| w[0].offset_in_page + w[0].bytes != w[1].offset_in_page);
+            prop_assert!(joined, "neighbours are joined");
+        }
+    }
+
+    fn tensor(address: usize, pages_count: usize) -> TensorMap {
+        TensorMap {
+            address,
+            bytes: pages_count * 64,
+            pages_count,
+            page_stride_bytes: 64,
+            shape: vec![2, 16],
+            strides_bytes: vec![32, 2],
+            element_bytes: 2,
+        }
+    }
+
+    #[test]
+    fn groups_pages_and_tensors_follow_one_another_in_the_slot_and_absent_pages_leave_a_gap() {
+        let groups = vec![
+            GroupMap { pages_per_block: 1, tensors: vec![tensor(1000, 4), tensor(2000, 4)] },
+            GroupMap { pages_per_block: 2, tensors: vec![tensor(3000, 8)] },
+        ];
+        let plan = Plan::new(&MemoryMap { offset_in_slot: 4096, groups }).unwrap();
+        assert_eq!((plan.pages_per_block(), plan.slot_end()), (3, 4096 + 256));
+        let mut copies = Vec::new();
+        plan.copies(&[3, NO_PAGE, 7], |copy| copies.push((copy.address, copy.offset_in_slot, copy.bytes)));
+        assert_eq!(copies, [(1192, 4096, 64), (2192, 4160, 64), (3448, 4288, 64)]);
+        assert!(!plan.has_pages(&[4, 0, 0]) && !plan.has_pages(&[0, 0]) && plan.has_pages(&[0, 7, 7]));
+    }
+
+    #[test]
+    fn a_tensor_that_ends_too_early_is_named() {
+        let groups =
+            vec![GroupMap { pages_per_block: 1, tensors: vec![tensor(0, 4), TensorMap { bytes: 255, ..tensor(0, 4) }] }];
+        let error = Plan::new(&MemoryMap { offset_in_slot: 0, groups }).unwrap_err();
+        assert!(error.contains("tensor 1 of group 0") && error.contains("last page"), "{error}");
+    }
+}

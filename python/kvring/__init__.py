@@ -1,0 +1,348 @@
+"""kvring: one KV cache for every inference instance on a machine.
+
+An inference instance is one scheduler and its workers. The scheduler opens an `Instance`: it matches
+chains of block keys and gets a lease on what is resident. Each worker opens an `Agent` over its KV
+tensors: it loads leased blocks into them and stores new ones, on a thread of its own, without the GIL.
+
+    layout = Layout(model="m", dtype="bfloat16", tokens_per_block=16, layers=32, kv_heads=8,
+                    head_size=128, tp_size=1, kv_layout="NHD", block_bytes=2 << 20)
+    token = new_token()                                  # shared by the processes of one instance
+    agent = Agent(layout, Memory([Group(tensors)]), token=token)
+    scheduler = Instance(token=token)
+    chain = KeyChain(namespace_root([("model", "m")]), tokens_per_block=16)
+    chain.extend(tokens)
+    blocks, lease = scheduler.match(chain.keys)
+    agent.load(1, lease, first=0, keys=chain.keys[: 16 * blocks], pages=list(range(blocks)))
+    agent.wait(at_most_ms=100); ended = agent.poll()
+    scheduler.release(lease)
+
+No call raises because a server is gone or slow: a match is then (0, None), a load ends with the blocks
+that did not come, a store is dropped, and a thread behind connects again. Settings come from keyword
+arguments, `KVRING_*`, `FLEXKV_*` or a file, as docs/CONFIG.md lists them; a wrong one raises ValueError
+with its name, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import shutil
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvring import _native
+from kvring._native import Lease, namespace_root, next_keys
+
+__all__ = [
+    "KEY_BYTES",
+    "NO_PAGE",
+    "Agent",
+    "Ended",
+    "Group",
+    "Instance",
+    "KeyChain",
+    "Layout",
+    "Lease",
+    "Memory",
+    "load_config",
+    "namespace_root",
+    "new_token",
+    "next_keys",
+    "server_program",
+]
+__version__ = _native.__version__
+
+KEY_BYTES = 16
+"""Bytes of one block key."""
+NO_PAGE = 0xFFFF_FFFF
+"""A page that is not there: its part of a slot is left alone."""
+
+
+def new_token() -> str:
+    """A random token: the processes of one instance share it, and it proves that a lease is theirs."""
+    return secrets.token_hex(16)
+
+
+def server_program() -> str | None:
+    """The `kvring` program that was installed with this module, else one in PATH."""
+    beside = Path(sysconfig.get_path("scripts")) / "kvring"
+    return str(beside) if beside.is_file() else shutil.which("kvring")
+
+
+def load_config(**settings: Any) -> tuple[dict[str, str], list[str]]:
+    """What an operator said, by argument, file and environment, and notes on FlexKV settings that do not apply."""
+    return _native.load_config(_said(settings))
+
+
+def _said(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return "1" if value else "0"
+        return str(value)
+
+    said = [(name, text(value)) for name, value in settings.items() if value is not None]
+    if "server_bin" not in settings and "server_bin" not in _native.load_config(said)[0]:
+        program = server_program()
+        if program:
+            said.append(("server_bin", program))
+    return said
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What instances must agree on to share blocks; a server refuses the rest, naming each difference."""
+
+    model: str
+    dtype: str
+    tokens_per_block: int
+    layers: int
+    kv_heads: int
+    head_size: int
+    kv_layout: str
+    block_bytes: int
+    """Bytes of one block over all layers and ranks: a multiple of 4,096."""
+    tp_size: int = 1
+    """Ranks that hold different parts of a block, at most 32."""
+    pp_size: int = 1
+
+    def to_json(self) -> str:
+        return json.dumps({**dataclasses.asdict(self), "key_contract": _native.KEY_CONTRACT_VERSION})
+
+
+@dataclasses.dataclass
+class Group:
+    """KV tensors that share a block table. Dimension 0 counts pages; the others are one page.
+
+    A tensor is anything with `data_ptr()`, `shape`, `stride()` and `element_size()`, as torch's have.
+    With `rows_per_page` above 1, that many neighbours in dimension 0 are one page.
+    """
+
+    tensors: Sequence[Any]
+    pages_per_block: int = 1
+    rows_per_page: int = 1
+
+    def to_map(self) -> dict[str, Any]:
+        return {"pages_per_block": self.pages_per_block, "tensors": [self._tensor(t) for t in self.tensors]}
+
+    def _tensor(self, tensor: Any) -> dict[str, Any]:
+        element = tensor.element_size()
+        dims = [(n, s * element) for n, s in zip(tensor.shape, tensor.stride())]
+        if not dims or dims[0][0] % self.rows_per_page:
+            shape = list(tensor.shape)
+            raise ValueError(f"shape = {shape}: dimension 0 must be a multiple of rows_per_page = {self.rows_per_page}")
+        if any(stride < 0 for _, stride in dims):
+            raise ValueError(f"strides = {tensor.stride()}: a tensor that runs backwards cannot be cached")
+        rows, row_stride = dims[0]
+        page = [(self.rows_per_page, row_stride)] if self.rows_per_page > 1 else []
+        page += [dims[i] for i in self.order(tensor)]
+        return {
+            "address": tensor.data_ptr(),
+            "bytes": sum((n - 1) * stride for n, stride in dims) + element,
+            "pages_count": rows // self.rows_per_page,
+            "page_stride_bytes": row_stride * self.rows_per_page,
+            "shape": [n for n, _ in page],
+            "strides_bytes": [stride for _, stride in page],
+            "element_bytes": element,
+        }
+
+    @staticmethod
+    def order(tensor: Any) -> list[int]:
+        """The dimensions of a page as they lie in memory, outermost first: a slot holds them in this order."""
+        strides = tensor.stride()
+        return sorted(range(1, len(strides)), key=lambda dim: -strides[dim])
+
+    def describe(self) -> str:
+        """How a page lies, for a layout: equal for groups whose bytes mean the same."""
+
+        def page(tensor: Any) -> str:
+            dims = "x".join(f"{dim}:{tensor.shape[dim]}" for dim in self.order(tensor))
+            return f"{self.rows_per_page}[{dims}]{tensor.element_size()}"
+
+        kinds = [page(tensor) for tensor in self.tensors]
+        runs: list[tuple[str, int]] = []
+        for kind in kinds:
+            count = runs.pop()[1] if runs and runs[-1][0] == kind else 0
+            runs.append((kind, count + 1))
+        return f"{self.pages_per_block}*({','.join(f'{count}*{kind}' for kind, count in runs)})"
+
+
+@dataclasses.dataclass
+class Memory:
+    """A rank's KV memory: its groups, in the order in which they lie in a slot."""
+
+    groups: Sequence[Group]
+    offset_in_slot: int = 0
+    """Where this rank's part of a slot begins."""
+
+    @property
+    def pages_per_block(self) -> int:
+        return sum(group.pages_per_block for group in self.groups)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of this rank's part of a block."""
+        total = 0
+        for group in self.groups:
+            for tensor in group.to_map()["tensors"]:
+                bytes_of_page = tensor["element_bytes"]
+                for n in tensor["shape"]:
+                    bytes_of_page *= n
+                total += bytes_of_page * group.pages_per_block
+        return total
+
+    def describe(self) -> str:
+        """How a rank's part of a block lies, for a layout's `kv_layout`."""
+        return "+".join(group.describe() for group in self.groups)
+
+    def to_json(self) -> str:
+        return json.dumps({"offset_in_slot": self.offset_in_slot, "groups": [g.to_map() for g in self.groups]})
+
+
+class KeyChain:
+    """Keys of a growing sequence of tokens. Only full blocks have one."""
+
+    def __init__(self, root: bytes, tokens_per_block: int) -> None:
+        self._root = root
+        self._tokens_per_block = tokens_per_block
+        self.keys = b""
+
+    def __len__(self) -> int:
+        return len(self.keys) // KEY_BYTES
+
+    def extend(self, tokens: Sequence[int], extras: Mapping[int, Sequence[bytes]] | None = None) -> None:
+        """Appends the full blocks of `tokens`, which follow those already there.
+
+        `extras` holds, for the index of a block in `tokens`, what else its bytes depend on.
+        """
+        parent = self.keys[-KEY_BYTES:] or self._root
+        self.keys += next_keys(parent, tokens, self._tokens_per_block, extras)
+
+    def key(self, depth: int) -> bytes:
+        """The key of one block."""
+        return self.keys[depth * KEY_BYTES : (depth + 1) * KEY_BYTES]
+
+    def slice(self, first: int, end: int) -> bytes:
+        """The keys of blocks first..end."""
+        return self.keys[first * KEY_BYTES : end * KEY_BYTES]
+
+    def parent(self, depth: int) -> bytes:
+        """The key of the block before, empty at depth 0."""
+        return self.key(depth - 1) if depth else b""
+
+
+class Instance:
+    """What an instance's scheduler holds. Each call waits `client_wait_ms` at the most; none raises.
+
+    Without a layout it can match, not load or store; with one it may start the server.
+    """
+
+    def __init__(self, *, token: str | None = None, layout: Layout | None = None, **settings: Any) -> None:
+        text = layout.to_json() if layout else None
+        self._native = _native.Instance(_said(settings), token, text)
+
+    def match(self, keys: bytes) -> tuple[int, Lease | None]:
+        """The longest resident prefix of a chain (at most 8,192 blocks), and the lease on it."""
+        return self._native.match(keys)
+
+    def release(self, lease: Lease) -> None:
+        """Ends a lease. Does not wait."""
+        self._native.release(lease)
+
+    def prefetch(self, lease: Lease, first: int, count: int) -> None:
+        """Has leased blocks read from the SSD into the pool ahead of a load. Does not wait."""
+        self._native.prefetch(lease, first, count)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a server is attached now."""
+        return self._native.is_connected
+
+    @property
+    def sessions_count(self) -> int:
+        """How many sessions it has had: above 1 after a server was lost and found."""
+        return self._native.sessions_count
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the server refused to take this instance back."""
+        return self._native.refusal
+
+    def close(self) -> None:
+        """Leaves the server; its leases end."""
+        self._native.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a ticket ended."""
+
+    ticket: int
+    is_load: bool
+    missed: list[int]
+    """Indices of the load's blocks that did not come: compute them."""
+    seconds: float
+
+
+class Agent:
+    """What an instance's worker holds: a thread that copies between the pool and KV tensors.
+
+    `load` and `store` return at once; their end is found by `poll`. Pages of a load must be left alone
+    until it has ended, pages of a store must not be written until it has ended or `fence` has returned.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        memory: Memory,
+        *,
+        rank: int = 0,
+        token: str | None = None,
+        load_wait_ms: int = 2000,
+        store_wait_ms: int = 2000,
+        **settings: Any,
+    ) -> None:
+        self._tensors = [tensor for group in memory.groups for tensor in group.tensors]
+        self._native = _native.Agent(
+            _said(settings), layout.to_json(), memory.to_json(), rank, token, load_wait_ms, store_wait_ms
+        )
+
+    def load(self, ticket: int, lease: Lease | tuple[int, int], first: int, keys: bytes, pages: Sequence[int]) -> None:
+        """Brings leased blocks, the first at depth `first`, into `pages`: those of each block one after the other.
+
+        `lease` is a Lease, or its (id, expires_at_ns) from another process of the instance.
+        """
+        lease_id, expires_at_ns = (lease.id, lease.expires_at_ns) if isinstance(lease, Lease) else lease
+        self._native.load(ticket, lease_id, expires_at_ns, first, keys, pages)
+
+    def store(self, ticket: int, parent: bytes, first: int, keys: bytes, pages: Sequence[int]) -> None:
+        """Stores blocks, the first at depth `first` after the block `parent` (empty at depth 0)."""
+        self._native.store(ticket, parent, first, keys, pages)
+
+    def poll(self) -> list[Ended]:
+        """Tickets that have ended since the last call."""
+        return [Ended(*ended) for ended in self._native.poll()]
+
+    def wait(self, at_most_ms: int) -> bool:
+        """Waits until a ticket has ended. Whether `poll` has something."""
+        return self._native.wait(at_most_ms)
+
+    def fence(self, tickets: Iterable[int], patience_ms: int) -> bool:
+        """Waits until these stores read no page any more; stops those that take longer. Whether all were copied."""
+        return self._native.fence(list(tickets), patience_ms)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a server is attached now."""
+        return self._native.is_connected
+
+    def counters(self) -> dict[str, int]:
+        """Blocks since the start, by what became of them, and sessions."""
+        return self._native.counters()
+
+    def close(self) -> None:
+        """Ends every ticket; the tensors are not touched after this."""
+        self._native.close()
+        self._tensors = []

@@ -1,0 +1,171 @@
+"""A worker's side: hands tickets to the transfer agent, tells vLLM of their end."""
+
+from __future__ import annotations
+
+import collections
+from typing import TYPE_CHECKING
+
+import kvring
+from kvring.vllm.geometry import Geometry, Part, Unsupported, instance, layout, memory
+from kvring.vllm.metadata import LoadSpec, StepMetadata, StoreSpec, WorkerMetadata
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm.kvring")
+
+FENCE_MS = 50
+"""How long a step may wait for copies that have to end before its pages change hands."""
+
+
+class WorkerSide:
+    """One per rank, in vLLM's worker."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None, saves_end_with_step: bool = False
+    ) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._saves_end_with_step = saves_end_with_step
+        self._agent: kvring.Agent | None = None
+        self._stores = False
+        self._groups = 1
+        self._fence_ms = FENCE_MS
+        self.problem: str | None = "KV tensors have not been registered"
+        self._loads: dict[int, LoadSpec] = {}
+        self._storing: dict[str, set[int]] = collections.defaultdict(set)
+        self._of_ticket: dict[int, str] = {}
+        self._ended: dict[int, int] = {}
+        self._retained: set[str] = set()
+        self._failed_pages: set[int] = set()
+        self._failed_requests: set[str] = set()
+        self._seconds = {"load": [0, 0.0], "store": [0, 0.0]}
+        self._counted: dict[str, int] = {}
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Opens the agent over vLLM's KV tensors, and starts the server if that is ours to do."""
+        from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+        self.close()
+        try:
+            geometry = Geometry.of(self._vllm_config, self._kv_cache_config)
+            part = Part.of(self._vllm_config, get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
+            of_rank = memory(kv_caches, self._kv_cache_config, geometry, part)
+            what = layout(self._vllm_config, geometry, of_rank, part)
+            token, settings, own = instance(self._vllm_config)
+            self._fence_ms = int(own.get("fence_ms", FENCE_MS))
+            waits = {name: int(own[name]) for name in ("load_wait_ms", "store_wait_ms") if name in own}
+            self._agent = kvring.Agent(what, of_rank, rank=part.index, token=token, **waits, **settings)
+            self._stores, self._groups = part.stores, len(geometry.pages_per_block)
+            self._saves_end_with_step |= geometry.is_windowed
+            self.problem = None
+            logger.info("kvring: blocks of %d tokens, %d bytes; %s", what.tokens_per_block, what.block_bytes, what)
+        except Unsupported as reason:
+            self.problem = str(reason)
+            logger.warning("kvring does not cache this model: %s", reason)
+        except ConnectionError as refusal:
+            self.problem = str(refusal)
+            logger.error("%s: this instance runs without a cache", refusal)
+
+    def fence(self, step: StepMetadata) -> None:
+        """Pages of preempted requests are about to be overwritten: nobody may still be reading them."""
+        tickets = [ticket for request_id in step.preempted for ticket in self._storing.get(request_id, ())]
+        if tickets and self._agent:
+            self._agent.fence(tickets, self._fence_ms)
+
+    def load(self, step: StepMetadata) -> None:
+        """Submits the step's loads."""
+        for spec in step.loads:
+            self._loads[spec.ticket] = spec
+            if self._agent:
+                self._agent.load(spec.ticket, spec.lease, spec.first, spec.keys, spec.pages)
+
+    def store(self, step: StepMetadata) -> None:
+        """Submits the step's stores; where pages may go without notice, waits until they are copied."""
+        self._retained |= step.retained
+        tickets = [spec.ticket for spec in step.stores if self._store(spec)]
+        if self._saves_end_with_step and tickets and self._agent:
+            self._agent.fence(tickets, self._fence_ms)
+
+    def _store(self, spec: StoreSpec) -> bool:
+        if not self._agent or not self._stores:
+            self._ended[spec.ticket] = 1
+            return False
+        self._storing[spec.request_id].add(spec.ticket)
+        self._of_ticket[spec.ticket] = spec.request_id
+        self._agent.store(spec.ticket, spec.parent, spec.first, spec.keys, spec.pages)
+        return True
+
+    def results(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests whose kept pages are free, whose loads have ended, and of those, which failed in part."""
+        recving = set()
+        for ended in self._agent.poll() if self._agent else ():
+            kind = self._seconds["load" if ended.is_load else "store"]
+            kind[0] += 1
+            kind[1] += ended.seconds
+            if ended.is_load:
+                spec = self._loads.pop(ended.ticket)
+                recving.add(spec.request_id)
+                self._missed(spec, ended.missed)
+            else:
+                self._ended[ended.ticket] = 1
+                request_id = self._of_ticket.pop(ended.ticket)
+                self._storing[request_id].discard(ended.ticket)
+                if not self._storing[request_id]:
+                    del self._storing[request_id]
+        if self._agent is None:
+            # Nothing will come: every load ends at once, with every block missing.
+            for spec in self._loads.values():
+                recving.add(spec.request_id)
+                self._missed(spec, range(len(spec.keys) // kvring.KEY_BYTES))
+            self._loads.clear()
+        sending = {request_id for request_id in self._retained if request_id not in self._storing}
+        self._retained -= sending
+        failed, self._failed_requests = self._failed_requests, set()
+        return sending, recving, failed
+
+    def _missed(self, spec: LoadSpec, missed: list[int] | range) -> None:
+        if not missed:
+            return
+        if self._groups > 1:
+            self._failed_requests.add(spec.request_id)
+            return
+        per_block = len(spec.pages) * kvring.KEY_BYTES // len(spec.keys)
+        for block in missed:
+            pages = spec.pages[block * per_block : (block + 1) * per_block]
+            self._failed_pages.update(page for page in pages if page != kvring.NO_PAGE)
+
+    def take_failed_pages(self) -> set[int]:
+        """vLLM's ids of blocks that were not loaded."""
+        failed, self._failed_pages = self._failed_pages, set()
+        return failed
+
+    def take_metadata(self) -> WorkerMetadata | None:
+        """Stores that ended since the last call."""
+        ended, self._ended = self._ended, {}
+        return WorkerMetadata(ended) if ended else None
+
+    def take_counters(self) -> dict[str, float]:
+        """Counters since the last call."""
+        if not self._agent:
+            return {}
+        now = self._agent.counters()
+        taken: dict[str, float] = {name: now[name] - self._counted.get(name, 0) for name in now if name != "sessions"}
+        self._counted = now
+        for kind, (count, seconds) in self._seconds.items():
+            taken[f"{kind}s"], taken[f"{kind}_seconds"] = count, seconds
+            self._seconds[kind] = [0, 0.0]
+        return {name: value for name, value in taken.items() if value}
+
+    def close(self) -> None:
+        """Ends every ticket: vLLM's tensors are not touched after this."""
+        if self._agent:
+            self._agent.close()
+            self._agent = None
+            # A store that was under way has ended with the agent.
+            self._ended.update(dict.fromkeys(self._of_ticket, 1))
+            self._of_ticket.clear()
+            self._storing.clear()

@@ -1,0 +1,378 @@
+//! `kvring._native`: what Python calls. Thin: an [`Instance`](kvring_ipc::instance::Instance) for an
+//! engine's scheduler, an [`Agent`](kvring_gpu::agent::Agent) for each of its workers, and keys.
+//! Documented, with types, in `kvring/__init__.py`.
+//!
+//! No call holds the GIL while it waits, none raises for a server that is gone: they answer "miss".
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kvring_gpu::agent;
+use kvring_gpu::backend::tensors::TensorMemory;
+use kvring_gpu::layout::{MemoryMap, Plan};
+use kvring_ipc::client;
+use kvring_ipc::config::Config;
+use kvring_ipc::instance;
+use kvring_ipc::key::{self, BlockKey};
+use kvring_ipc::layout::Layout;
+use kvring_ipc::wire::LeaseId;
+use pyo3::exceptions::{PyConnectionError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+const KEY_BYTES: usize = 16;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic inside is a bug of ours that has been raised; what it left is still consistent to drop.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn keys_of(bytes: &[u8]) -> PyResult<Vec<BlockKey>> {
+    let (keys, rest) = bytes.as_chunks::<KEY_BYTES>();
+    if !rest.is_empty() {
+        let text = format!("keys = {} bytes: a multiple of {KEY_BYTES} is expected", bytes.len());
+        return Err(PyValueError::new_err(text));
+    }
+    Ok(keys.iter().map(key_of).collect())
+}
+
+fn key_of(bytes: &[u8; KEY_BYTES]) -> BlockKey {
+    let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+    BlockKey::from_words([word(0), word(8)])
+}
+
+fn one_key(bytes: &[u8]) -> PyResult<BlockKey> {
+    let bytes = bytes.try_into();
+    bytes.map(key_of).map_err(|_| PyValueError::new_err(format!("a key has {KEY_BYTES} bytes")))
+}
+
+fn to_bytes(keys: &[BlockKey]) -> Vec<u8> {
+    keys.iter().flat_map(|key| key.to_words()).flat_map(u64::to_le_bytes).collect()
+}
+
+fn config_of(settings: Vec<(String, String)>) -> PyResult<Config> {
+    let loaded = Config::load(&settings, None, std::env::vars());
+    Ok(loaded.map_err(|error| PyValueError::new_err(error.to_string()))?.config)
+}
+
+fn open(
+    py: Python<'_>,
+    layout: Option<&str>,
+    settings: Vec<(String, String)>,
+    rank: u32,
+    token: Option<String>,
+) -> PyResult<instance::Instance> {
+    let config = config_of(settings)?;
+    let layout: Option<Layout> = layout
+        .map(serde_json::from_str)
+        .transpose()
+        .map_err(|error| PyValueError::new_err(format!("layout: {error}")))?;
+    let token = token.unwrap_or_else(instance::random_token);
+    py.detach(|| instance::Instance::open_with_token(config, layout, rank, token))
+        .map_err(|error| PyConnectionError::new_err(error.to_string()))
+}
+
+/// A prefix that stays resident until released, or until it expires.
+#[pyclass(frozen, module = "kvring")]
+struct Lease(client::Lease);
+
+#[pymethods]
+impl Lease {
+    /// The lease's name, for an Agent of the same instance.
+    #[getter]
+    fn id(&self) -> u64 {
+        self.0.id.0
+    }
+    /// CLOCK_MONOTONIC, in ns.
+    #[getter]
+    fn expires_at_ns(&self) -> u64 {
+        self.0.expires_at_ns
+    }
+}
+
+/// What an engine's scheduler holds. Every call is bounded by `client_wait_ms`.
+#[pyclass(frozen, module = "kvring")]
+struct Instance(Mutex<Option<instance::Instance>>);
+
+impl Instance {
+    /// Runs a call without the GIL; a closed instance misses.
+    fn call<T: Send>(&self, py: Python<'_>, miss: T, call: impl FnOnce(&mut instance::Instance) -> T + Send) -> T {
+        py.detach(|| match &mut *lock(&self.0) {
+            Some(instance) => call(instance),
+            None => miss,
+        })
+    }
+}
+
+#[pymethods]
+impl Instance {
+    #[new]
+    #[pyo3(signature = (settings, token=None, layout=None, rank=0))]
+    fn new(
+        py: Python<'_>,
+        settings: Vec<(String, String)>,
+        token: Option<String>,
+        layout: Option<&str>,
+        rank: u32,
+    ) -> PyResult<Self> {
+        Ok(Self(Mutex::new(Some(open(py, layout, settings, rank, token)?))))
+    }
+
+    /// (leading blocks that are resident, the lease that keeps them so or None).
+    #[pyo3(name = "match")]
+    fn match_prefix(&self, py: Python<'_>, keys: &[u8]) -> PyResult<(u32, Option<Lease>)> {
+        let keys = keys_of(keys)?;
+        let matched = self.call(py, client::Matched::MISS, |instance| instance.match_prefix(&keys));
+        Ok((matched.blocks, matched.lease.map(Lease)))
+    }
+
+    fn release(&self, py: Python<'_>, lease: &Lease) {
+        let lease = lease.0;
+        self.call(py, (), |instance| instance.release(lease));
+    }
+
+    fn prefetch(&self, py: Python<'_>, lease: &Lease, first: u32, count: u32) {
+        let lease = lease.0;
+        self.call(py, (), |instance| instance.prefetch(lease, first, count));
+    }
+
+    #[getter]
+    fn is_connected(&self, py: Python<'_>) -> bool {
+        self.call(py, false, |instance| instance.session().is_some())
+    }
+
+    #[getter]
+    fn sessions_count(&self, py: Python<'_>) -> u32 {
+        self.call(py, 0, |instance| instance.sessions_count())
+    }
+
+    /// Why the server refused to take this instance back, or None.
+    #[getter]
+    fn refusal(&self, py: Python<'_>) -> Option<String> {
+        self.call(py, None, |instance| instance.refusal().map(str::to_owned))
+    }
+
+    fn close(&self, py: Python<'_>) {
+        let taken = lock(&self.0).take();
+        py.detach(|| drop(taken));
+    }
+}
+
+/// What an engine's worker holds: a thread that copies between the pool and KV tensors.
+#[pyclass(frozen, module = "kvring")]
+struct Agent {
+    agent: Mutex<Option<Arc<agent::Agent>>>,
+    plan: Arc<Plan>,
+}
+
+impl Agent {
+    fn get(&self) -> PyResult<Arc<agent::Agent>> {
+        lock(&self.agent).clone().ok_or_else(|| PyRuntimeError::new_err("this agent is closed"))
+    }
+
+    fn check_pages(&self, keys: &[BlockKey], pages: &[u32]) -> PyResult<()> {
+        let per_block = self.plan.pages_per_block();
+        if keys.is_empty() || pages.len() != keys.len() * per_block {
+            let (pages, keys) = (pages.len(), keys.len());
+            let text = format!("pages = {pages} for {keys} keys: {per_block} for each of at least one key are expected");
+            return Err(PyValueError::new_err(text));
+        }
+        match pages.chunks(per_block).find(|pages| !self.plan.has_pages(pages)) {
+            Some(pages) => Err(PyValueError::new_err(format!("pages = {pages:?}: not all are pages of the tensors"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// (ticket, is_load, indices of blocks that did not come, seconds)
+type Ended = (u64, bool, Vec<u32>, f64);
+
+#[pymethods]
+impl Agent {
+    /// The caller keeps the tensors of `memory` alive until `close` has returned.
+    #[new]
+    #[pyo3(signature = (settings, layout, memory, rank=0, token=None, load_wait_ms=2000, store_wait_ms=2000))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
+    fn new(
+        py: Python<'_>,
+        settings: Vec<(String, String)>,
+        layout: &str,
+        memory: &str,
+        rank: u32,
+        token: Option<String>,
+        load_wait_ms: u64,
+        store_wait_ms: u64,
+    ) -> PyResult<Self> {
+        let map: MemoryMap =
+            serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
+        let parsed: Layout =
+            serde_json::from_str(layout).map_err(|error| PyValueError::new_err(format!("layout: {error}")))?;
+        let tensors = tensors(&map).map_err(PyValueError::new_err)?;
+        if tensors.plan().slot_end() as u64 > parsed.block_bytes {
+            return Err(PyValueError::new_err(format!(
+                "block_bytes = {}: this rank's part of a slot ends at {}",
+                parsed.block_bytes,
+                tensors.plan().slot_end()
+            )));
+        }
+        let plan = tensors.plan().clone();
+        let instance = open(py, Some(layout), settings, rank, token)?;
+        let patience = agent::Patience {
+            load: Duration::from_millis(load_wait_ms),
+            store: Duration::from_millis(store_wait_ms),
+        };
+        let agent = agent::Agent::start(instance, tensors, patience)?;
+        Ok(Self { agent: Mutex::new(Some(Arc::new(agent))), plan })
+    }
+
+    /// Submits a load; never waits.
+    fn load(
+        &self,
+        ticket: u64,
+        lease_id: u64,
+        expires_at_ns: u64,
+        first: u32,
+        keys: &[u8],
+        pages: Vec<u32>,
+    ) -> PyResult<()> {
+        let (agent, keys) = (self.get()?, keys_of(keys)?);
+        self.check_pages(&keys, &pages)?;
+        agent.load(agent::Load { ticket, lease: LeaseId(lease_id), expires_at_ns, first, keys, pages });
+        Ok(())
+    }
+
+    /// Submits a store; never waits. `parent` is empty for a chain's first block.
+    fn store(&self, ticket: u64, parent: &[u8], first: u32, keys: &[u8], pages: Vec<u32>) -> PyResult<()> {
+        let (agent, keys) = (self.get()?, keys_of(keys)?);
+        self.check_pages(&keys, &pages)?;
+        let parent = if parent.is_empty() { BlockKey::default() } else { one_key(parent)? };
+        agent.store(agent::Store { ticket, parent, first, keys, pages });
+        Ok(())
+    }
+
+    /// Tickets that have ended since the last call.
+    fn poll(&self) -> PyResult<Vec<Ended>> {
+        let ended = self.get()?.poll();
+        Ok(ended.into_iter().map(|f| (f.ticket, f.is_load, f.missed, f.took.as_secs_f64())).collect())
+    }
+
+    /// Waits until a ticket has ended; True if `poll` has something.
+    fn wait(&self, py: Python<'_>, at_most_ms: u64) -> PyResult<bool> {
+        let agent = self.get()?;
+        Ok(py.detach(|| agent.wait(Duration::from_millis(at_most_ms))))
+    }
+
+    /// Waits until these stores read no page any more; stops those that are not done after `patience_ms`.
+    fn fence(&self, py: Python<'_>, tickets: Vec<u64>, patience_ms: u64) -> PyResult<bool> {
+        let agent = self.get()?;
+        Ok(py.detach(|| agent.fence(&tickets, Duration::from_millis(patience_ms))))
+    }
+
+    #[getter]
+    fn is_connected(&self) -> bool {
+        lock(&self.agent).as_ref().is_some_and(|agent| agent.is_connected())
+    }
+
+    /// Counters since it was started, by name.
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let agent = self.get()?;
+        let counters = PyDict::new(py);
+        for (name, value) in agent.counters().read() {
+            counters.set_item(name, value)?;
+        }
+        Ok(counters)
+    }
+
+    /// Ends every ticket and the thread; the tensors are not touched after this.
+    fn close(&self, py: Python<'_>) {
+        let taken = lock(&self.agent).take();
+        py.detach(|| {
+            let Some(mut agent) = taken else { return };
+            // A call that is still in another thread holds it for one wait at the most.
+            loop {
+                match Arc::try_unwrap(agent) {
+                    Ok(agent) => return drop(agent),
+                    Err(shared) => agent = shared,
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+    }
+}
+
+#[expect(unsafe_code, reason = "an address that Python gives is Python's promise")]
+fn tensors(map: &MemoryMap) -> Result<TensorMemory, String> {
+    // SAFETY: `Agent`'s caller keeps the tensors alive until `close` has returned (its documentation),
+    // and an inference engine leaves pages alone while they are loaded or stored.
+    unsafe { TensorMemory::new(map) }
+}
+
+/// The key that a chain's first block has as its parent: (tag, text) parts; tags as in docs/WIRE.md §7.
+#[pyfunction]
+fn namespace_root<'py>(py: Python<'py>, parts: Vec<(String, String)>) -> PyResult<Bound<'py, PyBytes>> {
+    let mut namespace = key::Namespace::default();
+    for (tag, text) in &parts {
+        namespace = match tag.as_str() {
+            "model" => namespace.model(text),
+            "lora" => namespace.lora(text),
+            "cache_salt" => namespace.cache_salt(text),
+            "tenant" => namespace.tenant(text),
+            _ => return Err(PyValueError::new_err(format!("{tag}: model, lora, cache_salt or tenant is expected"))),
+        };
+    }
+    Ok(PyBytes::new(py, &to_bytes(&[namespace.root()])))
+}
+
+/// Keys of the full blocks of `tokens` after `parent`. `extras`: for a block's index, what else its
+/// bytes depend on.
+#[pyfunction]
+#[pyo3(signature = (parent, tokens, tokens_per_block, extras=None))]
+fn next_keys<'py>(
+    py: Python<'py>,
+    parent: &[u8],
+    tokens: Vec<u32>,
+    tokens_per_block: usize,
+    extras: Option<std::collections::HashMap<usize, Vec<Vec<u8>>>>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    if tokens_per_block == 0 {
+        return Err(PyValueError::new_err("tokens_per_block = 0: at least 1 is expected"));
+    }
+    let mut parent = one_key(parent)?;
+    let extras = extras.unwrap_or_default();
+    let keys: Vec<_> = tokens
+        .chunks_exact(tokens_per_block)
+        .enumerate()
+        .map(|(index, block)| {
+            let extra: Vec<&[u8]> = extras.get(&index).map_or(Vec::new(), |e| e.iter().map(Vec::as_slice).collect());
+            parent = key::next_key(parent, block, &extra);
+            parent
+        })
+        .collect();
+    Ok(PyBytes::new(py, &to_bytes(&keys)))
+}
+
+/// Everything an operator said, by flags, file and environment: {setting: value}, and notes on
+/// FlexKV settings that do not apply.
+#[pyfunction]
+fn load_config(settings: Vec<(String, String)>) -> PyResult<(std::collections::BTreeMap<String, String>, Vec<String>)> {
+    let loaded = Config::load(&settings, None, std::env::vars());
+    let loaded = loaded.map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let mut said: std::collections::BTreeMap<String, String> =
+        loaded.config.said.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
+    said.insert("server_recv_port".into(), loaded.config.socket.display().to_string());
+    said.insert("instance_id".into(), loaded.config.instance_id.to_string());
+    Ok((said, loaded.notes))
+}
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("KEY_CONTRACT_VERSION", key::KEY_CONTRACT_VERSION)?;
+    module.add_class::<Lease>()?;
+    module.add_class::<Instance>()?;
+    module.add_class::<Agent>()?;
+    module.add_function(wrap_pyfunction!(namespace_root, module)?)?;
+    module.add_function(wrap_pyfunction!(next_keys, module)?)?;
+    module.add_function(wrap_pyfunction!(load_config, module)?)?;
+    Ok(())
+}
