@@ -190,9 +190,24 @@ impl Cache {
         Ok(())
     }
 
+    /// Forgets every block, in the pool and, as soon as the headers are written, on the SSD. What is
+    /// leased keeps its slot, for copies under way, but is not loaded any more. Says how many.
+    pub fn reset(&mut self) -> u32 {
+        let count = self.index.detach_all();
+        self.collect();
+        if let Some(disk) = &mut self.disk {
+            disk.clear_headers();
+        }
+        count
+    }
+
     /// Where a block is.
     pub fn find(&self, block: BlockId) -> Found {
         let block = self.index.block(block);
+        if block.is_detached() {
+            // Forgotten with an ancestor, or by a reset: a lease keeps its slot and nothing more.
+            return Found::Gone;
+        }
         match (block.place(Tier::Host), block.place(Tier::Disk)) {
             (Place::Ready(slot), _) => Found::Ready(slot),
             (Place::Filling(slot), Place::Ready(_)) => Found::Reading(slot),

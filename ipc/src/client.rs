@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::bell;
 use crate::doorbell;
+use crate::events::{EventReader, Events};
 use crate::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome};
 use crate::key::BlockKey;
 use crate::layout::Difference;
@@ -197,6 +198,7 @@ struct Wires {
     control: Channel,
     /// Our end: ringing it wakes the server, its ring makes it readable.
     bell: OwnedFd,
+    events: EventReader,
 }
 
 /// How long a wait spins before it sleeps: a few times what a quick answer takes.
@@ -230,10 +232,11 @@ impl Session {
             }
             _ => return Err(failed(ChannelError::Malformed("not an answer to attach".into()))),
         };
-        let Ok([segment, pool, bell]) = <[OwnedFd; 3]>::try_from(fds) else {
-            return Err(failed(ChannelError::Malformed("three descriptors were expected".into())));
+        let Ok([segment, pool, bell, events]) = <[OwnedFd; 4]>::try_from(fds) else {
+            return Err(failed(ChannelError::Malformed("four descriptors were expected".into())));
         };
-        Self::open(welcome, &segment, &pool, Wires { control: channel, bell }).map_err(failed)
+        let events = EventReader::open(&events).map_err(|errno| failed(errno.into()))?;
+        Self::open(welcome, &segment, &pool, Wires { control: channel, bell, events }).map_err(failed)
     }
 
     fn open(welcome: Welcome, segment: &OwnedFd, pool: &OwnedFd, wires: Wires) -> Result<Self, ChannelError> {
@@ -645,6 +648,11 @@ impl Session {
         }
         doorbell::retract(self.segment.client_sleeps());
         Ok(())
+    }
+
+    /// At most `limit` events since the last call: reads memory, waits for nobody.
+    pub fn read_events(&mut self, limit: usize) -> Events {
+        self.wires.as_mut().map(|wires| wires.events.read(limit)).unwrap_or_default()
     }
 
     /// Whether the server has hung up: a system call, for those who have not waited lately.

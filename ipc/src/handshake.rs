@@ -32,6 +32,8 @@ pub enum Request {
     Goodbye,
     /// Counters, as JSON.
     Stats,
+    /// Forget every block, on the SSD too.
+    Reset,
     /// Stop the server: sessions are closed, writes in flight finish.
     Stop,
 }
@@ -69,6 +71,13 @@ pub enum Reply {
     },
     /// Answer to `Stats`.
     Stats(serde_json::Value),
+    /// Answer to `Reset`.
+    Reset {
+        /// How many blocks were forgotten.
+        blocks: u64,
+        /// Whether a restart will not find them again either.
+        durable: bool,
+    },
     /// Answer to `Stop`.
     Stopping,
 }

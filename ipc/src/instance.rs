@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::client::{ConnectError, Lease, Matched, Pool, PostError, Session};
 use crate::config::{Config, LaunchMode};
-use crate::handshake::Attach;
+use crate::events::Events;
+use crate::handshake::{Attach, Reply, Request, ask};
 use crate::key::BlockKey;
 use crate::launch::{LaunchError, start_server};
 use crate::layout::Layout;
@@ -82,6 +83,8 @@ pub struct Instance {
     /// Whether a session was ever held: then a server was there, and its loss is ours to mend.
     was_served: bool,
     sessions_count: u32,
+    /// The session whose events were read last.
+    events_session: u32,
 }
 
 /// What the thread behind has found.
@@ -145,6 +148,7 @@ impl Instance {
             refused: None,
             was_served: false,
             sessions_count: 0,
+            events_session: 0,
         };
         let deadline = Instant::now() + instance.config.start_wait;
         // The first try is ours, so that a refusal is an error and not a line in a log.
@@ -465,6 +469,31 @@ impl Instance {
         let broken = self.session.as_mut().is_some_and(|session| session.abort_soon(grants).is_err());
         if broken {
             self.lose_session();
+        }
+    }
+
+    /// Which blocks became resident and which are gone, since the last call, `limit` at the most. A
+    /// server that was lost and found has forgotten what its log said: then some are lost.
+    pub fn events(&mut self, limit: usize) -> Events {
+        self.look_for_session(None);
+        let anew = std::mem::replace(&mut self.events_session, self.sessions_count) != self.sessions_count;
+        let mut events = self.session.as_mut().map(|session| session.read_events(limit)).unwrap_or_default();
+        events.lost |= anew && self.sessions_count > 1;
+        events
+    }
+
+    /// Forgets every block of the server, for every instance. Waits at most five seconds.
+    ///
+    /// # Errors
+    /// No server, or it could not make sure that a restart forgets them too: ask again.
+    pub fn reset(&mut self) -> Result<u64, String> {
+        match ask(&self.config.socket, &Request::Reset, Duration::from_secs(6)) {
+            Ok(Reply::Reset { blocks, durable: true }) => Ok(blocks),
+            Ok(Reply::Reset { .. }) => {
+                Err("the SSD's headers could not be cleared in time: a restart may find blocks again".into())
+            }
+            Ok(reply) => Err(format!("an unexpected answer: {reply:?}")),
+            Err(error) => Err(error.to_string()),
         }
     }
 

@@ -39,6 +39,19 @@ impl Pages {
 /// # Errors
 /// What the kernel says; `ENOMEM` for want of free hugepages may also come from [`Mapping::new`].
 pub fn sealed_memfd(name: &str, bytes: u64, pages: Pages) -> Result<OwnedFd> {
+    sealed_memfd_with(name, bytes, pages, |_| Ok(())).map(|(fd, ())| fd)
+}
+
+/// As [`sealed_memfd`]; `first` may map it and add further seals before no more can be added.
+///
+/// # Errors
+/// As [`sealed_memfd`], and what `first` says.
+pub fn sealed_memfd_with<T>(
+    name: &str,
+    bytes: u64,
+    pages: Pages,
+    first: impl FnOnce(&OwnedFd) -> Result<T>,
+) -> Result<(OwnedFd, T)> {
     let base = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let flags = match pages {
         Pages::Small => base,
@@ -47,8 +60,10 @@ pub fn sealed_memfd(name: &str, bytes: u64, pages: Pages) -> Result<OwnedFd> {
     };
     let fd = rustix::fs::memfd_create(name, flags)?;
     rustix::fs::ftruncate(&fd, bytes)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(fd)
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
+    let made = first(&fd)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SEAL)?;
+    Ok((fd, made))
 }
 
 /// Whether a received memfd can no longer shrink under us, and holds at least `bytes`.
@@ -80,10 +95,22 @@ impl Mapping {
     /// # Errors
     /// What mmap says; for hugepages `ENOMEM` means that too few are free.
     pub fn new(fd: impl AsFd, bytes: usize) -> Result<Self> {
+        Self::with(fd, bytes, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    /// Maps the first `bytes` of a shared file for reading: loads only, a store would be a fault.
+    ///
+    /// # Errors
+    /// What mmap says.
+    pub fn new_read_only(fd: impl AsFd, bytes: usize) -> Result<Self> {
+        Self::with(fd, bytes, ProtFlags::READ)
+    }
+
+    fn with(fd: impl AsFd, bytes: usize, protection: ProtFlags) -> Result<Self> {
         // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours; the
         // pointer is owned by the value returned, which alone unmaps it.
         let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0)?
+            rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0)?
         };
         let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         Ok(Self { base, bytes })

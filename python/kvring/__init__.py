@@ -255,6 +255,21 @@ class Instance:
         """Has leased blocks read from the SSD into the pool ahead of a load. Does not wait."""
         self._native.prefetch(lease, first, count)
 
+    def events(self, limit: int = 4096) -> tuple[list[tuple[bool, bytes]], bool]:
+        """What became resident (True, key) or is gone (False, key) since the last call, whoever did it.
+
+        The second value says that some were lost: this reader was more than 65,536 behind, or the server
+        was started anew. Reads shared memory; does not wait.
+        """
+        return self._native.events(limit)
+
+    def reset(self) -> int:
+        """Forgets every block of the server, for every instance; says how many. Waits at most 6 s.
+
+        Raises ConnectionError without a server, and where a restart may still find blocks on the SSD.
+        """
+        return self._native.reset()
+
     @property
     def is_connected(self) -> bool:
         """Whether a server is attached now."""

@@ -12,6 +12,7 @@ use kvring_gpu::backend::tensors::TensorMemory;
 use kvring_gpu::layout::{MemoryMap, Plan};
 use kvring_ipc::client;
 use kvring_ipc::config::Config;
+use kvring_ipc::events::{Event, Events};
 use kvring_ipc::instance;
 use kvring_ipc::key::{self, BlockKey};
 use kvring_ipc::layout::Layout;
@@ -134,6 +135,22 @@ impl Instance {
     fn prefetch(&self, py: Python<'_>, lease: &Lease, first: u32, count: u32) {
         let lease = lease.0;
         self.call(py, (), |instance| instance.prefetch(lease, first, count));
+    }
+
+    /// ([(is_stored, key)], whether some were lost) since the last call.
+    fn events<'py>(&self, py: Python<'py>, limit: usize) -> (Vec<(bool, Bound<'py, PyBytes>)>, bool) {
+        let found = self.call(py, Events::default(), |instance| instance.events(limit));
+        let told = |event: &Event| match event {
+            Event::Stored(key) => (true, PyBytes::new(py, &to_bytes(&[*key]))),
+            Event::Removed(key) => (false, PyBytes::new(py, &to_bytes(&[*key]))),
+        };
+        (found.events.iter().map(told).collect(), found.lost)
+    }
+
+    /// Forgets every block of the server; how many.
+    fn reset(&self, py: Python<'_>) -> PyResult<u64> {
+        let done = self.call(py, Err("this instance is closed".into()), |instance| instance.reset());
+        done.map_err(PyConnectionError::new_err)
     }
 
     #[getter]

@@ -2,6 +2,8 @@
 
 use super::*;
 use kvring_ipc::client::ConnectError;
+use kvring_ipc::events::Event;
+use kvring_ipc::instance::Reserved;
 use rustix::process::Signal;
 
 #[test]
@@ -226,4 +228,42 @@ fn a_rude_control_connection_costs_only_itself() {
     drop(rude);
     assert_eq!(load(&mut other, &chain("a", 5)), 5);
     assert!(place.kvring(&["status"]).output().unwrap().status.success());
+}
+
+#[test]
+fn a_reset_forgets_for_everybody_and_for_the_next_server_and_is_heard_of() {
+    let place = Place::new();
+    let keys = chain("a", 20);
+    let (mut first, mut second) = (place.agent(0, &[]), place.agent(1, &[]));
+    assert_eq!(store(&mut first, &keys), 20);
+    let told = second.instance().events(1000);
+    assert_eq!((told.events.len(), told.lost), (20, false), "everybody hears of what one stores");
+    assert!(keys.iter().all(|key| told.events.contains(&Event::Stored(*key))));
+    eventually("headers are written", || place.metric("ssd_header_writes_count") > 0);
+    std::thread::sleep(Duration::from_millis(100));
+
+    assert_eq!(second.instance().reset(), Ok(20));
+    assert_eq!(load(&mut first, &keys), 0);
+    let told = first.instance().events(1000);
+    let removed = told.events.iter().filter(|event| matches!(event, Event::Removed(_))).count();
+    assert_eq!((told.events.len(), removed), (40, 20), "its own stores, and the reset of another");
+
+    signal(place.server_pid(), Signal::KILL);
+    eventually("a new server serves", || store(&mut first, &chain("b", 3)) > 0);
+    assert_eq!(load(&mut first, &keys), 0, "nor does a restart bring them back");
+    assert!(first.instance().events(1000).lost, "another server's log tells another story");
+}
+
+#[test]
+fn a_session_without_a_layout_matches_and_moves_nothing() {
+    let place = Place::new();
+    let keys = chain("a", 4);
+    let external = [("server_launch_mode", "external"), ("start_wait_ms", "50")];
+    let mut scheduler = Instance::open(place.config(1, &external), None, 0).unwrap();
+    assert!(!scheduler.is_connected(), "who does not know the layout starts no server");
+    let mut worker = place.agent(0, &[]);
+    assert_eq!(store(&mut worker, &keys), 4);
+    eventually("the scheduler has found the server", || scheduler.session().is_some());
+    assert_eq!(scheduler.match_prefix(&keys).blocks, 4);
+    assert_eq!(scheduler.reserve(BlockKey::default(), 0, &chain("b", 2)), [Reserved::Dropped; 2]);
 }

@@ -137,6 +137,7 @@ pub struct Tally {
     pub deaths: u64,
     pub lies: u64,
     pub crashes: u64,
+    pub resets: u64,
 }
 
 /// The world.
@@ -340,7 +341,8 @@ impl World {
             0..3 if self.shape.may_die => self.die(at),
             3..5 if self.shape.may_lie => self.lie(at),
             5..6 if self.shape.may_crash => self.crash(),
-            6..100 => self.now_ns += self.chance.below(400_000),
+            6..7 => self.reset(),
+            7..100 => self.now_ns += self.chance.below(400_000),
             100..300 => self.post_match(at),
             300..480 => self.post_load(at),
             480..500 => self.post_prefetch(at),
@@ -782,6 +784,32 @@ impl World {
         self.clients.clear();
         self.zombies.clear();
         self.start();
+    }
+
+    /// Forgets everything: what was stored before is never resident again, not after a crash either, unless
+    /// the disk lies about what it wrote.
+    fn reset(&mut self) {
+        let faults = self.shape.faults;
+        if faults.lost_write_permille + faults.misdirected_permille > 0 {
+            return;
+        }
+        // What was answered before is heard before.
+        for at in 0..self.clients.len() {
+            self.collect(at);
+        }
+        self.tally.resets += 1;
+        let before = std::mem::take(&mut self.committed);
+        self.shard().reset();
+        self.shard().cache().check();
+        for _ in 0..2_000 {
+            if self.shard().is_reset() {
+                return;
+            }
+            self.now_ns += 10_000;
+            self.poll_once();
+        }
+        // A disk that refuses to write cannot forget: nobody is told that it did.
+        self.committed.extend(before);
     }
 
     /// Ends every session; then nothing may be left: no lease, no slot that neither is free nor holds a

@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender};
 use kvring_ipc::bell as doorbells;
 use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::config::{Config, IoEngine, OnMismatch, Polling};
+use kvring_ipc::events::EventLog;
 use kvring_ipc::layout::Layout;
 use kvring_ipc::segment::SessionState;
 use rustix::event::{EventfdFlags, Timespec, epoll};
@@ -67,6 +68,8 @@ pub enum ToShard {
     End(SessionId, End),
     /// A piece of the pool has its pages.
     Bear(u32, std::ops::Range<u32>),
+    /// Forget every block; the number names whoever asked.
+    Reset(u64),
     /// Finish writing and return.
     Stop,
 }
@@ -75,6 +78,15 @@ pub enum ToShard {
 pub enum FromShard {
     /// A session that is over: its memory is let go where that may block.
     Gone(Box<Session>),
+    /// Every block is forgotten.
+    Reset {
+        /// Who asked.
+        asked_by: u64,
+        /// Blocks forgotten.
+        blocks: u32,
+        /// Whether a restart forgets them too.
+        durable: bool,
+    },
     /// A piece of the pool could not be registered: its slots are not used.
     Unregistered(u32, rustix::io::Errno),
 }
@@ -85,6 +97,8 @@ pub struct Engine {
     pub layout: Layout,
     /// The pool, for new sessions.
     pub pool: Arc<PoolMemory>,
+    /// The event log, for new sessions.
+    pub events: OwnedFd,
     /// Its counters.
     pub metrics: Arc<Metrics>,
     /// What each device is, for the operator.
@@ -132,6 +146,9 @@ impl Engine {
             secret: secret(),
         };
         let mut cache = Cache::new(&options, host, disk);
+        let (log, events) =
+            EventLog::create().map_err(|errno| BuildError::System { what: "make the event log", errno: errno.into() })?;
+        cache.index.log = Some(log);
         let metrics = Arc::new(Metrics::default());
         // Without checksums a header may name a block whose slot was written anew since: start cold.
         let recovered = if config.checksum { cache.recover() } else { 0 };
@@ -172,6 +189,7 @@ impl Engine {
             metrics: metrics.clone(),
             polling: config.polling,
             spin_ns: config.spin.as_nanos() as u64,
+            resets: Vec::new(),
             _locks: locks,
         };
         let cpu = config.server_cpu;
@@ -185,6 +203,7 @@ impl Engine {
         let engine = Self {
             layout,
             pool,
+            events,
             metrics,
             devices: described,
             from_shard,
@@ -346,8 +365,13 @@ struct Runner {
     metrics: Arc<Metrics>,
     polling: Polling,
     spin_ns: u64,
+    /// Resets whose headers are being written: who asked, how many blocks, until when they wait.
+    resets: Vec<(u64, u32, u64)>,
     _locks: Vec<std::fs::File>,
 }
+
+/// How long a reset waits for the devices.
+const RESET_NS_MAX: u64 = 5_000_000_000;
 
 impl Runner {
     fn run(mut self) {
@@ -361,6 +385,7 @@ impl Runner {
                 }
             }
             let now_ns = monotonic_ns();
+            self.answer_resets(now_ns);
             if self.shard.poll(now_ns) > 0 {
                 last_work_ns = now_ns;
                 continue;
@@ -403,12 +428,31 @@ impl Runner {
                     let _ = self.to_control.send(FromShard::Unregistered(piece, errno));
                 }
             }
+            ToShard::Reset(asked_by) => {
+                let blocks = self.shard.reset();
+                self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
+            }
             ToShard::Stop => {
                 self.finish();
                 return false;
             }
         }
         true
+    }
+
+    fn answer_resets(&mut self, now_ns: u64) {
+        if self.resets.is_empty() {
+            return;
+        }
+        let durable = self.shard.is_reset();
+        let to_control = &self.to_control;
+        self.resets.retain(|(asked_by, blocks, until_ns)| {
+            let waits = !durable && now_ns < *until_ns;
+            if !waits {
+                let _ = to_control.send(FromShard::Reset { asked_by: *asked_by, blocks: *blocks, durable });
+            }
+            waits
+        });
     }
 
     /// Sessions end; what is dirty is written, as far as five seconds go.

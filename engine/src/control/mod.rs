@@ -50,6 +50,8 @@ pub enum ServeError {
 struct Connection {
     channel: Channel,
     opened: Instant,
+    /// It has asked for a reset that is under way.
+    awaits_reset: bool,
     session: Option<Attached>,
 }
 
@@ -237,13 +239,13 @@ impl Server {
             self.next_connection += 1;
             #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
             let opened = Instant::now();
-            self.connections.insert(number, Connection { channel: Channel::accepted(fd), opened, session: None });
+            self.connections.insert(number, Connection { channel: Channel::accepted(fd), opened, awaits_reset: false, session: None });
         }
     }
 
     fn drop_silent(&mut self) {
         self.connections
-            .retain(|_, connection| connection.session.is_some() || connection.opened.elapsed() < FIRST_WORD);
+            .retain(|_, c| c.session.is_some() || c.awaits_reset || c.opened.elapsed() < FIRST_WORD);
     }
 
     fn on_message(&mut self, number: u64) {
@@ -279,6 +281,18 @@ impl Server {
                 self.reply(number, &Reply::Stats(self.stats()));
                 self.drop_if_no_session(number);
             }
+            Request::Reset => match &self.engine {
+                _ if !self.is_same_user(number) => {
+                    self.reply(number, &Refusal::for_good("only the server's user may reset it".into()).into_reply());
+                }
+                Some(engine) => {
+                    engine.tell(ToShard::Reset(number));
+                    if let Some(connection) = self.connections.get_mut(&number) {
+                        connection.awaits_reset = true;
+                    }
+                }
+                None => self.reply(number, &Reply::Reset { blocks: 0, durable: true }),
+            },
             Request::Stop => {
                 self.stopping = self.is_same_user(number);
                 self.reply(number, &Reply::Stopping);
@@ -435,7 +449,7 @@ impl Server {
             server_pid: std::process::id(),
         };
         epoll::add(&self.epoll, &peer.pidfd, epoll::EventData::new_u64(number * 2 + 1), epoll::EventFlags::IN)?;
-        let fds = [segment_fd.as_fd(), pool.fd.as_fd(), their_bell.as_fd()];
+        let fds = [segment_fd.as_fd(), pool.fd.as_fd(), their_bell.as_fd(), engine.events.as_fd()];
         if connection.channel.send(&Reply::Welcome(welcome), &fds).is_err() {
             return Err(rustix::io::Errno::PIPE);
         }
@@ -490,10 +504,17 @@ impl Server {
     }
 
     fn hear_shard(&mut self) {
-        let Some(engine) = &self.engine else { return };
-        while let Ok(message) = engine.from_shard.try_recv() {
+        while let Some(message) = self.engine.as_ref().and_then(|engine| engine.from_shard.try_recv().ok()) {
             match message {
                 FromShard::Gone(session) => drop(session),
+                FromShard::Reset { asked_by, blocks, durable } => {
+                    tracing::info!("reset: {blocks} blocks forgotten");
+                    self.reply(asked_by, &Reply::Reset { blocks: u64::from(blocks), durable });
+                    if let Some(connection) = self.connections.get_mut(&asked_by) {
+                        connection.awaits_reset = false;
+                    }
+                    self.drop_if_no_session(asked_by);
+                }
                 FromShard::Unregistered(piece, errno) => {
                     tracing::error!("piece {piece} of the pool cannot be registered ({errno}): its slots are not used");
                 }

@@ -12,6 +12,7 @@
 pub mod evict;
 pub mod table;
 
+use kvring_ipc::events::{Event, EventLog};
 use kvring_ipc::key::BlockKey;
 
 use evict::Evict;
@@ -150,6 +151,8 @@ pub struct Index {
     pub next_slot: u32,
     /// Slots of blocks that were let go, for their owners to take back.
     pub dropped_slots: Vec<(Tier, u32)>,
+    /// Tells whoever listens what can be matched.
+    pub log: Option<EventLog>,
 }
 
 /// What an index is made for.
@@ -182,6 +185,7 @@ impl Index {
             evict: [evict(options.host_slots), evict(options.disk_slots)],
             next_slot: 0,
             dropped_slots: Vec::with_capacity(options.host_slots as usize + options.disk_slots as usize),
+            log: None,
         }
     }
 
@@ -312,7 +316,7 @@ impl Index {
         if !parent_visible || !self.is_complete(id) {
             return;
         }
-        self.block_mut(id).visible = true;
+        self.set_visible(id);
         // Down into every complete child, in the tree's own links: no stack, no allocation.
         let mut at = id;
         loop {
@@ -329,8 +333,30 @@ impl Index {
                 at = BlockId(self.block(at).parent);
             }
             at = BlockId(next);
-            self.block_mut(at).visible = true;
+            self.set_visible(at);
         }
+    }
+
+    fn set_visible(&mut self, id: BlockId) {
+        let block = self.block_mut(id);
+        let (key, was) = (block.key, std::mem::replace(&mut block.visible, true));
+        if let Some(log) = self.log.as_mut().filter(|_| !was) {
+            log.write(Event::Stored(key));
+        }
+    }
+
+    fn told_gone(&mut self, key: BlockKey) {
+        if let Some(log) = &mut self.log {
+            log.write(Event::Removed(key));
+        }
+    }
+
+    /// Forgets everything. Says how many blocks no key finds any more.
+    pub fn detach_all(&mut self) -> u32 {
+        let is_root = |block: &Block| block.in_use && !block.detached && block.parent == NONE;
+        (0..self.blocks.len() as u32).fold(0, |count, id| {
+            count + if is_root(&self.blocks[id as usize]) { self.detach(BlockId(id)) } else { 0 }
+        })
     }
 
     fn is_complete(&self, id: BlockId) -> bool {
@@ -349,10 +375,15 @@ impl Index {
                 let key = self.block(at).key;
                 self.table.remove(key, at);
                 let block = self.block_mut(at);
+                let was_visible = block.visible;
                 (block.detached, block.visible) = (true, false);
+                let (has_children, first_child) = (block.has_children(), block.first_child);
                 count += 1;
-                if block.has_children() {
-                    at = BlockId(block.first_child);
+                if was_visible {
+                    self.told_gone(key);
+                }
+                if has_children {
+                    at = BlockId(first_child);
                     continue;
                 }
             }
@@ -477,9 +508,12 @@ impl Index {
         let block = self.block(id);
         if block.presence == [Presence::Absent; 2] {
             // A leaf without lease or pin, by `may_leave`: it goes at once.
-            let key = block.key;
-            if !block.detached {
+            let Block { key, detached, visible, .. } = *block;
+            if !detached {
                 self.table.remove(key, id);
+            }
+            if visible {
+                self.told_gone(key);
             }
             self.free_block(id);
         }

@@ -153,6 +153,16 @@ impl<D: Device> Shard<D> {
     pub fn cache(&self) -> &Cache {
         &self.cache
     }
+    /// Forgets every block. Says how many; `is_reset` says when a restart forgets them too.
+    pub fn reset(&mut self) -> u32 {
+        let count = self.cache.reset();
+        self.metrics.blocks_forgotten_count.add(u64::from(count));
+        count
+    }
+    /// Whether no header from before the last reset is on a device any more.
+    pub fn is_reset(&self) -> bool {
+        self.cache.disk.as_ref().is_none_or(crate::tier::disk::DiskSlots::is_cleared)
+    }
     /// The devices.
     pub fn devices(&mut self) -> impl Iterator<Item = &mut D> {
         self.devices.iter_mut().map(|transfers| &mut transfers.device)
@@ -630,7 +640,7 @@ impl<D: Device> Shard<D> {
                         self.metrics.ssd_write_errors_count.add(1);
                     }
                     if let Some(disk) = &mut self.cache.disk {
-                        disk.header_written(at, sector);
+                        disk.header_written(at, sector, landed.good);
                     }
                 }
             }

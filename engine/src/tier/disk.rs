@@ -88,6 +88,9 @@ struct Headers {
     image: Arc<Mapping>,
     sectors: Box<[Sector]>,
     queue: VecDeque<u32>,
+    /// Sectors whose old headers may still be on the device after a reset.
+    uncleared: Box<[bool]>,
+    uncleared_count: u32,
 }
 
 /// All slots of the SSD tier.
@@ -116,6 +119,8 @@ impl DiskSlots {
             image,
             sectors: vec![Sector::Clean; sectors].into_boxed_slice(),
             queue: VecDeque::with_capacity(sectors),
+            uncleared: vec![false; sectors].into_boxed_slice(),
+            uncleared_count: 0,
         });
         Self {
             slots: vec![Slot::default(); geometry.slots_count() as usize].into_boxed_slice(),
@@ -183,6 +188,36 @@ impl DiskSlots {
         }
     }
 
+    /// Wipes every header: a restart finds nothing, once [`DiskSlots::is_cleared`].
+    pub fn clear_headers(&mut self) {
+        const NOTHING: [u8; SECTOR_BYTES as usize] = [0; SECTOR_BYTES as usize];
+        for device in &mut self.headers {
+            for (index, state) in device.sectors.iter_mut().enumerate() {
+                let offset = index * SECTOR_BYTES as usize;
+                let mut bytes = NOTHING;
+                device.image.copy_out(offset, &mut bytes);
+                // What is empty here is empty there, unless it is on its way.
+                if bytes == NOTHING && *state == Sector::Clean && !device.uncleared[index] {
+                    continue;
+                }
+                device.image.copy_in(offset, &NOTHING);
+                device.uncleared_count += u32::from(!std::mem::replace(&mut device.uncleared[index], true));
+                match *state {
+                    Sector::Clean => {
+                        *state = Sector::Queued;
+                        device.queue.push_back(index as u32);
+                    }
+                    Sector::Writing => *state = Sector::WritingStale,
+                    Sector::Queued | Sector::WritingStale => {}
+                }
+            }
+        }
+    }
+    /// Whether no header from before the last reset is on a device any more.
+    pub fn is_cleared(&self) -> bool {
+        self.headers.iter().all(|device| device.uncleared_count == 0)
+    }
+
     /// The next header sector of a device to write. It is written from the image as it is then: if it
     /// changes meanwhile it is torn on the disk, its checksum says so, and it is written again.
     pub fn next_header_sector(&mut self, device: usize) -> Option<u32> {
@@ -196,10 +231,13 @@ impl DiskSlots {
         !self.headers[device].queue.is_empty()
     }
     /// A header sector was written, or could not be: then its blocks are lost with the next restart.
-    pub fn header_written(&mut self, device: usize, sector: u32) {
+    pub fn header_written(&mut self, device: usize, sector: u32, good: bool) {
         let device = &mut self.headers[device];
         let state = &mut device.sectors[sector as usize];
         let stale = *state == Sector::WritingStale;
+        if good && !stale && std::mem::take(&mut device.uncleared[sector as usize]) {
+            device.uncleared_count -= 1;
+        }
         *state = if stale { Sector::Queued } else { Sector::Clean };
         if stale {
             device.queue.push_back(sector);
@@ -278,9 +316,9 @@ mod test {
         let second = slots.acquire().unwrap();
         slots.describe(second, key(2), key(1), 1);
         assert!(!slots.has_header_to_write(0), "not while it is being written");
-        slots.header_written(0, sector);
+        slots.header_written(0, sector, true);
         assert_eq!(slots.next_header_sector(0), Some(sector));
-        slots.header_written(0, sector);
+        slots.header_written(0, sector, true);
         assert!(!slots.has_header_to_write(0));
 
         let mut again = DiskSlots::new(geometry, 1, images.clone());
