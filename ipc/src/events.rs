@@ -170,7 +170,14 @@ mod test {
         let (mut log, fd) = EventLog::create().unwrap();
         let mut reader = EventReader::open(&fd).unwrap();
         std::thread::scope(|scope| {
-            scope.spawn(move || (0..400_000).for_each(|n| log.write(Event::Stored(key(n)))));
+            scope.spawn(move || {
+                for n in 0..400_000 {
+                    log.write(Event::Stored(key(n)));
+                    if n % 4096 == 0 {
+                        std::thread::sleep(std::time::Duration::from_micros(200));
+                    }
+                }
+            });
             let (mut next, mut heard) = (0, 0);
             while next < 400_000 {
                 let events = reader.read(1000);

@@ -377,7 +377,6 @@ fn load_config(settings: Vec<(String, String)>) -> PyResult<(std::collections::B
     let mut said: std::collections::BTreeMap<String, String> =
         loaded.config.said.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
     said.insert("server_recv_port".into(), loaded.config.socket.display().to_string());
-    said.insert("instance_id".into(), loaded.config.instance_id.to_string());
     Ok((said, loaded.notes))
 }
 

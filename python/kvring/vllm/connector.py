@@ -131,7 +131,10 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.finished(request), None
 
     def take_events(self) -> Iterable[KVCacheEvent]:
-        return ()
+        return self._scheduler.take_events()
+
+    def reset_cache(self) -> bool | None:
+        return self._scheduler.reset()
 
     # Both.
 

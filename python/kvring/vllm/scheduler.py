@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import kvring
+from kvring.vllm.events import EventSource
 from kvring.vllm.geometry import Geometry, Unsupported, instance, namespace
 from kvring.vllm.keys import BLOCKS_MAX, RequestKeys
 from kvring.vllm.metadata import LoadSpec, StepMetadata, StoreSpec, WorkerMetadata
@@ -73,6 +74,9 @@ class SchedulerSide:
             logger.warning("kvring does not cache this model: %s", reason)
         except ConnectionError as refusal:
             logger.error("%s: this instance runs without a cache", refusal)
+        self._events = None
+        if self._instance and getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False):
+            self._events = EventSource(self._instance, self._geometry.tokens_per_block)
         # Pages of a running request may go, and nobody will ask us first: stores are copied within the step.
         self.saves_end_with_step = saves_end_with_step or (self.is_on and self._geometry.is_windowed)
 
@@ -114,6 +118,8 @@ class SchedulerSide:
             return 0, False
         tracked.matched, tracked.lease = self._instance.match(tracked.keys.slice(0, blocks))
         tracked.stored, tracked.start_token = tracked.matched, computed_tokens
+        if self._events:
+            self._events.are_resident(tracked.request, tracked.keys, tracked.matched)
         found = tracked.matched * size - computed_tokens
         self.counters["matches"] += 1
         self.counters["tokens_asked"] += request.num_tokens - computed_tokens
@@ -178,6 +184,8 @@ class SchedulerSide:
             first, pages = first + skipped, pages[skipped * per_block :]
         if first == blocks:
             return
+        if self._events:
+            self._events.are_offered(tracked.request, tracked.keys, first, blocks)
         ticket, keys = next(self._tickets), tracked.keys
         request_id = tracked.request.request_id
         step.stores.append(StoreSpec(request_id, ticket, keys.parent(first), first, keys.slice(first, blocks), pages))
@@ -232,6 +240,21 @@ class SchedulerSide:
         if self._failures >= FAILURES_MAX:
             logger.warning("%d loads in a row have failed: no matches for %.0f s", self._failures, PAUSE_SECONDS)
             self._paused_until, self._failures = time.monotonic() + PAUSE_SECONDS, 0
+
+    def take_events(self) -> list[Any]:
+        """What a KV-aware router should know of the shared cache."""
+        return self._events.take() if self._events and self._instance else []
+
+    def reset(self) -> bool:
+        """Forgets every block of the server, for every instance: keys do not tell old weights from new."""
+        if not self._instance:
+            return True
+        try:
+            logger.info("reset: %d blocks forgotten", self._instance.reset())
+            return True
+        except ConnectionError as error:
+            logger.error("reset: %s", error)
+            return False
 
     def take_counters(self) -> dict[str, Any]:
         """Counters since the last call."""
