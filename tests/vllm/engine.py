@@ -128,6 +128,10 @@ def _serve(channel: socket.socket, spec: dict[str, Any]) -> None:
             enable_prefix_caching=True,
         )
         options.update(spec)
+        if "kv_events_config" in options:
+            from vllm.config import KVEventsConfig
+
+            options["kv_events_config"] = KVEventsConfig(**options["kv_events_config"])
         llm = LLM(**options)
         say(ready=True)
         for line in lines:
@@ -150,10 +154,9 @@ def _serve(channel: socket.socket, spec: dict[str, Any]) -> None:
                     say(done=llm.reset_prefix_cache())
                 case "reset_all":
                     say(done=llm.llm_engine.reset_prefix_cache(reset_connector=True))
-                case "connector":
-                    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-                    connector = scheduler.connector
-                    say(is_on=connector._scheduler.is_on)
+                case "metrics":
+                    found = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+                    say(**{name: value for name, value in found.items() if value is not None})
                 case "close":
                     say(done=True)
                     break

@@ -64,5 +64,38 @@ def make(directory: Path, size: dict[str, int] = SMALL, seed: int = 7) -> Path:
     return directory
 
 
+def make_hybrid(directory: Path) -> Path:
+    """A tiny Gemma 3: five layers see a window of 64 tokens, one sees everything."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, sliding_window=64, max_position_embeddings=4096, query_pre_attn_scalar=32,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return _save(Gemma3ForCausalLM, config, directory)
+
+
+def make_mla(directory: Path) -> Path:
+    """A tiny DeepSeek-V2: one latent head for all."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2,
+        first_k_dense_replace=2, kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=128,
+        v_head_dim=128, max_position_embeddings=4096, initializer_range=0.1, topk_method="greedy", n_group=1,
+        topk_group=1, routed_scaling_factor=1.0, head_dim=64,
+    )  # fmt: skip
+    return _save(DeepseekV2ForCausalLM, config, directory)
+
+
+def _save(kind: type, config: object, directory: Path) -> Path:
+    if not (directory / "config.json").is_file():
+        torch.manual_seed(7)
+        kind(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
 if __name__ == "__main__":
     print(make(Path(sys.argv[1]), LARGE if "--large" in sys.argv else SMALL))

@@ -96,6 +96,7 @@ def test_preemption_under_a_small_kv_cache_changes_no_token(cache: Cache, plain:
     assert cold.generate(prompts, tokens=60)["tokens"] == expected
     answer = warm.generate(prompts, tokens=60)
     assert answer["tokens"] == expected and min(answer["cached"]) > 0
+    assert cold.call(do="metrics")["vllm:num_preemptions"] > 0
 
 
 def test_an_instance_killed_in_the_middle_of_a_store_harms_nobody(cache: Cache, plain: Engine) -> None:
