@@ -1,0 +1,99 @@
+"""Between a KVManager and the workers of its instance: one unix socket, JSON, no pickle.
+
+The manager listens; each worker connects and is told what its instance is, then gets loads and stores
+and says how they ended. A worker that goes away fails what it had.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing.connection as mpc
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def path_of(gpu_register_port: str, dp_client_id: int) -> str:
+    """The socket of one client's workers."""
+    return f"{gpu_register_port.removeprefix('ipc://')}.{dp_client_id}"
+
+
+def send(connection: mpc.Connection, message: Message) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def receive(connection: mpc.Connection) -> Message:
+    return json.loads(connection.recv_bytes())
+
+
+class Hub:
+    """The manager's side."""
+
+    def __init__(self, path: str, words: Callable[[int], Message], heard: Callable[[int, Message | None], None]) -> None:
+        if os.path.exists(path):
+            os.unlink(path)
+        self._path, self._words, self._heard = path, words, heard
+        self._listener = mpc.Listener(path, "AF_UNIX")
+        os.chmod(path, 0o600)
+        self._workers: dict[int, mpc.Connection] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+        threading.Thread(target=self._accept, name="kvring-hub", daemon=True).start()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection = self._listener.accept()
+            except OSError:
+                continue
+            threading.Thread(target=self._listen, args=(connection,), name="kvring-worker", daemon=True).start()
+
+    def _listen(self, connection: mpc.Connection) -> None:
+        rank = None
+        try:
+            rank = int(receive(connection)["rank"])
+            send(connection, {"you": self._words(rank)})
+            receive(connection)  # its tensors are registered
+            with self._lock:
+                self._workers[rank] = connection
+            while True:
+                self._heard(rank, receive(connection))
+        except (OSError, EOFError, ValueError, KeyError, TypeError):  # TypeError: closed by another thread
+            pass
+        finally:
+            with self._lock:
+                if rank is not None and self._workers.get(rank) is connection:
+                    del self._workers[rank]
+                    self._heard(rank, None)
+            connection.close()
+
+    def ranks(self) -> set[int]:
+        """Workers that are there."""
+        with self._lock:
+            return set(self._workers)
+
+    def tell(self, message: Message) -> set[int]:
+        """Tells every worker. Says which were told."""
+        with self._lock:
+            workers = dict(self._workers)
+        told = set()
+        for rank, connection in workers.items():
+            try:
+                send(connection, message)
+                told.add(rank)
+            except OSError:
+                pass
+        return told
+
+    def close(self) -> None:
+        self._closed = True
+        self._listener.close()
+        with self._lock:
+            workers, self._workers = self._workers, {}
+        for connection in workers.values():
+            connection.close()
+        if os.path.exists(self._path):
+            os.unlink(self._path)
