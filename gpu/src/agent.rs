@@ -160,7 +160,11 @@ impl Agent {
     ///
     /// # Errors
     /// What the system says of a thread or an eventfd.
-    pub fn start(instance: Instance, backend: impl CopyBackend + Send + 'static, patience: Patience) -> std::io::Result<Self> {
+    pub fn start(
+        instance: Instance,
+        backend: impl CopyBackend + Send + 'static,
+        patience: Patience,
+    ) -> std::io::Result<Self> {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let wake = Arc::new(rustix::event::eventfd(0, flags)?);
         let (sender, receiver) = channel();
@@ -352,7 +356,13 @@ impl<B: CopyBackend> Transfer<B> {
         let arrived = vec![false; keys.len()];
         let deadline = submitted + self.patience.load;
         let parent = BlockKey::default();
-        let job = Job { is_load: true, lease, expires_at_ns, arrived, ..Job::new(parent, first, keys, pages, submitted, deadline) };
+        let job = Job {
+            is_load: true,
+            lease,
+            expires_at_ns,
+            arrived,
+            ..Job::new(parent, first, keys, pages, submitted, deadline)
+        };
         self.jobs.insert(ticket, job);
     }
 
@@ -560,8 +570,12 @@ impl<B: CopyBackend> Transfer<B> {
             return;
         }
         let now = Instant::now();
-        let overdue: Vec<_> =
-            self.jobs.iter().filter(|(_, job)| now >= job.deadline && job.copies == 0).map(|(ticket, _)| *ticket).collect();
+        let overdue: Vec<_> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| now >= job.deadline && job.copies == 0)
+            .map(|(ticket, _)| *ticket)
+            .collect();
         for ticket in overdue {
             if let Some(session) = self.instance.session() {
                 let is_load = self.jobs.get(&ticket).is_some_and(|job| job.is_load);
@@ -627,7 +641,14 @@ impl<B: CopyBackend> Transfer<B> {
 }
 
 impl Job {
-    fn new(parent: BlockKey, first: u32, keys: Vec<BlockKey>, pages: Vec<u32>, submitted: Instant, deadline: Instant) -> Self {
+    fn new(
+        parent: BlockKey,
+        first: u32,
+        keys: Vec<BlockKey>,
+        pages: Vec<u32>,
+        submitted: Instant,
+        deadline: Instant,
+    ) -> Self {
         Self {
             is_load: false,
             lease: LeaseId(0),
@@ -649,4 +670,3 @@ impl Job {
         }
     }
 }
-

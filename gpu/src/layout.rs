@@ -145,7 +145,9 @@ impl Plan {
                     }
                     let runs = runs(&tensor.shape, &tensor.strides_bytes, tensor.element_bytes);
                     if runs.len() > RUNS_MAX {
-                        return wrong("a page falls into more than 65,536 runs of bytes: choose a layout with larger ones");
+                        return wrong(
+                            "a page falls into more than 65,536 runs of bytes: choose a layout with larger ones",
+                        );
                     }
                     let page_end = runs.iter().map(|run| run.offset_in_page + run.bytes).max().unwrap_or(0);
                     let end = (tensor.pages_count - 1)
@@ -186,9 +188,10 @@ impl Plan {
     /// Whether every page is one of the tensors' or none.
     pub fn has_pages(&self, pages: &[u32]) -> bool {
         pages.len() == self.pages.len()
-            && pages.iter().zip(&self.pages).all(|(page, parts)| {
-                *page == NO_PAGE || parts.iter().all(|part| (*page as usize) < part.pages_count)
-            })
+            && pages
+                .iter()
+                .zip(&self.pages)
+                .all(|(page, parts)| *page == NO_PAGE || parts.iter().all(|part| (*page as usize) < part.pages_count))
     }
 
     /// What to copy for a block that lies in these pages.
@@ -287,8 +290,10 @@ mod test {
 
     #[test]
     fn a_tensor_that_ends_too_early_is_named() {
-        let groups =
-            vec![GroupMap { pages_per_block: 1, tensors: vec![tensor(0, 4), TensorMap { bytes: 255, ..tensor(0, 4) }] }];
+        let groups = vec![GroupMap {
+            pages_per_block: 1,
+            tensors: vec![tensor(0, 4), TensorMap { bytes: 255, ..tensor(0, 4) }],
+        }];
         let error = Plan::new(&MemoryMap { offset_in_slot: 0, groups }).unwrap_err();
         assert!(error.contains("tensor 1 of group 0") && error.contains("last page"), "{error}");
     }

@@ -109,9 +109,7 @@ impl Mapping {
     fn with(fd: impl AsFd, bytes: usize, protection: ProtFlags) -> Result<Self> {
         // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours; the
         // pointer is owned by the value returned, which alone unmaps it.
-        let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0)?
-        };
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0)? };
         let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         Ok(Self { base, bytes })
     }

@@ -191,7 +191,8 @@ impl Agent {
         let per_block = self.plan.pages_per_block();
         if keys.is_empty() || pages.len() != keys.len() * per_block {
             let (pages, keys) = (pages.len(), keys.len());
-            let text = format!("pages = {pages} for {keys} keys: {per_block} for each of at least one key are expected");
+            let text =
+                format!("pages = {pages} for {keys} keys: {per_block} for each of at least one key are expected");
             return Err(PyValueError::new_err(text));
         }
         match pages.chunks(per_block).find(|pages| !self.plan.has_pages(pages)) {
@@ -234,10 +235,8 @@ impl Agent {
         }
         let plan = tensors.plan().clone();
         let instance = open(py, Some(layout), settings, rank, token)?;
-        let patience = agent::Patience {
-            load: Duration::from_millis(load_wait_ms),
-            store: Duration::from_millis(store_wait_ms),
-        };
+        let patience =
+            agent::Patience { load: Duration::from_millis(load_wait_ms), store: Duration::from_millis(store_wait_ms) };
         let agent = agent::Agent::start(instance, tensors, patience)?;
         Ok(Self { agent: Mutex::new(Some(Arc::new(agent))), plan })
     }

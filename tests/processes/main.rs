@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use kvring_gpu::direct::DirectAgent;
 use kvring_gpu::backend::host::HostMemory;
+use kvring_gpu::direct::DirectAgent;
 use kvring_ipc::config::Config;
 use kvring_ipc::handshake::{Reply, Request, ask};
 use kvring_ipc::instance::Instance;

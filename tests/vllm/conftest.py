@@ -13,6 +13,7 @@ from typing import Any
 
 import model as tiny
 import pytest
+
 from engine import Engine, Nursery
 
 SHARED = {
@@ -44,7 +45,9 @@ class Cache:
         own = {"cpu_cache_gb": 0.25, "server_recv_port": str(self.socket), "client_wait_ms": 2000, "hugepages": "off"}
         return {**(base or SHARED), "kv_connector_extra_config": {**own, **settings}}
 
-    def engine(self, base: dict[str, Any] | None = None, options: dict[str, Any] | None = None, **settings: Any) -> Engine:
+    def engine(
+        self, base: dict[str, Any] | None = None, options: dict[str, Any] | None = None, **settings: Any
+    ) -> Engine:
         transfer = self.connector(base, **settings)
         engine = self._nursery.engine(model=str(self._model), kv_transfer_config=transfer, **(options or {}))
         self._engines.append(engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from kvring.vllm import KvringConnector
 
@@ -12,7 +12,7 @@ from kvring.vllm import KvringConnector
 class DeferringConnector(KvringConnector):
     """Says "ask again" twice before it answers a match."""
 
-    asked: dict[str, int] = {}
+    asked: ClassVar[dict[str, int]] = {}
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         times = self.asked[request.request_id] = self.asked.get(request.request_id, 0) + 1

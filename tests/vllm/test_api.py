@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import kvring
 import pytest
 import torch
+
+import kvring
 from kvring.vllm.keys import encode
 
 
@@ -97,7 +98,7 @@ def test_wrong_input_is_named(settings: dict[str, object]) -> None:
         agent.store(1, b"", 0, bytes(17), [1])
     with pytest.raises(ValueError, match="block_bytes = 2048"):
         kvring.Agent(layout(memory, block_bytes=2048), memory, **settings)
-    with pytest.raises(ConnectionError, match="dtype: the server has \"bfloat16\", this instance \"fp8\""):
+    with pytest.raises(ConnectionError, match='dtype: the server has "bfloat16", this instance "fp8"'):
         kvring.Agent(layout(memory, dtype="fp8"), memory, **{**settings, "instance_id": 0, "instance_num": 2})
     with pytest.raises(ValueError, match="cpu_cache_gb"):
         kvring.Instance(cpu_cache_gb="many")
@@ -121,7 +122,23 @@ def test_without_a_server_everything_is_a_miss(tmp_path: Path) -> None:
 
 
 def test_extra_keys_of_different_values_never_meet() -> None:
-    values = [None, 0, 1, "", "1", b"1", b"", 1.0, (), ("1",), ("", "1"), ("1", ""), (("1",),), ("lora", "x"), ("salt", "x")]
+    values = [
+        None,
+        0,
+        1,
+        "",
+        "1",
+        b"1",
+        b"",
+        1.0,
+        (),
+        ("1",),
+        ("", "1"),
+        ("1", ""),
+        (("1",),),
+        ("lora", "x"),
+        ("salt", "x"),
+    ]
     encoded = [encode(value) for value in values]
     assert len(set(encoded)) == len(values)
     with pytest.raises(TypeError):
@@ -129,9 +146,14 @@ def test_extra_keys_of_different_values_never_meet() -> None:
 
 
 def test_keys_depend_on_no_process_seed() -> None:
-    code = "import kvring; c = kvring.KeyChain(kvring.namespace_root([('model','m')]), 2); c.extend([1,2,3,4]); print(c.keys.hex())"
+    code = (
+        "import kvring; chain = kvring.KeyChain(kvring.namespace_root([('model', 'm')]), 2); "
+        "chain.extend([1, 2, 3, 4]); print(chain.keys.hex())"
+    )
     printed = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(printed) == 1 and len(printed.pop().strip()) == 64
@@ -139,4 +161,6 @@ def test_keys_depend_on_no_process_seed() -> None:
 
 def test_the_command_is_installed() -> None:
     program = kvring.server_program()
-    assert program and kvring.__version__ in subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    assert (
+        program and kvring.__version__ in subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    )

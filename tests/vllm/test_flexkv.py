@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from conftest import PROMPTS, Cache, eventually, prompt
+
 from engine import Engine
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import model as tiny
 from conftest import Cache, eventually, prompt
+
 from engine import Nursery
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 
 from conftest import PROMPTS, SHARED, Cache, eventually, prompt
+
 from engine import Engine
 
 MATCHED = [192, 224]
@@ -35,7 +36,9 @@ def test_the_second_instance_answers_from_what_the_first_computed(cache: Cache, 
 def test_blocks_are_shared_while_their_request_still_runs(cache: Cache) -> None:
     first = cache.engine().ready()
     first.ask(do="generate", prompts=[PROMPTS[0]], tokens=1500)
-    eventually("the prompt's blocks are there", lambda: (cache.stats() or {}).get("metrics", {}).get("blocks_count", 0) >= 6)
+    eventually(
+        "the prompt's blocks are there", lambda: (cache.stats() or {}).get("metrics", {}).get("blocks_count", 0) >= 6
+    )
     second = cache.engine()
     assert second.generate([PROMPTS[0]])["cached"] == [192]
     first.answer()
@@ -156,5 +159,8 @@ def test_a_reset_forgets_for_everybody(cache: Cache) -> None:
     first, second = cache.engine(), cache.engine()
     first.generate(PROMPTS)
     eventually("stored", lambda: cache.metric("blocks_count") == 13)
-    eventually("local blocks are free", lambda: first.call(do="generate", prompts=[[5] * 40], tokens=2) and first.call(do="reset_all")["done"])
+    eventually(
+        "local blocks are free",
+        lambda: first.call(do="generate", prompts=[[5] * 40], tokens=2) and first.call(do="reset_all")["done"],
+    )
     assert second.generate(PROMPTS)["cached"] == [0, 0]

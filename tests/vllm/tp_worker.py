@@ -20,7 +20,10 @@ if __name__ == "__main__":
     )  # fmt: skip
     sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": p} for p in spec["prompts"]], sampling, use_tqdm=False)
-    answer = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "cached": [o.num_cached_tokens for o in outputs]}
+    answer = {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "cached": [o.num_cached_tokens for o in outputs],
+    }
     print("ANSWER " + json.dumps(answer), flush=True)
     # The engine core goes on storing.
     input()

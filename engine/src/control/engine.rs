@@ -146,8 +146,8 @@ impl Engine {
             secret: secret(),
         };
         let mut cache = Cache::new(&options, host, disk);
-        let (log, events) =
-            EventLog::create().map_err(|errno| BuildError::System { what: "make the event log", errno: errno.into() })?;
+        let (log, events) = EventLog::create()
+            .map_err(|errno| BuildError::System { what: "make the event log", errno: errno.into() })?;
         cache.index.log = Some(log);
         let metrics = Arc::new(Metrics::default());
         // Without checksums a header may name a block whose slot was written anew since: start cold.

@@ -239,13 +239,15 @@ impl Server {
             self.next_connection += 1;
             #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
             let opened = Instant::now();
-            self.connections.insert(number, Connection { channel: Channel::accepted(fd), opened, awaits_reset: false, session: None });
+            self.connections.insert(
+                number,
+                Connection { channel: Channel::accepted(fd), opened, awaits_reset: false, session: None },
+            );
         }
     }
 
     fn drop_silent(&mut self) {
-        self.connections
-            .retain(|_, c| c.session.is_some() || c.awaits_reset || c.opened.elapsed() < FIRST_WORD);
+        self.connections.retain(|_, c| c.session.is_some() || c.awaits_reset || c.opened.elapsed() < FIRST_WORD);
     }
 
     fn on_message(&mut self, number: u64) {

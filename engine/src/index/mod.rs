@@ -354,9 +354,8 @@ impl Index {
     /// Forgets everything. Says how many blocks no key finds any more.
     pub fn detach_all(&mut self) -> u32 {
         let is_root = |block: &Block| block.in_use && !block.detached && block.parent == NONE;
-        (0..self.blocks.len() as u32).fold(0, |count, id| {
-            count + if is_root(&self.blocks[id as usize]) { self.detach(BlockId(id)) } else { 0 }
-        })
+        (0..self.blocks.len() as u32)
+            .fold(0, |count, id| count + if is_root(&self.blocks[id as usize]) { self.detach(BlockId(id)) } else { 0 })
     }
 
     fn is_complete(&self, id: BlockId) -> bool {

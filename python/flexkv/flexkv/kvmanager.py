@@ -15,8 +15,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import kvring
 import numpy as np
+
+import kvring
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.request import KVResponse, KVResponseStatus
 from flexkv.server.hub import Hub, Message, path_of
@@ -225,9 +226,7 @@ class KVManager:
         self.launch(task_id, slots[mask])
         return task_id
 
-    def prefetch_async(
-        self, token_ids: Any, namespace: Sequence[str] | None = None, swa_aware: bool = False
-    ) -> int:
+    def prefetch_async(self, token_ids: Any, namespace: Sequence[str] | None = None, swa_aware: bool = False) -> int:
         """Has the resident prefix read from the SSD into the pool. It ends at once; its mask says how far."""
         task_id, _mask = self.get_match(token_ids, namespace=namespace)
         with self._changed:

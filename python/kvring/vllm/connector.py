@@ -6,10 +6,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from kvring.vllm.metadata import StepMetadata
-from kvring.vllm.metrics import KvringPromMetrics, KvringStats
-from kvring.vllm.scheduler import SchedulerSide
-from kvring.vllm.worker import WorkerSide
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -17,6 +13,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+
+from kvring.vllm.metadata import StepMetadata
+from kvring.vllm.metrics import KvringPromMetrics, KvringStats
+from kvring.vllm.scheduler import SchedulerSide
+from kvring.vllm.worker import WorkerSide
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,21 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig | None = None
     ) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self._scheduler = SchedulerSide(vllm_config, kv_cache_config) if role == KVConnectorRole.SCHEDULER else None
-        self._worker = WorkerSide(vllm_config, kv_cache_config) if role == KVConnectorRole.WORKER else None
+        self._side: SchedulerSide | WorkerSide
+        if role == KVConnectorRole.SCHEDULER:
+            self._side = SchedulerSide(vllm_config, kv_cache_config)
+        else:
+            self._side = WorkerSide(vllm_config, kv_cache_config)
+
+    @property
+    def _scheduler(self) -> SchedulerSide:
+        assert isinstance(self._side, SchedulerSide), "called in a worker"
+        return self._side
+
+    @property
+    def _worker(self) -> WorkerSide:
+        assert isinstance(self._side, WorkerSide), "called in the scheduler"
+        return self._side
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -139,7 +153,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     # Both.
 
     def get_kv_connector_stats(self) -> KvringStats | None:
-        counters = (self._scheduler or self._worker).take_counters()
+        counters = self._side.take_counters()
         return KvringStats(counters) if counters else None
 
     @classmethod
@@ -151,4 +165,4 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         return KvringPromMetrics(*args, **kwargs)
 
     def shutdown(self) -> None:
-        (self._scheduler or self._worker).close()
+        self._side.close()

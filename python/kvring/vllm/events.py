@@ -10,12 +10,14 @@ from __future__ import annotations
 import collections
 from typing import TYPE_CHECKING, Any
 
-import kvring
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 
+import kvring
+
 if TYPE_CHECKING:
-    from kvring.vllm.keys import RequestKeys
     from vllm.v1.request import Request
+
+    from kvring.vllm.keys import RequestKeys
 
 MEDIUM = "CPU"
 BLOCKS_MAX = 1 << 17

@@ -5,8 +5,9 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-import kvring
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+import kvring
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

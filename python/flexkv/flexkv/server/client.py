@@ -143,6 +143,8 @@ def _tensors(kv_caches: Sequence[Any], layout: KVCacheLayout) -> list[Any]:
             order = [1, 0, *order[2:]]
         view = _View(tensor, order)
         if view.shape[0] != layout.num_block:
-            raise ValueError(f"shape = {list(tensor.shape)}: {layout.num_block} blocks are expected in {layout.type.value}")
+            raise ValueError(
+                f"shape = {list(tensor.shape)}: {layout.num_block} blocks are expected in {layout.type.value}"
+            )
         views.append(view)
     return views

@@ -32,7 +32,9 @@ def receive(connection: mpc.Connection) -> Message:
 class Hub:
     """The manager's side."""
 
-    def __init__(self, path: str, words: Callable[[int], Message], heard: Callable[[int, Message | None], None]) -> None:
+    def __init__(
+        self, path: str, words: Callable[[int], Message], heard: Callable[[int, Message | None], None]
+    ) -> None:
         if os.path.exists(path):
             os.unlink(path)
         self._path, self._words, self._heard = path, words, heard
