@@ -150,6 +150,20 @@ def _serve(channel: socket.socket, spec: dict[str, Any]) -> None:
                         cached=[o.num_cached_tokens for o in outputs],
                         seconds=seconds,
                     )
+                case "abort":
+                    # Requests that are given up at every point of their life.
+                    sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
+                    core = llm.llm_engine
+                    for n, (prompt, steps) in enumerate(question["prompts"]):
+                        name = core.add_request(f"abort-{n}", {"prompt_token_ids": prompt}, sampling)
+                        for _ in range(steps):
+                            core.step()
+                        core.abort_request([name or f"abort-{n}"])
+                    for _ in range(2000):
+                        if not core.has_unfinished_requests():
+                            break
+                        core.step()
+                    say(unfinished=core.has_unfinished_requests())
                 case "reset_local":
                     say(done=llm.reset_prefix_cache())
                 case "reset_all":

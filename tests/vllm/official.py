@@ -210,6 +210,8 @@ def main() -> None:
     while first.scheduler.connector._scheduler._requests and time.monotonic() < deadline:
         first.step()
     second = Instance(spec["model"], spec["second"], 400)
+    second.worker.unregister_kv_caches()
+    second.worker.restore_kv_caches(second.caches)
     loaded = second.run(spec["prompts"], 40)
     small = Instance(spec["model"], spec["third"], 24)
     squeezed = small.run(spec["prompts"] * 2, 40)

@@ -164,3 +164,18 @@ def test_a_reset_forgets_for_everybody(cache: Cache) -> None:
         lambda: first.call(do="generate", prompts=[[5] * 40], tokens=2) and first.call(do="reset_all")["done"],
     )
     assert second.generate(PROMPTS)["cached"] == [0, 0]
+
+
+def test_requests_that_are_aborted_leave_nothing_behind(cache: Cache, plain: Engine) -> None:
+    first = cache.engine()
+    first.generate(PROMPTS)
+    eventually("stored", lambda: cache.metric("blocks_count") == 13)
+    engine = cache.engine()
+    # Matched and loading after one step, computing after a few.
+    aborted = [[PROMPTS[n % 2] if n % 3 else prompt(200 + n, 300), n % 6] for n in range(18)]
+    assert engine.call(do="abort", prompts=aborted) == {"unfinished": False}
+    answer = engine.generate(PROMPTS)
+    assert answer["tokens"] == plain.generate(PROMPTS)["tokens"]
+    # Leases go back with the steps that follow.
+    eventually("nothing is leased", lambda: engine.generate([[9] * 40], 2) and cache.metric("leases_count") == 0)
+    assert cache.metric("host_slots_quarantined_count") == 0

@@ -7,8 +7,10 @@ scheduler: what goes wrong is logged once and is a miss.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -31,6 +33,23 @@ logger = init_logger("vllm.kvring")
 FAILURES_MAX = 3
 """Requests in a row whose load failed, before matching pauses."""
 PAUSE_SECONDS = 10.0
+
+
+def never_raises(miss: Callable[[], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A bug of ours is a miss and a line in the log, not the end of the engine."""
+
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except Exception:
+                logger.exception("kvring: %s", call.__name__)
+                return miss()
+
+        return guarded
+
+    return wrap
 
 
 @dataclasses.dataclass
@@ -105,6 +124,7 @@ class SchedulerSide:
             self._instance.release(tracked.lease)
         tracked.lease = None
 
+    @never_raises(lambda: (0, False))
     def match(self, request: Request, computed_tokens: int) -> tuple[int, bool]:
         """Tokens beyond `computed_tokens` that can be loaded, and that they are loaded behind."""
         if not self._instance or getattr(request, "skip_reading_prefix_cache", False):
@@ -134,11 +154,23 @@ class SchedulerSide:
 
     def allocated(self, request: Request, block_ids: tuple[list[int], ...], external_tokens: int) -> None:
         """vLLM has pages for what was matched, or takes nothing of it."""
+        try:
+            self._allocated(request, block_ids, external_tokens)
+        except Exception:
+            logger.exception("kvring: allocated")
+            if external_tokens:
+                # vLLM waits for this load: it has failed, wholly.
+                pages = [page for ids in block_ids for page in ids]
+                self._step.loads.append(LoadSpec(request.request_id, next(self._tickets), (0, 0), 0, b"", pages))
+
+    def _allocated(self, request: Request, block_ids: tuple[list[int], ...], external_tokens: int) -> None:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.is_loading:
+            assert not external_tokens, "a load that was never matched, or twice"
             return
         if not external_tokens or tracked.lease is None:
             self._release(tracked)
+            assert not external_tokens, "a load without a lease"
             return
         size, start = self._geometry.tokens_per_block, tracked.start_token
         first, end = start // size, (start + external_tokens) // size
@@ -152,8 +184,12 @@ class SchedulerSide:
         """This step's loads and stores."""
         step, self._step = self._step, StepMetadata()
         step.preempted = set(output.preempted_req_ids or ())
-        if self._instance is None:
-            return step
+        if self._instance is not None:
+            self._add_stores(step, output)
+        return step
+
+    @never_raises(lambda: None)
+    def _add_stores(self, step: StepMetadata, output: SchedulerOutput) -> None:
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens))
@@ -168,7 +204,6 @@ class SchedulerSide:
             blocks = min(valid // self._geometry.tokens_per_block, BLOCKS_MAX)
             if blocks > tracked.stored:
                 self._store(tracked, blocks, output.kv_connector_block_state.get_block_ids(request_id), step)
-        return step
 
     def _store(
         self, tracked: _Tracked, blocks: int, block_ids: tuple[list[int], ...] | None, step: StepMetadata
@@ -193,6 +228,7 @@ class SchedulerSide:
         if not self.saves_end_with_step:
             tracked.tickets[ticket] = self._ranks
 
+    @never_raises(lambda: False)
     def finished(self, request: Request) -> bool:
         """A request has ended. Whether its pages must be kept: a store of them is still under way."""
         tracked = self._requests.get(request.request_id)
@@ -207,6 +243,7 @@ class SchedulerSide:
             del self._requests[request.request_id]
         return bool(tracked.tickets)
 
+    @never_raises(lambda: None)
     def heard(self, output: KVConnectorOutput) -> None:
         """What the workers say after a step."""
         metadata = getattr(output, "kv_connector_worker_meta", None)
@@ -242,6 +279,7 @@ class SchedulerSide:
             logger.warning("%d loads in a row have failed: no matches for %.0f s", self._failures, PAUSE_SECONDS)
             self._paused_until, self._failures = time.monotonic() + PAUSE_SECONDS, 0
 
+    @never_raises(list)
     def take_events(self) -> list[Any]:
         """What a KV-aware router should know of the shared cache."""
         return self._events.take() if self._events and self._instance else []

