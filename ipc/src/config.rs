@@ -208,7 +208,7 @@ pub const SETTINGS: &[Setting] = &[
         Some("FLEXKV_INSTANCE_ID"),
         "0",
         "a whole number below instance_num",
-        "Which instance this is. Instance 0 starts the server in launch mode embedded.",
+        "Which instance this is. Instance 0 starts the server in launch mode embedded. An instance that is given no number takes one of its own and may start the server too.",
         |c, v| {
             c.instance_id = v.parse().ok()?;
             Some(())

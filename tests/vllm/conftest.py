@@ -107,7 +107,16 @@ class Cache:
                 os.kill(engine.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        subprocess.run(["kvring", "stop", "--socket", str(self.socket)], capture_output=True)
+        stop_server(self.socket)
+
+
+def stop_server(socket: str | Path) -> None:
+    """Stops the server, also one that an instance was about to start when it ended."""
+    for _ in range(5):
+        stopped = subprocess.run(["kvring", "stop", "--socket", str(socket)], capture_output=True)
+        if stopped.returncode == 0:
+            return
+        time.sleep(0.3)
 
 
 def eventually(what: str, is_so: Callable[[], Any], seconds: float = 60) -> None:

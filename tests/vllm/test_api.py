@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import stop_server
 
 import kvring
 from kvring.vllm.keys import encode
@@ -18,7 +19,7 @@ from kvring.vllm.keys import encode
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[dict[str, object]]:
     yield {"server_recv_port": tmp_path / "s", "cpu_cache_gb": 0.0625, "client_wait_ms": 2000, "hugepages": "off"}
-    subprocess.run(["kvring", "stop", "--socket", str(tmp_path / "s")], capture_output=True)
+    stop_server(tmp_path / "s")
 
 
 def layout(memory: kvring.Memory, **more: object) -> kvring.Layout:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import stop_server
 
 from flexkv.common.config import CacheConfig, ModelConfig
 from flexkv.common.request import KVResponseStatus
@@ -65,7 +65,7 @@ def socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     path = str(tmp_path / "flexkv")
     monkeypatch.setenv("KVRING_CLIENT_WAIT_MS", "2000")
     yield f"ipc://{path}"
-    subprocess.run(["kvring", "stop", "--socket", path], capture_output=True)
+    stop_server(path)
 
 
 def put(instance: Instance, ids: list[int], namespace: list[str] | None = None) -> Any:
