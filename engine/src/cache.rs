@@ -352,8 +352,9 @@ impl Cache {
 
     /// A session is gone: its leases end. What it was writing is lost; with `drained`, it has promised
     /// that nothing writes any more, else those slots are quarantined. Says how many blocks were lost.
-    pub fn end_session(&mut self, session: SessionId, drained: bool) -> u32 {
-        self.leases.end_session(&mut self.index, session);
+    /// The heir is another session of its instance, if there is one.
+    pub fn end_session(&mut self, session: SessionId, drained: bool, heir: Option<SessionId>) -> u32 {
+        self.leases.end_session(&mut self.index, session, heir);
         self.collect();
         let mut lost = 0;
         let mut from = 0;

@@ -175,8 +175,18 @@ impl Leases {
         self.end_where(index, |lease| lease.expires_at_ns <= now_ns)
     }
 
-    /// Ends every lease of a session that is gone.
-    pub fn end_session(&mut self, index: &mut Index, session: SessionId) -> u32 {
+    /// Ends every lease of a session that is gone. Slots on loan may be being copied by another session
+    /// of the instance, which only knows when the lease expires: such a lease passes to the heir.
+    pub fn end_session(&mut self, index: &mut Index, session: SessionId, heir: Option<SessionId>) -> u32 {
+        if let Some(heir) = heir {
+            for lease in &mut self.leases {
+                if lease.session == Some(session) && lease.loans_count > 0 {
+                    lease.session = Some(heir);
+                    self.held[session.0 as usize % SESSIONS_MAX] -= 1;
+                    self.held[heir.0 as usize % SESSIONS_MAX] += 1;
+                }
+            }
+        }
         self.end_where(index, |lease| lease.session == Some(session))
     }
 

@@ -1,8 +1,9 @@
 //! The transfer agent: a thread that answers load and store tickets over one session.
 //!
 //! Whoever submits never waits: a ticket is a message to the thread, its end is found by [`Agent::poll`].
-//! The thread keeps many tickets in flight; loads are copied before stores. Every ticket ends: a load
-//! at its deadline with the blocks that did not come, a store that cannot go on by dropping the rest.
+//! The thread keeps many tickets in flight and copies one block between two looks around, loads before
+//! stores. Every ticket ends: a load at its deadline with the blocks that did not come, a store that
+//! cannot go on by dropping the rest, and all of them when the thread does, whatever ended it.
 //!
 //! What the caller's memory needs to know is when it is no longer read: [`Agent::fence`] returns when
 //! the stores it names have been copied, or makes them stop.
@@ -16,12 +17,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvring_ipc::bell;
-use kvring_ipc::client::{Broken, PostError, monotonic_ns};
+use kvring_ipc::client::{Broken, PostError, Session, monotonic_ns};
 use kvring_ipc::instance::Instance;
 use kvring_ipc::key::BlockKey;
-use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Completion, Grant, LeaseId, Op, Status, Tag};
+use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Completion, Grant, LeaseId, MATCH_BLOCKS_MAX, Status, Tag};
 
 use crate::backend::CopyBackend;
+use crate::layout::NO_PAGE;
 
 /// Names a load or store; the submitter's choice, unique among those that have not ended.
 pub type Ticket = u64;
@@ -65,7 +67,8 @@ pub struct Finished {
     pub ticket: Ticket,
     /// A load, not a store.
     pub is_load: bool,
-    /// Indices of blocks that did not come: compute them. Always empty for a store.
+    /// Load: indices of blocks that did not come; compute them. Store: of blocks that are not resident
+    /// because of it, nor were before.
     pub missed: Vec<u32>,
     /// From submission to end.
     pub took: Duration,
@@ -113,9 +116,20 @@ enum Command {
     Stop,
 }
 
+/// A ticket that has not ended, as far as its end can be told without the thread.
+struct Open {
+    is_load: bool,
+    blocks: u32,
+    submitted: Instant,
+}
+
 #[derive(Default)]
 struct Shared {
     finished: Mutex<Vec<Finished>>,
+    /// Tickets that have not ended. None: the thread is gone, and nothing will be taken.
+    open: Mutex<Option<HashMap<Ticket, Open>>>,
+    /// Nobody waits for anything any more.
+    stopping: AtomicBool,
     /// Stores whose pages may still be read.
     reading: Mutex<HashSet<Ticket>>,
     /// Rung when `reading` shrinks.
@@ -146,13 +160,42 @@ impl Default for Patience {
     }
 }
 
+impl Shared {
+    fn finish(&self, ticket: Ticket, is_load: bool, missed: Vec<u32>, took: Duration) {
+        if let Some(open) = &mut *lock(&self.open) {
+            open.remove(&ticket);
+        }
+        lock(&self.reading).remove(&ticket);
+        self.copied.notify_all();
+        lock(&self.finished).push(Finished { ticket, is_load, missed, took });
+        self.ended.notify_all();
+    }
+}
+
+/// Ends what is open when the thread ends, by a stop or by a panic of ours.
+struct LastWords(Arc<Shared>);
+
+impl Drop for LastWords {
+    fn drop(&mut self) {
+        let open = lock(&self.0.open).take().unwrap_or_default();
+        for (ticket, Open { is_load, blocks, submitted }) in open {
+            add(
+                if is_load { &self.0.counters.blocks_missed } else { &self.0.counters.blocks_dropped },
+                blocks as usize,
+            );
+            self.0.finish(ticket, is_load, (0..blocks).collect(), submitted.elapsed());
+        }
+        self.0.is_connected.store(false, Ordering::Relaxed);
+    }
+}
+
 /// A transfer agent. Dropping it ends every ticket and the thread.
 pub struct Agent {
     commands: Sender<Command>,
     wake: Arc<OwnedFd>,
     shared: Arc<Shared>,
     pages_per_block: usize,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Agent {
@@ -168,7 +211,7 @@ impl Agent {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let wake = Arc::new(rustix::event::eventfd(0, flags)?);
         let (sender, receiver) = channel();
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { open: Mutex::new(Some(HashMap::new())), ..Shared::default() });
         let pages_per_block = backend.pages_per_block();
         let transfer = Transfer {
             instance,
@@ -180,10 +223,14 @@ impl Agent {
             session_number: 0,
             jobs: HashMap::new(),
             posted: HashMap::new(),
-            copies: VecDeque::new(),
+            copies: [VecDeque::new(), VecDeque::new()],
         };
-        let thread = std::thread::Builder::new().name("kvring-agent".into()).spawn(move || transfer.run())?;
-        Ok(Self { commands: sender, wake, shared, pages_per_block, thread: Some(thread) })
+        let last_words = LastWords(shared.clone());
+        let thread = std::thread::Builder::new().name("kvring-agent".into()).spawn(move || {
+            let _last_words = last_words;
+            transfer.run();
+        })?;
+        Ok(Self { commands: sender, wake, shared, pages_per_block, thread: Mutex::new(Some(thread)) })
     }
 
     fn command(&self, command: Command) {
@@ -195,22 +242,53 @@ impl Agent {
     /// Submits a load.
     ///
     /// # Panics
-    /// If there are not as many pages as its keys have, or no keys.
+    /// If a ticket of this name has not ended, if there are not as many pages as its keys have, no keys,
+    /// or more than a chain can have.
     pub fn load(&self, load: Load) {
-        assert_eq!(load.pages.len(), load.keys.len() * self.pages_per_block, "pages of {} blocks", load.keys.len());
-        assert!(!load.keys.is_empty(), "a load of nothing");
-        self.command(Command::Load(load, Instant::now()));
+        self.check(load.first, &load.keys, &load.pages);
+        let (ticket, blocks) = (load.ticket, load.keys.len());
+        self.submit(ticket, true, blocks, |submitted| Command::Load(load, submitted));
     }
 
     /// Submits a store. Its pages are read until it has ended or a fence has returned.
     ///
     /// # Panics
-    /// As [`Agent::load`].
+    /// As [`Agent::load`], and if a page is [`NO_PAGE`]: a block is stored whole.
     pub fn store(&self, store: Store) {
-        assert_eq!(store.pages.len(), store.keys.len() * self.pages_per_block, "pages of {} blocks", store.keys.len());
-        assert!(!store.keys.is_empty(), "a store of nothing");
-        lock(&self.shared.reading).insert(store.ticket);
-        self.command(Command::Store(store, Instant::now()));
+        self.check(store.first, &store.keys, &store.pages);
+        assert!(!store.pages.contains(&NO_PAGE), "a block is stored whole");
+        let (ticket, blocks) = (store.ticket, store.keys.len());
+        self.submit(ticket, false, blocks, |submitted| Command::Store(store, submitted));
+    }
+
+    fn check(&self, first: u32, keys: &[BlockKey], pages: &[u32]) {
+        assert!(!keys.is_empty(), "a transfer of nothing");
+        assert_eq!(pages.len(), keys.len() * self.pages_per_block, "pages of {} blocks", keys.len());
+        let end = u64::from(first) + keys.len() as u64;
+        assert!(end <= u64::from(MATCH_BLOCKS_MAX), "a chain has at most {MATCH_BLOCKS_MAX} blocks");
+    }
+
+    /// Whether a ticket of this name has not ended yet.
+    pub fn is_open(&self, ticket: Ticket) -> bool {
+        lock(&self.shared.open).as_ref().is_some_and(|open| open.contains_key(&ticket))
+    }
+
+    fn submit(&self, ticket: Ticket, is_load: bool, blocks: usize, command: impl FnOnce(Instant) -> Command) {
+        let submitted = Instant::now();
+        let mut open = lock(&self.shared.open);
+        let Some(tickets) = &mut *open else {
+            drop(open);
+            let counters = &self.shared.counters;
+            add(if is_load { &counters.blocks_missed } else { &counters.blocks_dropped }, blocks);
+            return self.shared.finish(ticket, is_load, (0..blocks as u32).collect(), Duration::ZERO);
+        };
+        let before = tickets.insert(ticket, Open { is_load, blocks: blocks as u32, submitted });
+        assert!(before.is_none(), "ticket {ticket} has not ended");
+        if !is_load {
+            lock(&self.shared.reading).insert(ticket);
+        }
+        // Under the lock: a fence that knows of the ticket comes after it.
+        self.command(command(submitted));
     }
 
     /// Tickets that have ended since the last call.
@@ -232,16 +310,36 @@ impl Agent {
         if wait(patience) {
             return true;
         }
-        self.command(Command::Cancel(tickets.to_vec()));
-        while !wait(Duration::from_secs(1)) && self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {}
+        while lock(&self.shared.open).is_some() {
+            self.command(Command::Cancel(tickets.to_vec()));
+            if wait(Duration::from_secs(1)) {
+                break;
+            }
+        }
         false
     }
 
     /// Waits until a ticket has ended, at most `at_most`. Says whether [`Agent::poll`] has something.
     pub fn wait(&self, at_most: Duration) -> bool {
         let finished = lock(&self.shared.finished);
-        let waited = self.shared.ended.wait_timeout_while(finished, at_most, |finished| finished.is_empty());
+        let waits = |finished: &mut Vec<Finished>| finished.is_empty() && !self.shared.stopping.load(Ordering::Relaxed);
+        let waited = self.shared.ended.wait_timeout_while(finished, at_most, waits);
         !waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    }
+
+    /// Ends every ticket and the thread; whoever waits is woken. The memory is not touched after this.
+    pub fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        self.command(Command::Stop);
+        // Held until the thread is gone: whoever comes second waits as well.
+        if let Some(thread) = lock(&self.thread).take() {
+            let _ = thread.join();
+        }
+        // After a look at the flag and before the wait there is no gap: waiters hold these locks.
+        drop(lock(&self.shared.finished));
+        self.shared.ended.notify_all();
+        drop(lock(&self.shared.reading));
+        self.shared.copied.notify_all();
     }
 
     /// Pages that make one block.
@@ -263,10 +361,7 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        self.command(Command::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }
 
@@ -287,14 +382,32 @@ struct Job {
     requests: usize,
     /// Of those, reserves.
     reserves: usize,
-    /// Loads: which came.
+    /// Which came, or are resident.
     arrived: Vec<bool>,
-    /// Stores: slots to be filled yet.
+    /// Slots to be copied yet.
     copies: usize,
     /// Stores: filled, not committed.
-    filled: Vec<Grant>,
+    filled: Vec<(usize, Grant)>,
     blocks_stored: usize,
     blocks_present: usize,
+}
+
+/// What a request was for.
+enum Posted {
+    /// Blocks from this index on.
+    Load(usize),
+    /// Blocks from this index on.
+    Reserve(usize),
+    /// These blocks.
+    Commit(Vec<usize>),
+}
+
+/// A slot to copy for a job.
+struct Copy {
+    ticket: Ticket,
+    index: usize,
+    grant: Grant,
+    from_disk: bool,
 }
 
 /// Filled slots that are committed in one request: few enough that others see them soon.
@@ -311,9 +424,10 @@ struct Transfer<B> {
     shared: Arc<Shared>,
     session_number: u32,
     jobs: HashMap<Ticket, Job>,
-    /// Whose request this is, and the index of its first block.
-    posted: HashMap<Tag, (Ticket, usize)>,
-    copies: VecDeque<(Ticket, usize, Grant)>,
+    /// Whose request this is, and what for.
+    posted: HashMap<Tag, (Ticket, Posted)>,
+    /// Slots to copy: for loads, for stores.
+    copies: [VecDeque<Copy>; 2],
 }
 
 impl<B: CopyBackend> Transfer<B> {
@@ -382,7 +496,7 @@ impl<B: CopyBackend> Transfer<B> {
             self.shared.counters.sessions.store(u64::from(number), Ordering::Relaxed);
             // What another session was asked will never be answered, and what it granted is void.
             self.posted.clear();
-            self.copies.clear();
+            self.copies.iter_mut().for_each(VecDeque::clear);
             let begun = |job: &Job| !connected || job.asked > 0;
             let lost: Vec<_> = self.jobs.iter().filter(|(_, job)| begun(job)).map(|(ticket, _)| *ticket).collect();
             lost.into_iter().for_each(|ticket| self.end(ticket));
@@ -419,16 +533,16 @@ impl<B: CopyBackend> Transfer<B> {
                 let batch = &job.keys[from..(from + BATCH_BLOCKS_MAX as usize).min(job.keys.len())];
                 let first = job.first + from as u32;
                 let parent = if from == 0 { job.parent } else { job.keys[from - 1] };
-                let tag = match job.is_load {
-                    true => session.post_load(job.lease, first, batch),
-                    false => session.post_reserve(parent, first, batch),
+                let (tag, what) = match job.is_load {
+                    true => (session.post_load(job.lease, first, batch), Posted::Load(from)),
+                    false => (session.post_reserve(parent, first, batch), Posted::Reserve(from)),
                 };
                 match tag {
                     Ok(tag) => {
                         job.asked += batch.len();
                         job.requests += 1;
                         job.reserves += usize::from(!job.is_load);
-                        self.posted.insert(tag, (*ticket, from));
+                        self.posted.insert(tag, (*ticket, what));
                         posted = true;
                     }
                     Err(PostError::Full) => break 'jobs,
@@ -443,58 +557,68 @@ impl<B: CopyBackend> Transfer<B> {
     }
 
     fn answered(&mut self, answer: &Completion) -> Result<(), Broken> {
-        let Some((ticket, from)) = self.posted.get(&answer.tag).copied() else { return Ok(()) };
-        if answer.last {
-            self.posted.remove(&answer.tag);
-        }
+        let Some((ticket, posted)) = self.posted.get(&answer.tag) else { return Ok(()) };
+        let ticket = *ticket;
         let Some(job) = self.jobs.get_mut(&ticket) else { return Ok(()) };
-        let counters = &self.shared.counters;
-        if job.is_load {
-            let Some(session) = self.instance.session() else { return Ok(()) };
-            let pages_per_block = self.backend.pages_per_block();
-            for (index, grant) in answer.grants() {
-                let index = from + index as usize;
-                let pages = &job.pages[index * pages_per_block..][..pages_per_block];
-                self.backend.load(session.pool(), grant.slot, pages);
-                // Read after the copy: a lease that holds now held while it was made.
-                if monotonic_ns() < job.expires_at_ns {
-                    job.arrived[index] = true;
-                    add(if answer.from_disk { &counters.blocks_loaded_ssd } else { &counters.blocks_loaded_dram }, 1);
+        match posted {
+            Posted::Load(from) | Posted::Reserve(from) => {
+                if answer.status == Status::Present {
+                    let blocks = from + answer.first as usize..(from + (answer.first + answer.count) as usize);
+                    let blocks =
+                        job.arrived.get_mut(blocks).ok_or(Broken("a block is present that was not asked for"))?;
+                    job.blocks_present += blocks.len();
+                    blocks.fill(true);
+                }
+                for (index, grant) in answer.grants() {
+                    let index = from + index as usize;
+                    let copy = Copy { ticket, index, grant, from_disk: answer.from_disk };
+                    self.copies[usize::from(!job.is_load)].push_back(copy);
+                    job.copies += 1;
                 }
             }
-        } else {
-            match answer.op {
-                Some(Op::Commit) => job.blocks_stored += answer.payload[0] as usize,
-                _ if answer.status == Status::Ok => {
-                    for (index, grant) in answer.grants() {
-                        self.copies.push_back((ticket, from + index as usize, grant));
-                        job.copies += 1;
-                    }
+            Posted::Commit(blocks) => {
+                let taken = (answer.payload[0] as usize).min(blocks.len());
+                job.blocks_stored += taken;
+                // Which of them were not taken is not said: in doubt, none was.
+                if taken == blocks.len() {
+                    blocks.iter().for_each(|index| job.arrived[*index] = true);
                 }
-                _ if answer.status == Status::Present => job.blocks_present += answer.count as usize,
-                _ => {}
             }
         }
         if answer.last {
             job.requests -= 1;
-            job.reserves -= usize::from(!job.is_load && answer.op != Some(Op::Commit));
+            job.reserves -= usize::from(matches!(posted, Posted::Reserve(_)));
+            self.posted.remove(&answer.tag);
+        }
+        if !job.is_load {
+            // Patience is for what does not come: this came.
+            job.deadline = Instant::now() + self.patience.store;
         }
         self.advance(ticket)
     }
 
-    /// Fills one slot: one, so that a load never waits behind many.
+    /// Copies one slot: one, so that a load never waits behind many stores, nor a fence behind many loads.
     fn copy_one(&mut self) -> Result<bool, Broken> {
-        let Some((ticket, index, grant)) = self.copies.pop_front() else { return Ok(false) };
-        let Some(session) = self.instance.session() else { return Ok(false) };
-        let Some(job) = self.jobs.get_mut(&ticket) else {
-            session.abort_soon([grant])?;
-            return Ok(true);
-        };
+        let [loads, stores] = &mut self.copies;
+        let Some(copy) = loads.pop_front().or_else(|| stores.pop_front()) else { return Ok(false) };
+        let Copy { ticket, index, grant, from_disk } = copy;
+        let (Some(job), Some(session)) = (self.jobs.get_mut(&ticket), self.instance.session()) else { return Ok(true) };
         let pages_per_block = self.backend.pages_per_block();
         let pages = &job.pages[index * pages_per_block..][..pages_per_block];
-        self.backend.store(session.pool(), grant.slot, pages);
-        job.filled.push(grant);
         job.copies -= 1;
+        if job.is_load {
+            self.backend.load(session.pool(), grant.slot, pages);
+            // Read after the copy: a lease that holds now held while it was made.
+            if monotonic_ns() < job.expires_at_ns {
+                job.arrived[index] = true;
+                let counters = &self.shared.counters;
+                add(if from_disk { &counters.blocks_loaded_ssd } else { &counters.blocks_loaded_dram }, 1);
+            }
+        } else {
+            self.backend.store(session.pool(), grant.slot, pages);
+            job.filled.push((index, grant));
+            job.deadline = Instant::now() + self.patience.store;
+        }
         self.advance(ticket)?;
         Ok(true)
     }
@@ -510,18 +634,17 @@ impl<B: CopyBackend> Transfer<B> {
             }
             if job.filled.len() >= COMMIT_BLOCKS || copied && !job.filled.is_empty() {
                 let Some(session) = self.instance.session() else { return Ok(()) };
-                for batch in job.filled.chunks(BATCH_BLOCKS_MAX as usize) {
-                    match session.post_commit(batch) {
-                        Ok(tag) => {
-                            self.posted.insert(tag, (ticket, 0));
-                            job.requests += 1;
-                        }
-                        // Rings are sized so that this is rare: the slots go back unfilled.
-                        Err(PostError::Full) => session.abort_soon(batch.iter().copied())?,
-                        Err(PostError::Broken(broken)) => return Err(broken),
+                let (blocks, grants): (Vec<usize>, Vec<Grant>) = job.filled.drain(..).unzip();
+                // At most COMMIT_BLOCKS and one copy more: one request.
+                match session.post_commit(&grants) {
+                    Ok(tag) => {
+                        self.posted.insert(tag, (ticket, Posted::Commit(blocks)));
+                        job.requests += 1;
                     }
+                    // Rings are sized so that this is rare: the slots go back unfilled.
+                    Err(PostError::Full) => session.abort_soon(grants)?,
+                    Err(PostError::Broken(broken)) => return Err(broken),
                 }
-                job.filled.clear();
                 session.publish();
             }
         }
@@ -531,33 +654,51 @@ impl<B: CopyBackend> Transfer<B> {
         Ok(())
     }
 
+    /// The slots that were still to be copied for a ticket: none is, any more.
+    fn drop_copies(&mut self, ticket: Ticket) -> Vec<Grant> {
+        let mut dropped = Vec::new();
+        for copies in &mut self.copies {
+            copies.retain(|copy| {
+                if copy.ticket == ticket {
+                    dropped.push(copy.grant);
+                }
+                copy.ticket != ticket
+            });
+        }
+        dropped
+    }
+
+    /// The session, if it is the one that the jobs know: a new one is for the next turn to find.
+    fn same_session(&mut self) -> Option<&mut Session> {
+        let number = self.session_number;
+        if self.instance.sessions_count() == number { self.instance.session_held() } else { None }
+    }
+
     /// Stops a store: what is not copied stays uncopied, what is copied is still committed.
     fn stop_store(&mut self, ticket: Ticket) {
-        let Some(job) = self.jobs.get_mut(&ticket) else { return };
-        if job.is_load {
+        if self.jobs.get(&ticket).is_none_or(|job| job.is_load) {
             return;
         }
+        let aborted = self.drop_copies(ticket);
+        let Some(job) = self.jobs.get_mut(&ticket) else { return };
         job.asked = job.keys.len();
-        let session = self.instance.session();
-        let mut aborted = Vec::new();
-        self.copies.retain(|(of, _, grant)| {
-            if *of == ticket {
-                aborted.push(*grant);
-            }
-            *of != ticket
-        });
-        job.copies -= aborted.len();
-        if let Some(session) = session {
+        job.copies = 0;
+        let waits_for_reserves = job.reserves > 0;
+        let mut abandoned = Vec::new();
+        if waits_for_reserves {
+            (job.requests, job.reserves) = (0, 0);
+            // Commits among them are taken all the same; they are only not counted.
+            self.posted.retain(|tag, (of, _)| {
+                if *of == ticket {
+                    abandoned.push(*tag);
+                }
+                *of != ticket
+            });
+        }
+        if let Some(session) = self.same_session() {
+            abandoned.into_iter().for_each(|tag| session.abandon(tag));
             // A session that is broken here is found so by the next turn.
             let _ = session.abort_soon(aborted);
-            if job.reserves > 0 {
-                for tag in self.posted.iter().filter(|(_, (of, _))| *of == ticket).map(|(tag, _)| *tag) {
-                    session.abandon(tag);
-                }
-                // Commits among them are taken all the same; they are only not counted.
-                self.posted.retain(|_, (of, _)| *of != ticket);
-                (job.requests, job.reserves) = (0, 0);
-            }
         }
         if self.advance(ticket).is_err() {
             self.end(ticket);
@@ -570,52 +711,49 @@ impl<B: CopyBackend> Transfer<B> {
             return;
         }
         let now = Instant::now();
-        let overdue: Vec<_> = self
-            .jobs
-            .iter()
-            .filter(|(_, job)| now >= job.deadline && job.copies == 0)
-            .map(|(ticket, _)| *ticket)
-            .collect();
-        for ticket in overdue {
-            if let Some(session) = self.instance.session() {
-                let is_load = self.jobs.get(&ticket).is_some_and(|job| job.is_load);
-                for tag in self.posted.iter().filter(|(_, (of, _))| *of == ticket).map(|(tag, _)| *tag) {
-                    session.abandon(tag);
-                    // The server need not start what nobody waits for.
-                    if is_load && let Ok(cancel) = session.post_cancel(tag) {
-                        session.nobody_waits(cancel);
-                    }
-                }
-                session.publish();
-            }
-            self.end(ticket);
-        }
+        let overdue: Vec<_> =
+            self.jobs.iter().filter(|(_, job)| now >= job.deadline).map(|(ticket, _)| *ticket).collect();
+        overdue.into_iter().for_each(|ticket| self.end(ticket));
     }
 
-    /// The ticket has ended, however far it came.
+    /// The ticket has ended, however far it came: nothing is copied for it any more.
     fn end(&mut self, ticket: Ticket) {
+        let dropped = self.drop_copies(ticket);
         let Some(job) = self.jobs.remove(&ticket) else { return };
-        self.posted.retain(|_, (of, _)| *of != ticket);
-        if let Some(session) = self.instance.session()
-            && !job.filled.is_empty()
-        {
-            let _ = session.abort_soon(job.filled.iter().copied());
+        let mut tags = Vec::new();
+        self.posted.retain(|tag, (of, _)| {
+            if *of == ticket {
+                tags.push(*tag);
+            }
+            *of != ticket
+        });
+        if let Some(session) = self.same_session() {
+            for tag in tags {
+                session.abandon(tag);
+                // The server need not start what nobody waits for.
+                if job.is_load
+                    && let Ok(cancel) = session.post_cancel(tag)
+                {
+                    session.nobody_waits(cancel);
+                }
+            }
+            if !job.is_load {
+                // Filled and not committed, or never filled: they go back either way.
+                let _ = session.abort_soon(job.filled.iter().map(|(_, grant)| *grant).chain(dropped));
+            }
+            session.publish();
         }
+        let missed: Vec<u32> =
+            (0..).zip(&job.arrived).filter(|(_, arrived)| !**arrived).map(|(index, _)| index).collect();
         let counters = &self.shared.counters;
-        let mut missed = Vec::new();
         if job.is_load {
-            missed.extend((0..).zip(&job.arrived).filter(|(_, arrived)| !**arrived).map(|(index, _)| index));
             add(&counters.blocks_missed, missed.len());
         } else {
             add(&counters.blocks_stored, job.blocks_stored);
             add(&counters.blocks_present, job.blocks_present);
-            add(&counters.blocks_dropped, job.keys.len() - job.blocks_stored - job.blocks_present);
-            lock(&self.shared.reading).remove(&ticket);
-            self.shared.copied.notify_all();
+            add(&counters.blocks_dropped, job.keys.len().saturating_sub(job.blocks_stored + job.blocks_present));
         }
-        let took = job.submitted.elapsed();
-        lock(&self.shared.finished).push(Finished { ticket, is_load: job.is_load, missed, took });
-        self.shared.ended.notify_all();
+        self.shared.finish(ticket, job.is_load, missed, job.submitted.elapsed());
     }
 
     /// Sleeps until somebody has something to say, or the next deadline.
@@ -649,6 +787,7 @@ impl Job {
         submitted: Instant,
         deadline: Instant,
     ) -> Self {
+        let arrived = vec![false; keys.len()];
         Self {
             is_load: false,
             lease: LeaseId(0),
@@ -662,7 +801,7 @@ impl Job {
             asked: 0,
             requests: 0,
             reserves: 0,
-            arrived: Vec::new(),
+            arrived,
             copies: 0,
             filled: Vec::new(),
             blocks_stored: 0,

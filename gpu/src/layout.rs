@@ -13,6 +13,10 @@ pub const NO_PAGE: u32 = u32::MAX;
 
 /// Most runs of one page: one of 128 tokens, 8 heads, keys and values apart has 2,048.
 const RUNS_MAX: usize = 1 << 16;
+/// No tensor is larger: sums of a few of these do not overflow.
+const BYTES_MAX: usize = 1 << 48;
+/// Most pages of one group in a block.
+const PAGES_PER_BLOCK_MAX: usize = 4096;
 
 /// A rank's KV memory.
 #[derive(Debug, Clone, Deserialize)]
@@ -63,8 +67,17 @@ pub struct Run {
     pub bytes: usize,
 }
 
-/// The runs of a page in logical order, neighbours joined.
-pub fn runs(shape: &[usize], strides_bytes: &[usize], element_bytes: usize) -> Vec<Run> {
+/// The runs of a page in logical order, neighbours joined. `None`: more than 65,536, or numbers that
+/// no memory has.
+pub fn runs(shape: &[usize], strides_bytes: &[usize], element_bytes: usize) -> Option<Vec<Run>> {
+    // Everything below is at most the page's extent.
+    let extent = shape.iter().zip(strides_bytes).try_fold(element_bytes, |extent, (count, stride)| {
+        extent.checked_add(count.checked_sub(1)?.checked_mul(*stride)?)
+    })?;
+    let bytes = shape.iter().try_fold(element_bytes, |bytes, count| bytes.checked_mul(*count))?;
+    if extent > BYTES_MAX || bytes > BYTES_MAX {
+        return None;
+    }
     // The innermost dimensions that lie without a gap are one run.
     let mut run_bytes = element_bytes;
     let mut dims: Vec<(usize, usize)> = shape.iter().copied().zip(strides_bytes.iter().copied()).collect();
@@ -77,6 +90,9 @@ pub fn runs(shape: &[usize], strides_bytes: &[usize], element_bytes: usize) -> V
     }
     let mut runs: Vec<Run> = vec![];
     let total: usize = dims.iter().map(|(count, _)| count).product();
+    if total > RUNS_MAX {
+        return None;
+    }
     for flat in 0..total {
         let mut rest = flat;
         let offset_in_page = dims.iter().rev().fold(0, |offset, (count, stride)| {
@@ -89,7 +105,7 @@ pub fn runs(shape: &[usize], strides_bytes: &[usize], element_bytes: usize) -> V
             _ => runs.push(Run { offset_in_page, bytes: run_bytes }),
         }
     }
-    runs
+    Some(runs)
 }
 
 /// One tensor's part of a page's part of a slot.
@@ -130,6 +146,11 @@ impl Plan {
         let mut pages = Vec::new();
         let mut offset_in_slot = map.offset_in_slot;
         for (group_index, group) in map.groups.iter().enumerate() {
+            if group.pages_per_block > PAGES_PER_BLOCK_MAX || offset_in_slot > BYTES_MAX {
+                return Err(format!(
+                    "group {group_index}: more than {PAGES_PER_BLOCK_MAX} pages_per_block, or too large"
+                ));
+            }
             for _ in 0..group.pages_per_block {
                 let mut parts = Vec::new();
                 for (tensor_index, tensor) in group.tensors.iter().enumerate() {
@@ -140,15 +161,17 @@ impl Plan {
                     if tensor.shape.contains(&0) || tensor.element_bytes == 0 || tensor.pages_count == 0 {
                         return wrong("a dimension is 0");
                     }
-                    if tensor.shape.iter().product::<usize>() > RUNS_MAX << 12 {
-                        return wrong("a page has more than 2^28 elements: choose a smaller block size");
+                    let aliases = |(count, stride): (&usize, &usize)| *count > 1 && *stride == 0;
+                    let pages_alias = tensor.pages_count > 1 && tensor.page_stride_bytes == 0;
+                    if tensor.shape.iter().zip(&tensor.strides_bytes).any(aliases) || pages_alias {
+                        return wrong("a stride of 0: two elements are one");
                     }
-                    let runs = runs(&tensor.shape, &tensor.strides_bytes, tensor.element_bytes);
-                    if runs.len() > RUNS_MAX {
-                        return wrong(
-                            "a page falls into more than 65,536 runs of bytes: choose a layout with larger ones",
-                        );
+                    if tensor.address == 0 || tensor.address.checked_add(tensor.bytes).is_none() {
+                        return wrong("no memory lies at its address");
                     }
+                    let Some(runs) = runs(&tensor.shape, &tensor.strides_bytes, tensor.element_bytes) else {
+                        return wrong("a page falls into more than 65,536 runs of bytes: choose another layout");
+                    };
                     let page_end = runs.iter().map(|run| run.offset_in_page + run.bytes).max().unwrap_or(0);
                     let end = (tensor.pages_count - 1)
                         .checked_mul(tensor.page_stride_bytes)
@@ -253,7 +276,7 @@ mod test {
                 }
                 expected.extend(offset..offset + element_bytes);
             }
-            let runs = runs(&shape, &strides, element_bytes);
+            let runs = runs(&shape, &strides, element_bytes).unwrap();
             let visited: Vec<usize> =
                 runs.iter().flat_map(|run| run.offset_in_page..run.offset_in_page + run.bytes).collect();
             prop_assert_eq!(visited, expected);
@@ -292,7 +315,7 @@ mod test {
     fn a_tensor_that_ends_too_early_is_named() {
         let groups = vec![GroupMap {
             pages_per_block: 1,
-            tensors: vec![tensor(0, 4), TensorMap { bytes: 255, ..tensor(0, 4) }],
+            tensors: vec![tensor(64, 4), TensorMap { bytes: 255, ..tensor(64, 4) }],
         }];
         let error = Plan::new(&MemoryMap { offset_in_slot: 0, groups }).unwrap_err();
         assert!(error.contains("tensor 1 of group 0") && error.contains("last page"), "{error}");

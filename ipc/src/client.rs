@@ -184,6 +184,8 @@ pub struct Session {
     next_tag: u64,
     wires: Option<Wires>,
     welcome: Option<Welcome>,
+    /// Who may say goodbye: a forked child that drops its copy may not.
+    process: u32,
 }
 
 #[derive(Debug)]
@@ -268,6 +270,7 @@ impl Session {
             next_tag: 1,
             wires: None,
             welcome: None,
+            process: std::process::id(),
         }
     }
 
@@ -664,7 +667,9 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some(wires) = &self.wires {
+        if let Some(wires) = &self.wires
+            && self.process == std::process::id()
+        {
             // A promise that nothing of ours writes into a slot any more. Lost with a dead server.
             let _ = wires.control.send(&Request::Goodbye, &[]);
         }

@@ -3,7 +3,7 @@
 //! Every call is bounded and cannot fail: without a server, or with a slow one, a match is a miss, a
 //! load fails its blocks, a store is dropped, and a thread behind tries to connect again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
@@ -16,7 +16,7 @@ use crate::handshake::{Attach, Reply, Request, ask};
 use crate::key::BlockKey;
 use crate::launch::{LaunchError, start_server};
 use crate::layout::Layout;
-use crate::wire::{BATCH_BLOCKS_MAX, Grant, PROTOCOL_VERSION, Status, Tag};
+use crate::wire::{BATCH_BLOCKS_MAX, Grant, MATCH_BLOCKS_MAX, PROTOCOL_VERSION, Status, Tag};
 
 /// How often the thread behind tries.
 const RETRY: Duration = Duration::from_millis(50);
@@ -111,6 +111,21 @@ pub fn random_token() -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Forgets every block of the server at this socket. As [`Instance::reset`], for those who have none.
+///
+/// # Errors
+/// As [`Instance::reset`].
+pub fn reset(socket: &Path) -> Result<u64, String> {
+    match ask(socket, &Request::Reset, Duration::from_secs(8)) {
+        Ok(Reply::Reset { blocks, durable: true }) => Ok(blocks),
+        Ok(Reply::Reset { .. }) => {
+            Err("the SSD's headers could not be cleared in time: a restart may find blocks again".into())
+        }
+        Ok(reply) => Err(format!("an unexpected answer: {reply:?}")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 impl Instance {
     /// Opens an instance: connects, or starts the server if that is ours to do, and waits at most
     /// `start_wait_ms`. Without a server it goes on, and every answer is a miss until one is there.
@@ -164,7 +179,8 @@ impl Instance {
             }
         }
         match instance.put_off.take() {
-            Some(reason) if instance.session.is_none() => {
+            // Who shows no layout may have to wait for somebody who does: as without a server.
+            Some(reason) if instance.session.is_none() && instance.attach.layout.is_some() => {
                 Err(ConnectError::Refused { reason, differences: Vec::new(), permanent: false })
             }
             _ => Ok(instance),
@@ -192,6 +208,10 @@ impl Instance {
     /// The session, for those who post by themselves.
     pub fn session(&mut self) -> Option<&mut Session> {
         self.look_for_session(None);
+        self.session.as_mut()
+    }
+    /// The session there is, without looking for another.
+    pub fn session_held(&mut self) -> Option<&mut Session> {
         self.session.as_mut()
     }
     /// The pool that a slot lies in, while its session lasts.
@@ -316,7 +336,7 @@ impl Instance {
         if keys.is_empty() {
             return Matched::MISS;
         }
-        let keys = &keys[..keys.len().min(crate::wire::MATCH_BLOCKS_MAX as usize)];
+        let keys = &keys[..keys.len().min(MATCH_BLOCKS_MAX as usize)];
         let mut matched = self.exchange(Matched::MISS, |session, deadline| {
             let tag = session.post_match(keys)?;
             let mut matched = Matched::MISS;
@@ -344,12 +364,19 @@ impl Instance {
     /// Asks for leased blocks to be read into the pool ahead of a load. Does not wait.
     pub fn prefetch(&mut self, lease: Lease, first: u32, count: u32) {
         self.exchange_in(lease.session, (), |session, _| {
-            for from in (first..first + count).step_by(BATCH_BLOCKS_MAX as usize) {
-                let tag = session.post_prefetch(lease.id, from, (first + count - from).min(BATCH_BLOCKS_MAX))?;
-                session.nobody_waits(tag);
+            let end = first.saturating_add(count).min(MATCH_BLOCKS_MAX);
+            let mut posted = Ok(());
+            for from in (first..end).step_by(BATCH_BLOCKS_MAX as usize) {
+                match session.post_prefetch(lease.id, from, (end - from).min(BATCH_BLOCKS_MAX)) {
+                    Ok(tag) => session.nobody_waits(tag),
+                    Err(error) => {
+                        posted = Err(error);
+                        break;
+                    }
+                }
             }
             session.publish();
-            Ok(())
+            posted
         });
     }
 
@@ -482,19 +509,12 @@ impl Instance {
         events
     }
 
-    /// Forgets every block of the server, for every instance. Waits at most five seconds.
+    /// Forgets every block of the server, for every instance. Waits at most eight seconds.
     ///
     /// # Errors
     /// No server, or it could not make sure that a restart forgets them too: ask again.
     pub fn reset(&mut self) -> Result<u64, String> {
-        match ask(&self.config.socket, &Request::Reset, Duration::from_secs(6)) {
-            Ok(Reply::Reset { blocks, durable: true }) => Ok(blocks),
-            Ok(Reply::Reset { .. }) => {
-                Err("the SSD's headers could not be cleared in time: a restart may find blocks again".into())
-            }
-            Ok(reply) => Err(format!("an unexpected answer: {reply:?}")),
-            Err(error) => Err(error.to_string()),
-        }
+        reset(&self.config.socket)
     }
 
     /// The server's socket.

@@ -297,7 +297,7 @@ class Ended:
     ticket: int
     is_load: bool
     missed: list[int]
-    """Indices of the load's blocks that did not come: compute them."""
+    """Load: indices of blocks that did not come; compute them. Store: of blocks that are not resident after it."""
     seconds: float
 
 
@@ -319,9 +319,9 @@ class Agent:
         store_wait_ms: int = 2000,
         **settings: Any,
     ) -> None:
-        self._tensors = [tensor for group in memory.groups for tensor in group.tensors]
+        tensors = [tensor for group in memory.groups for tensor in group.tensors]
         self._native = _native.Agent(
-            _said(settings), layout.to_json(), memory.to_json(), rank, token, load_wait_ms, store_wait_ms
+            _said(settings), layout.to_json(), memory.to_json(), tensors, rank, token, load_wait_ms, store_wait_ms
         )
 
     def load(self, ticket: int, lease: Lease | tuple[int, int], first: int, keys: bytes, pages: Sequence[int]) -> None:
@@ -358,6 +358,5 @@ class Agent:
         return self._native.counters()
 
     def close(self) -> None:
-        """Ends every ticket; the tensors are not touched after this."""
+        """Ends every ticket, and `poll` tells how; the tensors are not touched after this."""
         self._native.close()
-        self._tensors = []

@@ -38,6 +38,7 @@ class Agent:
         settings: Sequence[tuple[str, str]],
         layout: str,
         memory: str,
+        tensors: Sequence[object],
         rank: int = 0,
         token: str | None = None,
         load_wait_ms: int = 2000,

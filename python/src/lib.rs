@@ -4,19 +4,20 @@
 //!
 //! No call holds the GIL while it waits, none raises for a server that is gone: they answer "miss".
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvring_gpu::agent;
 use kvring_gpu::backend::tensors::TensorMemory;
-use kvring_gpu::layout::{MemoryMap, Plan};
+use kvring_gpu::layout::{MemoryMap, NO_PAGE, Plan};
 use kvring_ipc::client;
 use kvring_ipc::config::Config;
 use kvring_ipc::events::{Event, Events};
 use kvring_ipc::instance;
 use kvring_ipc::key::{self, BlockKey};
 use kvring_ipc::layout::Layout;
-use kvring_ipc::wire::LeaseId;
+use kvring_ipc::wire::{LeaseId, MATCH_BLOCKS_MAX};
 use pyo3::exceptions::{PyConnectionError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -149,8 +150,10 @@ impl Instance {
 
     /// Forgets every block of the server; how many.
     fn reset(&self, py: Python<'_>) -> PyResult<u64> {
-        let done = self.call(py, Err("this instance is closed".into()), |instance| instance.reset());
-        done.map_err(PyConnectionError::new_err)
+        // Not under the lock: a match must not wait for the SSD.
+        let socket = self.call(py, None, |instance| Some(instance.socket().clone()));
+        let socket = socket.ok_or_else(|| PyConnectionError::new_err("this instance is closed"))?;
+        py.detach(|| instance::reset(&socket)).map_err(PyConnectionError::new_err)
     }
 
     #[getter]
@@ -170,24 +173,37 @@ impl Instance {
     }
 
     fn close(&self, py: Python<'_>) {
-        let taken = lock(&self.0).take();
-        py.detach(|| drop(taken));
+        py.detach(|| drop(lock(&self.0).take()));
     }
 }
 
 /// What an engine's worker holds: a thread that copies between the pool and KV tensors.
 #[pyclass(frozen, module = "kvring")]
 struct Agent {
-    agent: Mutex<Option<Arc<agent::Agent>>>,
+    // Before the tensors: fields are dropped in this order, and the thread ends with the agent.
+    agent: Arc<agent::Agent>,
+    is_closed: AtomicBool,
     plan: Arc<Plan>,
+    _tensors: Vec<Py<PyAny>>,
 }
 
 impl Agent {
-    fn get(&self) -> PyResult<Arc<agent::Agent>> {
-        lock(&self.agent).clone().ok_or_else(|| PyRuntimeError::new_err("this agent is closed"))
+    fn get(&self) -> PyResult<&agent::Agent> {
+        match self.is_closed.load(Ordering::Acquire) {
+            true => Err(PyRuntimeError::new_err("this agent is closed")),
+            false => Ok(&self.agent),
+        }
     }
 
-    fn check_pages(&self, keys: &[BlockKey], pages: &[u32]) -> PyResult<()> {
+    fn check(&self, ticket: u64, first: u32, keys: &[BlockKey], pages: &[u32]) -> PyResult<()> {
+        if self.agent.is_open(ticket) {
+            return Err(PyValueError::new_err(format!("ticket = {ticket}: it has not ended yet")));
+        }
+        if u64::from(first) + keys.len() as u64 > u64::from(MATCH_BLOCKS_MAX) {
+            let text =
+                format!("first = {first} with {} keys: a chain has at most {MATCH_BLOCKS_MAX} blocks", keys.len());
+            return Err(PyValueError::new_err(text));
+        }
         let per_block = self.plan.pages_per_block();
         if keys.is_empty() || pages.len() != keys.len() * per_block {
             let (pages, keys) = (pages.len(), keys.len());
@@ -207,15 +223,16 @@ type Ended = (u64, bool, Vec<u32>, f64);
 
 #[pymethods]
 impl Agent {
-    /// The caller keeps the tensors of `memory` alive until `close` has returned.
+    /// `tensors` are those that `memory` describes: kept alive as long as this agent is.
     #[new]
-    #[pyo3(signature = (settings, layout, memory, rank=0, token=None, load_wait_ms=2000, store_wait_ms=2000))]
+    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_wait_ms=2000, store_wait_ms=2000))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
     fn new(
         py: Python<'_>,
         settings: Vec<(String, String)>,
         layout: &str,
         memory: &str,
+        tensors: Vec<Py<PyAny>>,
         rank: u32,
         token: Option<String>,
         load_wait_ms: u64,
@@ -225,20 +242,20 @@ impl Agent {
             serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
         let parsed: Layout =
             serde_json::from_str(layout).map_err(|error| PyValueError::new_err(format!("layout: {error}")))?;
-        let tensors = tensors(&map).map_err(PyValueError::new_err)?;
-        if tensors.plan().slot_end() as u64 > parsed.block_bytes {
+        let over = py.detach(|| over_tensors(&map)).map_err(PyValueError::new_err)?;
+        if over.plan().slot_end() as u64 > parsed.block_bytes {
             return Err(PyValueError::new_err(format!(
                 "block_bytes = {}: this rank's part of a slot ends at {}",
                 parsed.block_bytes,
-                tensors.plan().slot_end()
+                over.plan().slot_end()
             )));
         }
-        let plan = tensors.plan().clone();
+        let plan = over.plan().clone();
         let instance = open(py, Some(layout), settings, rank, token)?;
         let patience =
             agent::Patience { load: Duration::from_millis(load_wait_ms), store: Duration::from_millis(store_wait_ms) };
-        let agent = agent::Agent::start(instance, tensors, patience)?;
-        Ok(Self { agent: Mutex::new(Some(Arc::new(agent))), plan })
+        let agent = agent::Agent::start(instance, over, patience)?;
+        Ok(Self { agent: Arc::new(agent), is_closed: AtomicBool::new(false), plan, _tensors: tensors })
     }
 
     /// Submits a load; never waits.
@@ -252,7 +269,7 @@ impl Agent {
         pages: Vec<u32>,
     ) -> PyResult<()> {
         let (agent, keys) = (self.get()?, keys_of(keys)?);
-        self.check_pages(&keys, &pages)?;
+        self.check(ticket, first, &keys, &pages)?;
         agent.load(agent::Load { ticket, lease: LeaseId(lease_id), expires_at_ns, first, keys, pages });
         Ok(())
     }
@@ -260,7 +277,10 @@ impl Agent {
     /// Submits a store; never waits. `parent` is empty for a chain's first block.
     fn store(&self, ticket: u64, parent: &[u8], first: u32, keys: &[u8], pages: Vec<u32>) -> PyResult<()> {
         let (agent, keys) = (self.get()?, keys_of(keys)?);
-        self.check_pages(&keys, &pages)?;
+        self.check(ticket, first, &keys, &pages)?;
+        if pages.contains(&NO_PAGE) {
+            return Err(PyValueError::new_err("pages: NO_PAGE among them; a block is stored whole"));
+        }
         let parent = if parent.is_empty() { BlockKey::default() } else { one_key(parent)? };
         agent.store(agent::Store { ticket, parent, first, keys, pages });
         Ok(())
@@ -268,7 +288,7 @@ impl Agent {
 
     /// Tickets that have ended since the last call.
     fn poll(&self) -> PyResult<Vec<Ended>> {
-        let ended = self.get()?.poll();
+        let ended = self.agent.poll();
         Ok(ended.into_iter().map(|f| (f.ticket, f.is_load, f.missed, f.took.as_secs_f64())).collect())
     }
 
@@ -286,40 +306,29 @@ impl Agent {
 
     #[getter]
     fn is_connected(&self) -> bool {
-        lock(&self.agent).as_ref().is_some_and(|agent| agent.is_connected())
+        self.agent.is_connected()
     }
 
     /// Counters since it was started, by name.
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let agent = self.get()?;
         let counters = PyDict::new(py);
-        for (name, value) in agent.counters().read() {
+        for (name, value) in self.agent.counters().read() {
             counters.set_item(name, value)?;
         }
         Ok(counters)
     }
 
-    /// Ends every ticket and the thread; the tensors are not touched after this.
+    /// Ends every ticket and the thread; the tensors are not touched after this. `poll` still tells how
+    /// they ended.
     fn close(&self, py: Python<'_>) {
-        let taken = lock(&self.agent).take();
-        py.detach(|| {
-            let Some(mut agent) = taken else { return };
-            // A call that is still in another thread holds it for one wait at the most.
-            loop {
-                match Arc::try_unwrap(agent) {
-                    Ok(agent) => return drop(agent),
-                    Err(shared) => agent = shared,
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        });
+        self.is_closed.store(true, Ordering::Release);
+        py.detach(|| self.agent.stop());
     }
 }
 
 #[expect(unsafe_code, reason = "an address that Python gives is Python's promise")]
-fn tensors(map: &MemoryMap) -> Result<TensorMemory, String> {
-    // SAFETY: `Agent`'s caller keeps the tensors alive until `close` has returned (its documentation),
-    // and an inference engine leaves pages alone while they are loaded or stored.
+fn over_tensors(map: &MemoryMap) -> Result<TensorMemory, String> {
+    // SAFETY: `Agent` holds the tensors as long as the thread lives (the order of its fields), and an inference engine leaves pages alone while they are loaded or stored.
     unsafe { TensorMemory::new(map) }
 }
 

@@ -267,3 +267,51 @@ fn a_session_without_a_layout_matches_and_moves_nothing() {
     assert_eq!(scheduler.match_prefix(&keys).blocks, 4);
     assert_eq!(scheduler.reserve(BlockKey::default(), 0, &chain("b", 2)), [Reserved::Dropped; 2]);
 }
+
+#[test]
+fn a_reset_before_anybody_has_attached_is_remembered() {
+    let mut place = Place::new();
+    let keys = chain("a", 20);
+    let mut agent = place.agent(0, &[]);
+    assert_eq!(store(&mut agent, &keys), 20);
+    eventually("headers are written", || place.metric("ssd_header_writes_count") > 0);
+    std::thread::sleep(Duration::from_millis(100));
+    drop(agent);
+    let stopped = ask(&place.socket(), &Request::Stop, Duration::from_secs(5));
+    assert!(stopped.is_ok());
+    eventually("it has stopped", || place.stats().is_none());
+    std::thread::sleep(Duration::from_millis(300));
+
+    // This server knows no layout yet, so it cannot clear what it cannot read; it says so.
+    place.serve(&[]);
+    let external = [("server_launch_mode", "external"), ("start_wait_ms", "50")];
+    let mut scheduler = Instance::open(place.config(1, &external), None, 0).unwrap();
+    assert!(scheduler.reset().unwrap_err().contains("a restart may find blocks again"));
+    let mut agent = place.agent(0, &[]);
+    assert_eq!(load(&mut agent, &keys), 0, "but does not serve it");
+    assert_eq!(place.metric("ssd_recovered_blocks_count"), 0);
+}
+
+#[test]
+fn a_slot_on_loan_outlives_the_scheduler_that_was_granted_it() {
+    let place = Place::new();
+    let keys = chain("a", 4);
+    let token = kvring_ipc::instance::random_token();
+    let open =
+        |layout: Option<Layout>| Instance::open_with_token(place.config(0, &[]), layout, 0, token.clone()).unwrap();
+    let mut worker = DirectAgent::new(open(Some(layout())), HostMemory::new(64, BLOCK));
+    let mut scheduler = open(None);
+    assert_eq!(store(&mut worker, &keys), 4);
+    let matched = scheduler.match_prefix(&keys);
+    let lease = matched.lease.unwrap();
+    assert_eq!(matched.blocks, 4);
+    worker.load(lease, 0, &keys, &[0, 1, 2, 3], Duration::from_secs(5), |_, _| ());
+    // The worker may still be copying, and knows of no end but the expiry.
+    drop(scheduler);
+    eventually("the scheduler has left", || place.metric("sessions_count") == 1);
+    // The gauge follows within a round of housekeeping.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(place.metric("leases_count"), 1);
+    drop(worker);
+    eventually("nobody is left to copy", || place.metric("leases_count") == 0);
+}

@@ -95,8 +95,6 @@ class Instance:
             structured_output_manager=StructuredOutputManager(self.config),
             log_stats=True,
         )
-        metadata = self.worker.get_handshake_metadata()
-        self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): metadata})
         init_none_hash(digest)
         self.hasher = get_request_block_hasher(BLOCK, digest)
         self.compared = 0
@@ -211,7 +209,7 @@ def main() -> None:
         first.step()
     second = Instance(spec["model"], spec["second"], 400)
     second.worker.unregister_kv_caches()
-    second.worker.restore_kv_caches(second.caches)
+    second.worker.restore_kv_caches()
     loaded = second.run(spec["prompts"], 40)
     small = Instance(spec["model"], spec["third"], 24)
     squeezed = small.run(spec["prompts"] * 2, 40)

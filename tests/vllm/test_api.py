@@ -95,12 +95,22 @@ def test_wrong_input_is_named(settings: dict[str, object]) -> None:
         agent.store(1, b"", 0, bytes(16), [4])
     with pytest.raises(ValueError, match="1 for each"):
         agent.store(1, b"", 0, bytes(32), [1])
+    with pytest.raises(ValueError, match="stored whole"):
+        agent.store(1, b"", 0, bytes(16), [kvring.NO_PAGE])
+    with pytest.raises(ValueError, match="at most 8192"):
+        agent.load(1, (1, 1), 8192, bytes(16), [1])
     with pytest.raises(ValueError, match="multiple of 16"):
         agent.store(1, b"", 0, bytes(17), [1])
     with pytest.raises(ValueError, match="block_bytes = 2048"):
         kvring.Agent(layout(memory, block_bytes=2048), memory, **settings)
     with pytest.raises(ConnectionError, match='dtype: the server has "bfloat16", this instance "fp8"'):
         kvring.Agent(layout(memory, dtype="fp8"), memory, **{**settings, "instance_id": 0, "instance_num": 2})
+    huge = kvring.Memory([kvring.Group([torch.zeros(2, 1 << 18, 2)[:, :, :1]])])
+    with pytest.raises(ValueError, match="more than 65,536 runs"):
+        kvring.Agent(layout(huge), huge, **settings)
+    with pytest.raises(ValueError, match="stride of 0"):
+        alias = kvring.Memory([kvring.Group([torch.zeros(1, 1, 1).expand(4, 8, 8)])])
+        kvring.Agent(layout(alias), alias, **settings)
     with pytest.raises(ValueError, match="cpu_cache_gb"):
         kvring.Instance(cpu_cache_gb="many")
     with pytest.raises(ValueError, match="closest is cpu_cache_gb"):

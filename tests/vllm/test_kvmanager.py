@@ -176,3 +176,22 @@ def test_instance_zero_may_be_killed(socket: str) -> None:
     assert again.manager.get_match(TOKENS)[1].sum() == 96, "and come back"
     again.close()
     one.close()
+
+
+def test_a_second_manager_of_one_id_is_refused_and_a_bad_job_answers(socket: str) -> None:
+    first = Instance(socket, 0)
+    with pytest.raises(ValueError, match="another KVManager has this dp_client_id"):
+        KVManager(first.manager.model_config, first.manager.cache_config, 0, socket).start()
+    with pytest.raises(ConnectionError, match="intra_client_id"):
+        Rank(first.manager, 0, 0, 3)
+    # A block that the tensors do not have: the task fails, the next one does not.
+    assert put(first, [1, 2, 3, 4, 5, 6]).status == KVResponseStatus.SUCCESS
+    task, _ = first.manager.get_match(TOKENS)
+    first.manager.launch(task, slots([1, 2, 3, 4, 5, BLOCKS]))
+    assert first.manager.wait(task, timeout=10)[task].status == KVResponseStatus.FAILED
+    task = first.manager.get_async(TOKENS, slots([11, 12, 13, 14, 15, 16]))
+    assert first.manager.wait(task, timeout=10)[task].status == KVResponseStatus.SUCCESS
+    # Who shuts down ends what is under way.
+    first.close()
+    again = Instance(socket, 0)
+    again.close()

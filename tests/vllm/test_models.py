@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import model as tiny
-from conftest import Cache, eventually, prompt
+from conftest import SHARED, Cache, eventually, prompt
 
 from engine import Nursery
 
@@ -23,6 +23,9 @@ def test_a_hybrid_model_shares_full_and_windowed_layers(directory: Path, tmp_pat
         answer = second.generate(prompts, tokens=40)
         assert answer["tokens"] == expected
         assert answer["cached"] == [384, 288]
+        # Blocks that do not come are computed, whichever group's they are.
+        losing = {**SHARED, "kv_connector": "LosingConnector", "kv_connector_module_path": "faults"}
+        assert cache.engine(losing).generate(prompts, tokens=40)["tokens"] == expected
         # Only what lies in a layer's window is copied, and the tokens depend on it.
         assert cache.corrupt_pool() > 0
         assert cache.engine().generate(prompts, tokens=40)["tokens"] != expected

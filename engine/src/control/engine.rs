@@ -112,11 +112,11 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Builds everything and starts the shard. When it returns, the first piece of the pool serves.
+    /// Builds everything and starts the shard; with `forget`, what the SSD holds is not taken back. When it returns, the first piece of the pool serves.
     ///
     /// # Errors
     /// [`BuildError`]: nothing was started.
-    pub fn start(config: &Config, layout: Layout, on_mismatch: OnMismatch) -> Result<Self, BuildError> {
+    pub fn start(config: &Config, layout: Layout, on_mismatch: OnMismatch, forget: bool) -> Result<Self, BuildError> {
         layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
         let slot_bytes = layout.block_bytes;
         // The disk first: what can be refused is refused before the pool takes memory.
@@ -151,7 +151,10 @@ impl Engine {
         cache.index.log = Some(log);
         let metrics = Arc::new(Metrics::default());
         // Without checksums a header may name a block whose slot was written anew since: start cold.
-        let recovered = if config.checksum { cache.recover() } else { 0 };
+        let recovered = if config.checksum && !forget { cache.recover() } else { 0 };
+        if forget {
+            cache.reset();
+        }
         metrics.ssd_recovered_blocks_count.add(u64::from(recovered));
         if with_disk {
             tracing::info!("{recovered} blocks found on the SSD");

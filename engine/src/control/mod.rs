@@ -113,6 +113,8 @@ pub struct Server {
     matches_logged: u64,
     media_errors: [u64; 3],
     media_warned: Option<Instant>,
+    /// A reset came before there was a data plane.
+    forget_at_start: bool,
     stopping: bool,
 }
 
@@ -147,7 +149,8 @@ impl Server {
         remove_stale_socket(&path)?;
         // The data plane before the socket: whoever connects is served at once.
         raise_descriptor_limit();
-        let engine = layout.clone().map(|layout| Engine::start(&config, layout, config.ssd_on_mismatch)).transpose()?;
+        let engine =
+            layout.clone().map(|layout| Engine::start(&config, layout, config.ssd_on_mismatch, false)).transpose()?;
         let listener = listen(&path).map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(system("epoll"))?;
         let server = Self {
@@ -166,6 +169,7 @@ impl Server {
             matches_logged: 0,
             media_errors: [0; 3],
             media_warned: None,
+            forget_at_start: false,
             stopping: false,
         };
         server.watch(server.listener.as_fd(), LISTENER)?;
@@ -286,6 +290,7 @@ impl Server {
             Request::Reset => match &self.engine {
                 _ if !self.is_same_user(number) => {
                     self.reply(number, &Refusal::for_good("only the server's user may reset it".into()).into_reply());
+                    self.drop_if_no_session(number);
                 }
                 Some(engine) => {
                     engine.tell(ToShard::Reset(number));
@@ -293,7 +298,13 @@ impl Server {
                         connection.awaits_reset = true;
                     }
                 }
-                None => self.reply(number, &Reply::Reset { blocks: 0, durable: true }),
+                None => {
+                    // What the SSD holds is forgotten when somebody says what its blocks look like.
+                    self.forget_at_start = true;
+                    let durable = self.config.ssd_cache_bytes == 0;
+                    self.reply(number, &Reply::Reset { blocks: 0, durable });
+                    self.drop_if_no_session(number);
+                }
             },
             Request::Stop => {
                 self.stopping = self.is_same_user(number);
@@ -367,7 +378,8 @@ impl Server {
                 return Err(Refusal::for_now("no worker has said yet what its blocks look like".into()));
             };
             // A layout that no operator gave never empties a cache that is there.
-            let engine = Engine::start(&self.config, layout, OnMismatch::Refuse).map_err(|error| {
+            let forget = self.forget_at_start;
+            let engine = Engine::start(&self.config, layout, OnMismatch::Refuse, forget).map_err(|error| {
                 tracing::error!("{error}");
                 Refusal::for_now(error.to_string())
             })?;
@@ -510,6 +522,10 @@ impl Server {
             match message {
                 FromShard::Gone(session) => drop(session),
                 FromShard::Reset { asked_by, blocks, durable } => {
+                    // Written is not durable: what the drive's cache holds goes with the power.
+                    let with_disk = self.config.ssd_cache_bytes > 0;
+                    let flush = || crate::device::files::flush_headers(&self.config.ssd_cache_dirs).is_ok();
+                    let durable = durable && (!with_disk || flush());
                     tracing::info!("reset: {blocks} blocks forgotten");
                     self.reply(asked_by, &Reply::Reset { blocks: u64::from(blocks), durable });
                     if let Some(connection) = self.connections.get_mut(&asked_by) {

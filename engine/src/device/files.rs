@@ -96,6 +96,14 @@ fn path_of(dir: &Path, file: u32) -> PathBuf {
     dir.join(if file == 0 { "kvring.cache".to_owned() } else { format!("kvring.cache.{file}") })
 }
 
+/// Has every device write out what its cache holds of the headers. Blocks: for the control plane.
+///
+/// # Errors
+/// What the system says of opening or flushing.
+pub fn flush_headers(dirs: &[PathBuf]) -> std::io::Result<()> {
+    dirs.iter().try_for_each(|dir| File::open(path_of(dir, 0))?.sync_data())
+}
+
 /// Opens or makes every device's files. Nothing of another cache is touched before all are locked.
 ///
 /// # Errors

@@ -28,7 +28,7 @@ use crate::limits::{
     DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, PREFETCH_AHEAD_MAX, SESSION_BUDGET, SESSIONS_MAX,
 };
 use crate::metrics::Metrics;
-use crate::tier::host::SessionId;
+use crate::tier::host::{SessionId, Writer};
 use load::{Asked, Dirty, Loads, Waiter};
 use session::Session;
 use transfer::{Landed, Purpose, Transfers};
@@ -222,13 +222,16 @@ impl<D: Device> Shard<D> {
         if std::mem::replace(&mut session.ended, true) {
             return;
         }
-        let id = session.writer.session;
+        let Writer { session: id, instance, .. } = session.writer;
+        let mut others = self.sessions.iter().flatten();
+        let heir = others.find(|other| !other.ended && other.writer.instance == instance);
+        let heir = heir.map(|other| other.writer.session);
         let mut from = 0;
         while let Some(load) = self.loads.next_where(from, |load| load.session == Some(at)) {
             self.orphan(load);
             from = load + 1;
         }
-        let lost = self.cache.end_session(id, drained);
+        let lost = self.cache.end_session(id, drained, heir);
         self.metrics.abort_blocks_count.add(u64::from(lost));
     }
 
@@ -668,13 +671,16 @@ impl<D: Device> Shard<D> {
             self.metrics.ssd_checksum_errors_count.add(1);
         }
         let good = moved && sound;
+        // Forgotten while it was read, with an ancestor or by a reset: nobody gets it any more.
+        let wanted = good && !self.cache.index.block(block).is_detached();
         // Held until every waiter has its loan, so that no eviction comes between.
         let held = self.cache.index.pin(block);
         let forgotten = self.cache.end_read(block, good);
         self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
         while let Some(Waiter { load: at, index }) = self.loads.next_waiter(host_slot) {
             let load = *self.loads.get(at);
-            let grant = if good { self.cache.loan(load.lease, load.instance, load.first + index, block) } else { None };
+            let grant =
+                if wanted { self.cache.loan(load.lease, load.instance, load.first + index, block) } else { None };
             let status = if grant.is_some() { Status::Ok } else { Status::Miss };
             match status {
                 Status::Ok => self.metrics.load_blocks_ssd_count.add(1),

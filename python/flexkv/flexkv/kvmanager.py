@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -24,9 +25,12 @@ from flexkv.server.hub import Hub, Message, path_of
 
 __all__ = ["KVManager", "KVResponse", "KVResponseStatus"]
 
+logger = logging.getLogger("kvring.flexkv")
+
 TASKS_MAX = 100_000
 TASK_SECONDS = 1800.0
-"""A plan that nobody launches is forgotten after this."""
+"""A plan that nobody launches, or an end that nobody asks for, is forgotten after this."""
+SWEEP_SECONDS = 60.0
 
 
 @dataclasses.dataclass
@@ -60,6 +64,11 @@ class KVManager:
     ) -> None:
         self.model_config, self.cache_config = model_config, cache_config
         self._size = int(cache_config.tokens_per_block)
+        if model_config.model is None:
+            logger.warning(
+                "ModelConfig names no model: blocks are shared by every model of this shape on this server. "
+                "Give ModelConfig(model=...) its name and revision"
+            )
         self._settings: dict[str, Any] = {"server_recv_port": server_recv_port} if server_recv_port else {}
         said, _ = kvring.load_config(**self._settings)
         if "instance_id" not in said:
@@ -78,6 +87,7 @@ class KVManager:
         self._ids = itertools.count(dp_client_id * 10_000_000 + 1)
         self._tasks: dict[int, _Task] = {}
         self._changed = threading.Condition(threading.RLock())
+        self._next_sweep = 0.0
         self._hub: Hub | None = None
         self._instance: kvring.Instance | None = None
 
@@ -129,6 +139,12 @@ class KVManager:
         if self._hub:
             self._hub.close()
             self._hub = None
+        with self._changed:
+            for task in self._tasks.values():
+                if task.waits_for:
+                    task.waits_for, task.status = set(), KVResponseStatus.FAILED
+                    task.missed = set(range(task.end - task.first))
+            self._changed.notify_all()
         if self._instance:
             self._instance.close()
             self._instance = None
@@ -156,8 +172,10 @@ class KVManager:
     def _plan(self, is_get: bool, chain: kvring.KeyChain, tokens: int, first: int, end: int) -> int:
         task_id, now = next(self._ids), time.monotonic()
         with self._changed:
-            if len(self._tasks) >= TASKS_MAX:
-                for old in [i for i, t in self._tasks.items() if now - t.made > TASK_SECONDS]:
+            if len(self._tasks) >= TASKS_MAX or now > self._next_sweep:
+                self._next_sweep = now + SWEEP_SECONDS
+                abandoned = [i for i, t in self._tasks.items() if not t.waits_for and now - t.made > TASK_SECONDS]
+                for old in abandoned:
                     self._forget(old)
             self._tasks[task_id] = _Task(is_get, tokens, chain, first, max(first, end), now)
         return task_id
@@ -230,7 +248,10 @@ class KVManager:
         """Has the resident prefix read from the SSD into the pool. It ends at once; its mask says how far."""
         task_id, _mask = self.get_match(token_ids, namespace=namespace)
         with self._changed:
-            self._tasks[task_id].status = KVResponseStatus.SUCCESS
+            task = self._tasks[task_id]
+            task.status = KVResponseStatus.SUCCESS
+            # What is being read is in use until it is there; then it may be evicted like any other.
+            self._release(task)
         return task_id
 
     # Transfers.
@@ -312,6 +333,7 @@ class KVManager:
         with self._changed:
             task = self._tasks[task_id]
             if task.status is None:
+                # A load that is not whole has failed; a store that is not whole has stored less.
                 failed = task.missed and task.is_get
                 task.status = KVResponseStatus.FAILED if failed else KVResponseStatus.SUCCESS
             self._release(task)
@@ -326,7 +348,8 @@ class KVManager:
         self._release(self._tasks.pop(task_id))
 
     def cancel(self, task_ids: int | Sequence[int]) -> None:
-        """A plan is forgotten; a store under way stops; a load under way ends by itself."""
+        """A plan is forgotten; a store under way is told to stop, a load under way ends by itself: what was
+        launched still has an end to wait for, and its slots are in use until then."""
         for task_id in [task_ids] if isinstance(task_ids, int) else task_ids:
             with self._changed:
                 task = self._tasks.get(task_id)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
     SupportsHMA,
@@ -28,13 +26,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-
-
-@dataclasses.dataclass
-class WorkerReady(KVConnectorHandshakeMetadata):
-    """Whether a worker can move blocks."""
-
-    problem: str | None
 
 
 class KvringConnector(KVConnectorBase_V1, SupportsHMA):
@@ -78,12 +69,9 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         """Before the engine's memory goes to sleep."""
         self._worker.close()
 
-    def restore_kv_caches(self, kv_caches: dict[str, torch.Tensor], *_args: Any, **_kwargs: Any) -> None:
+    def restore_kv_caches(self, *_args: Any, **_kwargs: Any) -> None:
         """After it has come back."""
-        self._worker.register(kv_caches)
-
-    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
-        return WorkerReady(self._worker.problem)
+        self._worker.register_again()
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if isinstance(kv_connector_metadata, StepMetadata):
@@ -106,7 +94,9 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         return KVConnectorTransferResults(sending, recving, failed)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        sending, recving, _failed = self._worker.results()
+        # For those who do not ask for transfer results: a request that failed must not look received.
+        sending, recving, failed = self._worker.results()
+        assert not failed, f"loads of {sorted(failed)} failed, and this caller cannot be told"
         return sending or None, recving or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -116,13 +106,6 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker.take_metadata()
 
     # Scheduler.
-
-    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[Any, KVConnectorHandshakeMetadata]) -> None:
-        for rank, ready in metadata.items():
-            if isinstance(ready, WorkerReady) and ready.problem:
-                self._scheduler.turn_off(f"worker {rank}: {ready.problem}")
-
-    set_xfer_handshake_metadata = set_xfer_handshake_metadata_pp_aware
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._scheduler.match(request, num_computed_tokens)

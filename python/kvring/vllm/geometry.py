@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvring
@@ -43,6 +44,9 @@ class Geometry:
                 raise Unsupported(f"{name} = {getattr(parallel, name)}: tokens are spread over ranks")
         if kv_cache_config is None:
             # FlexKV's contract: a connector with one group of vLLM's blocks.
+            model = vllm_config.model_config
+            if model.get_sliding_window() and not getattr(model.hf_text_config, "layer_types", None):
+                raise Unsupported("every layer has a sliding window: use KvringConnector")
             size = vllm_config.cache_config.block_size
             return cls(size, (1,), (size,), False)
         windowed, sizes = False, []
@@ -77,21 +81,61 @@ def namespace(vllm_config: VllmConfig, geometry: Geometry, tenant: str | None) -
     """The root of this model's keys: everything that changes KV bytes and that the scheduler knows."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     identity = {
-        "model": model.model,
+        "model": _model(model),
         "revision": model.revision,
         "code_revision": model.code_revision,
+        "commit": getattr(model.hf_config, "_commit_hash", None),
+        "load_format": _load_format(vllm_config),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
-        "hf_overrides": str(getattr(model, "hf_overrides", None)),
+        "hf_overrides": _overrides(getattr(model, "hf_overrides", None)),
+        "long_rope_from": _long_rope(model),
         "cache_dtype": str(cache.cache_dtype),
         "tokens_per_block": geometry.tokens_per_block,
         "groups": geometry.tokens_per_page,
         "pp_size": parallel.pipeline_parallel_size,
         "shards": shards(vllm_config),
-        "speculative": str(getattr(vllm_config.speculative_config, "model", None)),
+        "drafter": _drafter(vllm_config),
     }
     parts = [("model", json.dumps(identity, sort_keys=True))]
     return kvring.namespace_root([*parts, *([("tenant", tenant)] if tenant else [])])
+
+
+def _model(model: Any) -> Any:
+    """The model's name; for a directory, what it holds: weights may be written anew under one name."""
+    directory = Path(model.model)
+    if not directory.is_dir():
+        return model.model
+    directory = directory.resolve()
+    kinds = (".safetensors", ".bin", ".pt", ".gguf", ".json")
+    files = sorted(path for path in directory.iterdir() if path.suffix in kinds)
+    return [str(directory), [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
+
+
+def _load_format(vllm_config: VllmConfig) -> str:
+    load_format = str(getattr(vllm_config.load_config, "load_format", "auto"))
+    return f"{load_format}/{vllm_config.model_config.seed}" if "dummy" in load_format else load_format
+
+
+def _overrides(overrides: Any) -> str:
+    if callable(overrides):
+        return f"{overrides.__module__}.{overrides.__qualname__}"
+    return str(overrides)
+
+
+def _long_rope(model: Any) -> int | None:
+    """With LongRoPE the longest length that is served decides how every key is rotated."""
+    config = model.hf_text_config
+    ropes = (getattr(config, "rope_scaling", None), getattr(config, "rope_parameters", None))
+    return model.max_model_len if "longrope" in str(ropes).lower() else None
+
+
+def _drafter(vllm_config: VllmConfig) -> str | None:
+    """A drafter with KV of its own lies in the same blocks; one that looks words up does not."""
+    drafter = vllm_config.speculative_config
+    if drafter is None or "ngram" in str(getattr(drafter, "method", "")):
+        return None
+    return f"{getattr(drafter, 'method', None)}/{getattr(drafter, 'model', None)}"
 
 
 def shards(vllm_config: VllmConfig) -> int:
@@ -124,6 +168,9 @@ def memory(
     """This rank's KV tensors, group by group."""
     if kv_cache_config is None:
         names, pages_count = [list(kv_caches)], None
+        first = next(iter(kv_caches.values()), None)
+        if first is not None and geometry.tokens_per_block not in tuple(getattr(first, "shape", ()))[1:]:
+            raise Unsupported(f"KV tensors of shape {list(first.shape)}: a row is not one block")
     else:
         names = [[n for n in group.layer_names if n in kv_caches] for group in kv_cache_config.kv_cache_groups]
         pages_count = kv_cache_config.num_blocks

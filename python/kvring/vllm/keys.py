@@ -51,14 +51,13 @@ class RequestKeys:
         end = min(blocks, request.num_tokens // size, BLOCKS_MAX)
         if end <= first:
             return min(len(self._chain), blocks)
-        extras = {}
+        extras, next_mm = {}, self._next_mm
         for block in range(first, end):
-            extra, self._next_mm = generate_block_hash_extra_keys(
-                request, block * size, (block + 1) * size, self._next_mm
-            )
+            extra, next_mm = generate_block_hash_extra_keys(request, block * size, (block + 1) * size, next_mm)
             if extra:
                 extras[block - first] = [encode(item) for item in extra]
         self._chain.extend(request.all_token_ids[first * size : end * size], extras)
+        self._next_mm = next_mm
         return end
 
     def __getattr__(self, name: str) -> Any:

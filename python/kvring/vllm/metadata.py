@@ -45,12 +45,14 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclasses.dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """Stores that ended, by how many ranks have said so."""
+    """Stores that ended, by how many ranks have said so, and what keeps a worker from moving blocks."""
 
     ended: dict[int, int] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, WorkerMetadata)
         for ticket, ranks in other.ended.items():
             self.ended[ticket] = self.ended.get(ticket, 0) + ranks
+        self.problem = self.problem or other.problem
         return self

@@ -33,6 +33,10 @@ logger = init_logger("vllm.kvring")
 FAILURES_MAX = 3
 """Requests in a row whose load failed, before matching pauses."""
 PAUSE_SECONDS = 10.0
+PAUSE_SECONDS_MAX = 600.0
+"""The pause doubles while every load fails, as when this instance's workers are refused."""
+STORE_SECONDS_MAX = 5.0
+"""After this, a store that was handed to the workers has ended, whether or not a step has said so."""
 
 
 def never_raises(miss: Callable[[], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -62,6 +66,10 @@ class _Tracked:
     matched: int = 0
     start_token: int = 0
     is_loading: bool = False
+    loading: frozenset[int] = frozenset()
+    """Pages that are being loaded."""
+    has_failed: bool = False
+    """A load of it failed: it is computed, and not matched again."""
     stored: int = 0
     """Blocks that are in the cache or were handed to the workers."""
     tickets: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -79,7 +87,8 @@ class SchedulerSide:
         self._step = StepMetadata()
         self._tickets = itertools.count(1)
         self._failures = 0
-        self._paused_until = 0.0
+        self._paused_until, self._pause = 0.0, PAUSE_SECONDS
+        self._last_store = 0.0
         self._instance: kvring.Instance | None = None
         self._ranks = vllm_config.parallel_config.world_size
         self.counters = {"matches": 0, "tokens_asked": 0, "tokens_matched": 0, "loads_failed": 0}
@@ -132,7 +141,7 @@ class SchedulerSide:
         tracked, size = self._track(request), self._geometry.tokens_per_block
         self._release(tracked)
         tracked.matched = tracked.stored = 0
-        if time.monotonic() < self._paused_until:
+        if tracked.has_failed or time.monotonic() < self._paused_until:
             return 0, False
         blocks = tracked.keys.extend_to(request.num_tokens // size)
         if not blocks:
@@ -160,23 +169,29 @@ class SchedulerSide:
             logger.exception("kvring: allocated")
             if external_tokens:
                 # vLLM waits for this load: it has failed, wholly.
-                pages = [page for ids in block_ids for page in ids]
+                tracked = self._requests.get(request.request_id)
+                start = tracked.start_token if tracked else 0
+                at = zip(block_ids, self._geometry.tokens_per_page)
+                pages = [page for ids, size in at for page in ids[start // size :] if page]
                 self._step.loads.append(LoadSpec(request.request_id, next(self._tickets), (0, 0), 0, b"", pages))
 
     def _allocated(self, request: Request, block_ids: tuple[list[int], ...], external_tokens: int) -> None:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.is_loading:
-            assert not external_tokens, "a load that was never matched, or twice"
+            if external_tokens:
+                raise RuntimeError("a load that was never matched, or twice")
             return
         if not external_tokens or tracked.lease is None:
             self._release(tracked)
-            assert not external_tokens, "a load without a lease"
+            if external_tokens:
+                raise RuntimeError("a load without a lease")
             return
         size, start = self._geometry.tokens_per_block, tracked.start_token
         first, end = start // size, (start + external_tokens) // size
         tracked.is_loading = True
         lease = (tracked.lease.id, tracked.lease.expires_at_ns)
         pages = self._geometry.pages(block_ids, first, end, start)
+        tracked.loading = frozenset(pages)
         keys = tracked.keys.slice(first, end)
         self._step.loads.append(LoadSpec(request.request_id, next(self._tickets), lease, first, keys, pages))
 
@@ -184,12 +199,18 @@ class SchedulerSide:
         """This step's loads and stores."""
         step, self._step = self._step, StepMetadata()
         step.preempted = set(output.preempted_req_ids or ())
+        for request_id in step.preempted & self._requests.keys():
+            # Fenced before they are overwritten, and no pages of the request any more: nothing to keep.
+            self._requests[request_id].tickets.clear()
         if self._instance is not None:
             self._add_stores(step, output)
         return step
 
     @never_raises(lambda: None)
     def _add_stores(self, step: StepMetadata, output: SchedulerOutput) -> None:
+        if getattr(output, "has_sync_kv_loads", False):
+            # Another connector loads within this step, and may fail: the next step stores.
+            return
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens))
@@ -225,6 +246,7 @@ class SchedulerSide:
         ticket, keys = next(self._tickets), tracked.keys
         request_id = tracked.request.request_id
         step.stores.append(StoreSpec(request_id, ticket, keys.parent(first), first, keys.slice(first, blocks), pages))
+        self._last_store = time.monotonic()
         if not self.saves_end_with_step:
             tracked.tickets[ticket] = self._ranks
 
@@ -237,9 +259,12 @@ class SchedulerSide:
         if not tracked.is_loading:
             self._release(tracked)
         tracked.is_finished = True
-        if tracked.tickets:
+        if tracked.is_loading:
+            # vLLM keeps the pages until the load has ended, and nothing of it is being stored.
+            tracked.tickets.clear()
+        elif tracked.tickets:
             self._step.retained.add(request.request_id)
-        elif not tracked.is_loading:
+        else:
             del self._requests[request.request_id]
         return bool(tracked.tickets)
 
@@ -248,25 +273,32 @@ class SchedulerSide:
         """What the workers say after a step."""
         metadata = getattr(output, "kv_connector_worker_meta", None)
         if isinstance(metadata, WorkerMetadata):
+            if metadata.problem:
+                self.turn_off(f"a worker moves no blocks: {metadata.problem}")
             for tracked in list(self._requests.values()) if metadata.ended else ():
                 for ticket in tracked.tickets.keys() & metadata.ended.keys():
                     tracked.tickets[ticket] -= metadata.ended[ticket]
                     if tracked.tickets[ticket] <= 0:
                         del tracked.tickets[ticket]
         failed = set(getattr(output, "failed_recving", None) or ())
-        some_failed = bool(getattr(output, "invalid_block_ids", None))
+        invalid = set(getattr(output, "invalid_block_ids", None) or ())
+        # With several ranks, one may fail steps before the last one ends.
+        for tracked in self._requests.values() if invalid or failed else ():
+            if tracked.is_loading and (invalid & tracked.loading or tracked.request.request_id in failed):
+                tracked.has_failed = True
         for request_id in output.finished_recving or ():
             if request_id not in self._requests:
                 continue
             tracked = self._requests[request_id]
             tracked.is_loading = False
             self._release(tracked)
-            if request_id in failed or some_failed:
+            tracked.loading = frozenset()
+            if tracked.has_failed:
                 # What did not come is computed, and stored again.
                 tracked.stored = tracked.start_token // self._geometry.tokens_per_block
                 self._failed()
             else:
-                self._failures = 0
+                self._failures, self._pause = 0, PAUSE_SECONDS
             if tracked.is_finished and not tracked.tickets:
                 del self._requests[request_id]
         for request_id in output.finished_sending or ():
@@ -276,8 +308,9 @@ class SchedulerSide:
         self.counters["loads_failed"] += 1
         self._failures += 1
         if self._failures >= FAILURES_MAX:
-            logger.warning("%d loads in a row have failed: no matches for %.0f s", self._failures, PAUSE_SECONDS)
-            self._paused_until, self._failures = time.monotonic() + PAUSE_SECONDS, 0
+            logger.warning("%d loads in a row have failed: no matches for %.0f s", self._failures, self._pause)
+            self._paused_until, self._failures = time.monotonic() + self._pause, 0
+            self._pause = min(2 * self._pause, PAUSE_SECONDS_MAX)
 
     @never_raises(list)
     def take_events(self) -> list[Any]:
@@ -288,6 +321,11 @@ class SchedulerSide:
         """Forgets every block of the server, for every instance: keys do not tell old weights from new."""
         if not self._instance:
             return True
+        under_way = self._step.stores or any(tracked.tickets for tracked in self._requests.values())
+        if under_way and time.monotonic() < self._last_store + STORE_SECONDS_MAX:
+            # What is being stored now would be stored after the reset: of the old weights, perhaps.
+            logger.warning("reset: stores are still under way; ask again")
+            return False
         try:
             logger.info("reset: %d blocks forgotten", self._instance.reset())
             return True

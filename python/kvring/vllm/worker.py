@@ -33,11 +33,14 @@ class WorkerSide:
         self._saves_end_with_step = saves_end_with_step
         self._agent: kvring.Agent | None = None
         self._stores = False
-        self._groups = 1
+        self._by_request = False
+        self._kv_caches: dict[str, torch.Tensor] = {}
         self._fence_ms = FENCE_MS
         self.problem: str | None = "KV tensors have not been registered"
+        self._told: str | None = None
         self._loads: dict[int, LoadSpec] = {}
         self._refused: list[int] = []
+        self._last: list[kvring.Ended] = []
         self._storing: dict[str, set[int]] = collections.defaultdict(set)
         self._of_ticket: dict[int, str] = {}
         self._ended: dict[int, int] = {}
@@ -52,6 +55,7 @@ class WorkerSide:
         from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
         self.close()
+        self._kv_caches = kv_caches
         try:
             geometry = Geometry.of(self._vllm_config, self._kv_cache_config)
             part = Part.of(self._vllm_config, get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
@@ -61,7 +65,9 @@ class WorkerSide:
             self._fence_ms = int(own.get("fence_ms", FENCE_MS))
             waits = {name: int(own[name]) for name in ("load_wait_ms", "store_wait_ms") if name in own}
             self._agent = kvring.Agent(what, of_rank, rank=part.index, token=token, **waits, **settings)
-            self._stores, self._groups = part.stores, len(geometry.pages_per_block)
+            self._stores = part.stores
+            # vLLM mends single blocks only where every block's past is still there.
+            self._by_request = len(geometry.pages_per_block) > 1 or geometry.is_windowed
             self._saves_end_with_step |= geometry.is_windowed
             self.problem = None
             logger.info("kvring: blocks of %d tokens, %d bytes; %s", what.tokens_per_block, what.block_bytes, what)
@@ -71,6 +77,10 @@ class WorkerSide:
         except ConnectionError as refusal:
             self.problem = str(refusal)
             logger.error("%s: this instance runs without a cache", refusal)
+
+    def register_again(self) -> None:
+        """After vLLM's memory has been away."""
+        self.register(self._kv_caches)
 
     def fence(self, step: StepMetadata) -> None:
         """Pages of preempted requests are about to be overwritten: nobody may still be reading them."""
@@ -114,7 +124,9 @@ class WorkerSide:
     def results(self) -> tuple[set[str], set[str], set[str]]:
         """Requests whose kept pages are free, whose loads have ended, and of those, which failed in part."""
         recving = set()
-        for ended in self._agent.poll() if self._agent else ():
+        all_ended, self._last = self._last, []
+        all_ended += self._agent.poll() if self._agent else []
+        for ended in all_ended:
             kind = self._seconds["load" if ended.is_load else "store"]
             kind[0] += 1
             kind[1] += ended.seconds
@@ -129,7 +141,7 @@ class WorkerSide:
                 if not self._storing[request_id]:
                     del self._storing[request_id]
         # Nothing will come of these: they end at once, with every block missing.
-        refused, self._refused = list(self._loads) if self._agent is None else self._refused, []
+        refused, self._refused = self._refused, []
         for ticket in refused:
             spec = self._loads.pop(ticket)
             recving.add(spec.request_id)
@@ -142,7 +154,7 @@ class WorkerSide:
     def _missed(self, spec: LoadSpec, missed: list[int] | range) -> None:
         if not missed:
             return
-        if self._groups > 1:
+        if self._by_request:
             self._failed_requests.add(spec.request_id)
             return
         # Without keys the load was never well-formed: all its pages count as one block.
@@ -157,9 +169,10 @@ class WorkerSide:
         return failed
 
     def take_metadata(self) -> WorkerMetadata | None:
-        """Stores that ended since the last call."""
+        """Stores that ended since the last call; once, why this worker moves nothing."""
         ended, self._ended = self._ended, {}
-        return WorkerMetadata(ended) if ended else None
+        problem, self._told = None if self._told == self.problem else self.problem, self.problem
+        return WorkerMetadata(ended, problem) if ended or problem else None
 
     def take_counters(self) -> dict[str, float]:
         """Counters since the last call."""
@@ -177,8 +190,7 @@ class WorkerSide:
         """Ends every ticket: vLLM's tensors are not touched after this."""
         if self._agent:
             self._agent.close()
+            # Whatever was under way has ended with it, and is told of with the next step.
+            self._last += self._agent.poll()
             self._agent = None
-            # A store that was under way has ended with the agent.
-            self._ended.update(dict.fromkeys(self._of_ticket, 1))
-            self._of_ticket.clear()
-            self._storing.clear()
+            self._counted = {}

@@ -77,15 +77,15 @@ def instance(system: str, place: Path, model: Path, wait: float) -> None:
         tokens.append(list(output.outputs[0].token_ids))
     time.sleep(wait)
     print("ANSWER " + json.dumps({"seconds": seconds, "cached": cached, "tokens": tokens}), flush=True)
-    os._exit(0)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def peer(system: str, python: str) -> subprocess.Popen[bytes] | None:
     if system != "lmcache":
         return None
     command = [
-        str(Path(python).parent / "lmcache"), "server", "--l1-size-gb", "1", "--eviction-policy", "LRU", "--port", "5600",
-        "--http-port", "5680", "--chunk-size", "32", "--no-l1-use-lazy", "--supported-transfer-mode", "auto",
+        str(Path(python).parent / "lmcache"), "server", "--l1-size-gb", "1", "--eviction-policy", "LRU",
+        "--port", "5600", "--http-port", "5680", "--chunk-size", "32", "--no-l1-use-lazy", "--supported-transfer-mode", "auto",
         "--shm-name", "kvring-bench-peer",
     ]  # fmt: skip
     environment = {**os.environ, "LMCACHE_TRACK_USAGE": "false"}
@@ -108,10 +108,14 @@ def run(system: str, python: str, model: Path) -> dict[str, Any]:
             for wait in ("2", "0"):
                 told = ["--model", str(model), "--wait", wait]
                 command = [python, __file__, "--instance", system, "--place", place, *told]
-                ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-                lines = [line for line in ran.stdout.splitlines() if line.startswith("ANSWER ")]
+                with tempfile.TemporaryFile("w+") as out:
+                    # A file, not a pipe: an engine's helpers may outlive it and hold the pipe open.
+                    subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                    out.seek(0)
+                    said = out.read()
+                lines = [line for line in said.splitlines() if line.startswith("ANSWER ")]
                 if not lines:
-                    raise RuntimeError(f"{system}: {ran.stderr[-3000:]}")
+                    raise RuntimeError(f"{system}: {said[-3000:]}")
                 answer = json.loads(lines[0].removeprefix("ANSWER "))
             return answer
         finally:

@@ -22,7 +22,7 @@ class ModelConfig(_Fields):
     """What the model's KV looks like, and over how many ranks it lies."""
 
     _defaults: ClassVar[dict[str, Any]] = {
-        "model": "flexkv",
+        "model": None,
         "num_layers": 1,
         "num_kv_heads": 1,
         "head_size": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing.connection as mpc
 import threading
 import time
@@ -26,6 +27,7 @@ class KVTPClient:
         self._connection: mpc.Connection | None = None
         self._agent: kvring.Agent | None = None
         self._threads: list[threading.Thread] = []
+        self._sending = threading.Lock()
 
     def register_to_server(
         self, kv_caches: Sequence[Any], kv_layout: KVCacheLayout, *_more: Any, resume: bool = False, **_named: Any
@@ -46,8 +48,12 @@ class KVTPClient:
                     text = f"{self._path}: no KVManager has been started for dp_client_id = {self.dp_client_id}"
                     raise ConnectionError(text) from None
                 time.sleep(0.05)
+        hub.bound(self._connection)
         hub.send(self._connection, {"rank": self._rank})
-        said = hub.receive(self._connection)["you"]
+        answer = hub.receive(self._connection)
+        if "refused" in answer:
+            raise ConnectionError(f"{self._path}: {answer['refused']}")
+        said = answer["you"]
         part = kvring.Memory([group])
         memory = kvring.Memory([group], offset_in_slot=said["index"] * part.block_bytes)
         block_bytes = -(-part.block_bytes * said["parts"] // 4096) * 4096
@@ -65,35 +71,47 @@ class KVTPClient:
             thread.start()
             self._threads.append(thread)
 
+    def _tell(self, connection: mpc.Connection, ticket: int, missed: list[int]) -> None:
+        with self._sending:
+            hub.send(connection, {"ticket": ticket, "missed": missed})
+
     def _listen(self) -> None:
         agent, connection = self._agent, self._connection
         try:
             while True:
                 job = hub.receive(connection)
                 keys = bytes.fromhex(job["keys"])
-                match job["do"]:
-                    case "load":
-                        agent.load(job["ticket"], tuple(job["lease"]), job["first"], keys, job["pages"])
-                    case "store" if self._stores:
-                        agent.store(job["ticket"], bytes.fromhex(job["parent"]), job["first"], keys, job["pages"])
-                    case "store":
-                        hub.send(connection, {"ticket": job["ticket"], "missed": []})
-                    case "cancel":
-                        agent.fence([job["ticket"]], 0)
-        except (OSError, EOFError, RuntimeError, TypeError):  # TypeError: closed by another thread
+                try:
+                    self._take(agent, connection, job, keys)
+                except Exception:
+                    # Whatever is wrong with this one is no reason to leave the others unanswered.
+                    logging.getLogger("kvring.flexkv").exception("task %s was not taken", job["ticket"])
+                    self._tell(connection, job["ticket"], list(range(len(keys) // kvring.KEY_BYTES)))
+        except (OSError, EOFError, ValueError, TypeError):  # TypeError: closed by another thread
             pass
+        finally:
+            hub.hang_up(connection)
+
+    def _take(self, agent: kvring.Agent, connection: mpc.Connection, job: hub.Message, keys: bytes) -> None:
+        match job["do"]:
+            case "load":
+                agent.load(job["ticket"], tuple(job["lease"]), job["first"], keys, job["pages"])
+            case "store" if self._stores:
+                agent.store(job["ticket"], bytes.fromhex(job["parent"]), job["first"], keys, job["pages"])
+            case "store":
+                self._tell(connection, job["ticket"], [])
+            case "cancel":
+                agent.fence([job["ticket"]], 0)
 
     def _report(self) -> None:
         agent, connection = self._agent, self._connection
         try:
-            while True:
+            while not connection.closed:
                 if agent.wait(at_most_ms=200):
                     for ended in agent.poll():
-                        hub.send(connection, {"ticket": ended.ticket, "missed": ended.missed})
-                elif connection.closed:
-                    return
-        except (OSError, RuntimeError):
-            pass
+                        self._tell(connection, ended.ticket, ended.missed)
+        except (OSError, RuntimeError, TypeError, ValueError):
+            hub.hang_up(connection)
 
     def suspend_gpu_mappings(self) -> int:
         """The tensors go away until `register_to_server(..., resume=True)`: nothing touches them after this."""
@@ -103,12 +121,14 @@ class KVTPClient:
 
     def close(self) -> None:
         """Leaves the manager."""
-        if self._connection:
-            self._connection.close()
-            self._connection = None
         if self._agent:
             self._agent.close()
-            self._agent = None
+        if self._connection:
+            hub.hang_up(self._connection)
+            for thread in self._threads:
+                thread.join(timeout=5)
+            self._connection.close()
+        self._agent = self._connection = None
         self._threads.clear()
 
 

@@ -6,9 +6,12 @@ and says how they ended. A worker that goes away fails what it had.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing.connection as mpc
 import os
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +28,25 @@ def send(connection: mpc.Connection, message: Message) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
+SEND_SECONDS = 1
+"""A peer that does not read for this long is gone."""
+
+
+def bound(connection: mpc.Connection) -> None:
+    """No send on this connection waits longer than SEND_SECONDS."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
+
+
+def hang_up(connection: mpc.Connection) -> None:
+    """Ends a connection, also for a thread that is reading from it."""
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as peer:
+            peer.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
 def receive(connection: mpc.Connection) -> Message:
     return json.loads(connection.recv_bytes())
 
@@ -35,11 +57,20 @@ class Hub:
     def __init__(
         self, path: str, words: Callable[[int], Message], heard: Callable[[int, Message | None], None]
     ) -> None:
+        self._path, self._words, self._heard = path, words, heard
+        self._lock_file = open(f"{path}.lock", "w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.close()
+            raise ValueError(f"{path}: another KVManager has this dp_client_id; give each instance its own") from None
         if os.path.exists(path):
             os.unlink(path)
-        self._path, self._words, self._heard = path, words, heard
-        self._listener = mpc.Listener(path, "AF_UNIX")
-        os.chmod(path, 0o600)
+        before = os.umask(0o177)
+        try:
+            self._listener = mpc.Listener(path, "AF_UNIX")
+        finally:
+            os.umask(before)
         self._workers: dict[int, mpc.Connection] = {}
         self._lock = threading.RLock()
         self._closed = False
@@ -56,7 +87,12 @@ class Hub:
     def _listen(self, connection: mpc.Connection) -> None:
         rank = None
         try:
-            rank = int(receive(connection)["rank"])
+            bound(connection)
+            asked = int(receive(connection)["rank"])
+            if asked in self.ranks():
+                send(connection, {"refused": f"rank {asked} is there already: give each worker its intra_client_id"})
+                return
+            rank = asked
             send(connection, {"you": self._words(rank)})
             receive(connection)  # its tensors are registered
             with self._lock:
@@ -70,6 +106,7 @@ class Hub:
                 if rank is not None and self._workers.get(rank) is connection:
                     del self._workers[rank]
                     self._heard(rank, None)
+            hang_up(connection)
             connection.close()
 
     def ranks(self) -> set[int]:
@@ -87,15 +124,17 @@ class Hub:
                 send(connection, message)
                 told.add(rank)
             except OSError:
-                pass
+                # It has stopped reading, or is gone: its listener hears that, and what it had fails.
+                hang_up(connection)
         return told
 
     def close(self) -> None:
         self._closed = True
         self._listener.close()
         with self._lock:
-            workers, self._workers = self._workers, {}
-        for connection in workers.values():
-            connection.close()
+            workers = list(self._workers.values())
+        for connection in workers:
+            hang_up(connection)
+        self._lock_file.close()
         if os.path.exists(self._path):
             os.unlink(self._path)

@@ -22,7 +22,6 @@ class FlexKVConnectorV1Impl:
     """One per process of a vLLM instance, as vLLM's wrapper makes it."""
 
     def __init__(self, vllm_config: Any, role: Any, *_more: Any, **_named: Any) -> None:
-        self._kv_caches: dict[str, torch.Tensor] = {}
         is_scheduler = role.name == "SCHEDULER"
         self._scheduler = SchedulerSide(vllm_config, None, saves_end_with_step=True) if is_scheduler else None
         self._worker = None if is_scheduler else WorkerSide(vllm_config, None, saves_end_with_step=True)
@@ -30,7 +29,6 @@ class FlexKVConnectorV1Impl:
     # Worker.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor], *_more: Any, **_named: Any) -> None:
-        self._kv_caches = kv_caches
         self._worker.register(kv_caches)
 
     def _step(self) -> StepMetadata | None:
@@ -77,7 +75,7 @@ class FlexKVConnectorV1Impl:
 
     def after_device_wake(self, *_more: Any) -> None:
         if self._worker:
-            self._worker.register(self._kv_caches)
+            self._worker.register_again()
 
     # Scheduler.
 
