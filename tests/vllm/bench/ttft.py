@@ -1,4 +1,5 @@
-"""Time to first token of a second instance, by what shares the cache: nothing, kvring, or a peer.
+"""Time to first token of a second instance, by what shares the cache: nothing, kvring, or a peer. `local`
+is the floor: the same prompts again in one engine, from its own cache.
 
     python ttft.py --python kvring=PYTHON --python lmcache=PYTHON --rounds 2
 
@@ -32,7 +33,7 @@ def prompts() -> list[list[int]]:
 
 def transfer(system: str, place: Path) -> dict[str, Any] | None:
     match system:
-        case "none":
+        case "none" | "local":
             return None
         case "kvring":
             own = {
@@ -53,7 +54,7 @@ def transfer(system: str, place: Path) -> dict[str, Any] | None:
         case "files":
             own = {"shared_storage_path": str(place)}
             return {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": own}
-    raise ValueError(f"system = {system}: none, kvring, lmcache or files is expected")
+    raise ValueError(f"system = {system}: none, local, kvring, lmcache or files is expected")
 
 
 def instance(system: str, place: Path, model: Path, wait: float) -> None:
@@ -68,6 +69,10 @@ def instance(system: str, place: Path, model: Path, wait: float) -> None:
     first = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
     # Kernels are warm after one that nobody shares.
     llm.generate([{"prompt_token_ids": [5 + os.getpid() % 900] * 64}], first, use_tqdm=False)
+    if system == "local":
+        # The floor: everything is in this very engine's own cache.
+        for prompt in prompts():
+            llm.generate([{"prompt_token_ids": prompt}], first, use_tqdm=False)
     seconds, cached, tokens = [], [], []
     for prompt in prompts():
         started = time.perf_counter()
@@ -83,11 +88,9 @@ def instance(system: str, place: Path, model: Path, wait: float) -> None:
 def peer(system: str, python: str) -> subprocess.Popen[bytes] | None:
     if system != "lmcache":
         return None
-    command = [
-        str(Path(python).parent / "lmcache"), "server", "--l1-size-gb", "1", "--eviction-policy", "LRU",
-        "--port", "5600", "--http-port", "5680", "--chunk-size", "32", "--no-l1-use-lazy", "--supported-transfer-mode", "auto",
-        "--shm-name", "kvring-bench-peer",
-    ]  # fmt: skip
+    program = str(Path(python).parent / "lmcache")
+    options = "--l1-size-gb 1 --eviction-policy LRU --port 5600 --http-port 5680 --chunk-size 32 --no-l1-use-lazy"
+    command = [program, "server", *options.split(), "--supported-transfer-mode", "auto", "--shm-name", "kvring-bench"]
     environment = {**os.environ, "LMCACHE_TRACK_USAGE": "false"}
     started = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(15)
