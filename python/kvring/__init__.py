@@ -112,17 +112,52 @@ class Layout:
         return json.dumps({**dataclasses.asdict(self), "key_contract": _native.KEY_CONTRACT_VERSION})
 
 
+class _Array:
+    """A numpy array, seen as a tensor."""
+
+    def __init__(self, array: Any) -> None:
+        if not array.flags.writeable:
+            raise ValueError("a read-only array cannot be loaded into")
+        self._array = array
+        self.shape = array.shape
+
+    def data_ptr(self) -> int:
+        return self._array.ctypes.data
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(stride // self._array.itemsize for stride in self._array.strides)
+
+    def element_size(self) -> int:
+        return self._array.itemsize
+
+
+def _as_tensor(tensor: Any) -> Any:
+    if hasattr(tensor, "data_ptr"):
+        return tensor
+    if hasattr(tensor, "__array_interface__"):
+        return _Array(tensor)
+    if hasattr(tensor, "__dlpack__"):
+        import numpy
+
+        return _Array(numpy.from_dlpack(tensor))
+    raise ValueError(f"a {type(tensor).__name__} has neither data_ptr(), nor an array interface, nor DLPack")
+
+
 @dataclasses.dataclass
 class Group:
     """KV tensors that share a block table. Dimension 0 counts pages; the others are one page.
 
-    A tensor is anything with `data_ptr()`, `shape`, `stride()` and `element_size()`, as torch's have.
+    A tensor is anything with `data_ptr()`, `shape`, `stride()` and `element_size()`, as torch's have, a
+    numpy array, or an object of host memory that speaks DLPack (for which numpy is needed).
     With `rows_per_page` above 1, that many neighbours in dimension 0 are one page.
     """
 
     tensors: Sequence[Any]
     pages_per_block: int = 1
     rows_per_page: int = 1
+
+    def __post_init__(self) -> None:
+        self.tensors = [_as_tensor(tensor) for tensor in self.tensors]
 
     def to_map(self) -> dict[str, Any]:
         return {"pages_per_block": self.pages_per_block, "tensors": [self._tensor(t) for t in self.tensors]}

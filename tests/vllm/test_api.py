@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import stop_server
@@ -88,6 +89,27 @@ def test_a_block_comes_back_whatever_the_strides(settings: dict[str, object], or
         loading.load(9, lease, 0, chain.slice(0, 2), [0, 1])
 
 
+def test_numpy_arrays_are_tensors_too(settings: dict[str, object]) -> None:
+    ours = numpy.arange(4 * 8 * 512, dtype=numpy.int64).reshape(4, 8, 512).transpose(0, 2, 1)
+    theirs = numpy.zeros((4, 8, 512), dtype=numpy.int64).transpose(0, 2, 1)
+    memory = kvring.Memory([kvring.Group([ours])])
+    chain = kvring.KeyChain(kvring.namespace_root([]), 1)
+    chain.extend([1, 2])
+    one = kvring.Agent(layout(memory), memory, instance_id=0, instance_num=2, **settings)
+    one.store(1, b"", 0, chain.keys, [3, 1])
+    assert ended(one, 1).missed == []
+    token = kvring.new_token()
+    memory = kvring.Memory([kvring.Group([theirs])])
+    other = kvring.Agent(layout(memory), memory, token=token, instance_id=1, instance_num=2, **settings)
+    scheduler = kvring.Instance(token=token, instance_id=1, instance_num=2, **settings)
+    blocks, lease = scheduler.match(chain.keys)
+    other.load(1, lease, 0, chain.keys, [0, 2])
+    assert blocks == 2 and ended(other, 1).missed == []
+    assert (theirs[[0, 2]] == ours[[3, 1]]).all() and not theirs[[1, 3]].any()
+    other.close()
+    one.close()
+
+
 def test_wrong_input_is_named(settings: dict[str, object]) -> None:
     memory = kvring.Memory([kvring.Group([torch.zeros(4, 2, 16, 32)])])
     agent = kvring.Agent(layout(memory), memory, **settings)
@@ -105,6 +127,8 @@ def test_wrong_input_is_named(settings: dict[str, object]) -> None:
         kvring.Agent(layout(memory, block_bytes=2048), memory, **settings)
     with pytest.raises(ConnectionError, match='dtype: the server has "bfloat16", this instance "fp8"'):
         kvring.Agent(layout(memory, dtype="fp8"), memory, **{**settings, "instance_id": 0, "instance_num": 2})
+    with pytest.raises(ValueError, match="neither data_ptr"):
+        kvring.Group([object()])
     huge = kvring.Memory([kvring.Group([torch.zeros(2, 1 << 18, 2)[:, :, :1]])])
     with pytest.raises(ValueError, match="more than 65,536 runs"):
         kvring.Agent(layout(huge), huge, **settings)

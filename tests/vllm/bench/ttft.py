@@ -23,6 +23,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+# Engine processes find the shim too.
+os.environ["PYTHONPATH"] = str(HERE)
 
 PROMPTS, TOKENS = 12, 960
 
@@ -54,7 +56,15 @@ def transfer(system: str, place: Path) -> dict[str, Any] | None:
         case "files":
             own = {"shared_storage_path": str(place)}
             return {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": own}
-    raise ValueError(f"system = {system}: none, local, kvring, lmcache or files is expected")
+        case "tiering":
+            own = {
+                "spec_name": "TieringOnHost",
+                "spec_module_path": "cpu_offload_shim",
+                "cpu_bytes_to_use": 1 << 30,
+                "secondary_tiers": [{"type": "fs", "root_dir": str(place)}],
+            }
+            return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": own}
+    raise ValueError(f"system = {system}: none, local, kvring, lmcache, files or tiering is expected")
 
 
 def instance(system: str, place: Path, model: Path, wait: float) -> None:
