@@ -20,6 +20,7 @@ HTTP_PORT=${HTTP_PORT:-8001}
 ROUTER_MODE=${ROUTER_MODE:-round-robin}
 KV_CONNECTOR=${KV_CONNECTOR:-KvringConnector}
 WORK_DIR=${WORK_DIR:-$(mktemp -d -t kvring-dynamo-XXXXXX)}
+mkdir -p "$WORK_DIR"
 
 # One cache for all workers.
 unset FLEXKV_CONFIG_PATH
