@@ -138,6 +138,8 @@ struct Shared {
     ended: Condvar,
     counters: Counters,
     is_connected: AtomicBool,
+    /// What keeps a server from being there, or from having our settings.
+    trouble: Mutex<Vec<String>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -225,6 +227,11 @@ impl Agent {
             posted: HashMap::new(),
             copies: [VecDeque::new(), VecDeque::new()],
         };
+        let mut transfer = transfer;
+        // What opening has found out is known from the start.
+        let connected = transfer.instance.is_connected();
+        transfer.shared.is_connected.store(connected, Ordering::Relaxed);
+        transfer.tell_trouble(connected);
         let last_words = LastWords(shared.clone());
         let thread = std::thread::Builder::new().name("kvring-agent".into()).spawn(move || {
             let _last_words = last_words;
@@ -350,6 +357,11 @@ impl Agent {
     /// What it has done.
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// What an operator should know: why there is no server, or which settings the one there does not have.
+    pub fn trouble(&self) -> Vec<String> {
+        lock(&self.shared.trouble).clone()
     }
 
     /// Whether a server is attached, when the thread last looked.
@@ -489,7 +501,9 @@ impl<B: CopyBackend> Transfer<B> {
     /// One look at everything. Says whether there was something to do.
     fn turn(&mut self) -> Result<bool, Broken> {
         let connected = self.instance.session().is_some();
-        self.shared.is_connected.store(connected, Ordering::Relaxed);
+        if self.shared.is_connected.swap(connected, Ordering::Relaxed) != connected || !connected {
+            self.tell_trouble(connected);
+        }
         let number = self.instance.sessions_count();
         if !connected || number != self.session_number {
             self.session_number = number;
@@ -519,6 +533,14 @@ impl<B: CopyBackend> Transfer<B> {
         worked |= self.post()?;
         worked |= self.copy_one()?;
         Ok(worked)
+    }
+
+    fn tell_trouble(&mut self, connected: bool) {
+        let told = match connected {
+            true => self.instance.unheeded().to_vec(),
+            false => self.instance.refusal().or(self.instance.trouble()).map(str::to_owned).into_iter().collect(),
+        };
+        *lock(&self.shared.trouble) = told;
     }
 
     /// Asks for what has not been asked for, as far as there is room: loads first.

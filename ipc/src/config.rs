@@ -585,6 +585,20 @@ const NOT_APPLICABLE_KEYS: &[&str] = &[
 /// Prefixes of FlexKV's distributed settings, none of which apply on one machine.
 const NOT_APPLICABLE_PREFIX: &str = "FLEXKV_LT_POOL_";
 
+/// What each instance says for itself: the server need not have been told the same.
+const CLIENT_SETTINGS: &[&str] = &[
+    "instance_id",
+    "instance_num",
+    "server_recv_port",
+    "server_launch_mode",
+    "server_bin",
+    "server_log",
+    "client_wait_ms",
+    "start_wait_ms",
+    "num_log_interval_requests",
+    "log_level",
+];
+
 /// A setting that cannot be, with everything needed to mend it.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{field} = {value:?} (from {origin}): {problem}")]
@@ -653,6 +667,22 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Every setting by name, as it was said or is by default.
+    pub fn as_text(&self) -> BTreeMap<String, String> {
+        let value = |setting: &Setting| self.said.get(setting.name).map_or(setting.default, String::as_str).to_owned();
+        SETTINGS.iter().map(|setting| (setting.name.to_owned(), value(setting))).collect()
+    }
+
+    /// What was said here of the server, and that this server was not started with: in words.
+    pub fn unheeded_by(&self, server: &BTreeMap<String, String>) -> Vec<String> {
+        let ours = |name: &str| CLIENT_SETTINGS.contains(&name);
+        let differing = self.said.iter().filter(|(name, _)| !ours(name)).filter_map(|(name, said)| {
+            let has = server.get(*name).filter(|has| *has != said)?;
+            Some(format!("{name} = {said}: the server runs with {has}; `kvring stop` lets the next one take it"))
+        });
+        differing.collect()
+    }
+
     /// Reads everything an operator said.
     ///
     /// `flags` are (setting, value) pairs; `env` is usually [`std::env::vars`].

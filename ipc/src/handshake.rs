@@ -97,6 +97,8 @@ pub struct Welcome {
     pub page_bytes: u64,
     /// The server's process.
     pub server_pid: u32,
+    /// What the server was started with: every setting by name, as text.
+    pub settings: std::collections::BTreeMap<String, String>,
 }
 
 /// A connected control socket.

@@ -80,6 +80,10 @@ pub struct Instance {
     put_off: Option<String>,
     stop: Arc<AtomicBool>,
     refused: Option<String>,
+    /// Why there is no server, as far as we tried to start one.
+    trouble: Option<String>,
+    /// Settings of ours that the server was not started with.
+    unheeded: Vec<String>,
     /// Whether a session was ever held: then a server was there, and its loss is ours to mend.
     was_served: bool,
     sessions_count: u32,
@@ -91,6 +95,7 @@ pub struct Instance {
 enum Found {
     Session(Box<Session>),
     Refused { reason: String, permanent: bool },
+    CannotStart(String),
 }
 
 /// The instance's id: what was said, or one that its token gives, so that who numbers nothing meets nobody.
@@ -161,6 +166,8 @@ impl Instance {
             put_off: None,
             stop: Arc::new(AtomicBool::new(false)),
             refused: None,
+            trouble: None,
+            unheeded: Vec::new(),
             was_served: false,
             sessions_count: 0,
             events_session: 0,
@@ -192,7 +199,9 @@ impl Instance {
     }
 
     fn adopt(&mut self, session: Session) {
+        self.unheeded = session.welcome().map_or_else(Vec::new, |welcome| self.config.unheeded_by(&welcome.settings));
         self.session = Some(session);
+        self.trouble = None;
         self.was_served = true;
         self.sessions_count += 1;
     }
@@ -223,6 +232,15 @@ impl Instance {
         self.refused.as_deref()
     }
 
+    /// Why no server could be started, while there is none.
+    pub fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
+    }
+    /// Settings that were said here and that the server, started before, does not have: in words.
+    pub fn unheeded(&self) -> &[String] {
+        &self.unheeded
+    }
+
     /// Starts the thread that connects, and starts the server where that is ours to do.
     fn connect_behind(&mut self) {
         let (sender, receiver) = channel();
@@ -232,11 +250,14 @@ impl Instance {
         let may_start = config.launch_mode == LaunchMode::Embedded && (is_first || self.was_served);
         let connector = move || {
             let mut next_start = Instant::now();
+            let mut patience = Duration::from_secs(2);
+            let mut told = String::new();
             while !stop.load(Ordering::Relaxed) {
                 match Session::connect(&config.socket, &attach, wait) {
                     Ok(session) => return drop(sender.send(Found::Session(Box::new(session)))),
-                    Err(error @ ConnectError::Refused { permanent, .. }) => {
-                        let refused = Found::Refused { reason: error.to_string(), permanent };
+                    Err(ConnectError::Refused { reason, differences, permanent }) => {
+                        let listed: String = differences.iter().map(|difference| format!("; {difference}")).collect();
+                        let refused = Found::Refused { reason: reason + &listed, permanent };
                         if sender.send(refused).is_err() || permanent {
                             return;
                         }
@@ -244,11 +265,21 @@ impl Instance {
                     }
                     Err(ConnectError::NoServer(_)) if may_start && Instant::now() >= next_start => {
                         // A server that cannot start says why in its log; do not start one a moment.
-                        next_start = Instant::now() + Duration::from_secs(2);
+                        next_start = Instant::now() + patience;
                         // Who does not know the layout cannot start a server; a worker will.
                         match attach.layout.as_ref().map(|layout| start_server(&config, layout)) {
                             None | Some(Ok(()) | Err(LaunchError::SomebodyElse)) => {}
-                            Some(Err(error)) => eprintln!("kvring: cannot start the server: {error}"),
+                            Some(Err(error)) => {
+                                patience = (2 * patience).min(Duration::from_secs(60));
+                                let text = error.to_string();
+                                if text != told {
+                                    eprintln!("kvring: cannot start the server: {text}");
+                                    told.clone_from(&text);
+                                    if sender.send(Found::CannotStart(text)).is_err() {
+                                        return;
+                                    }
+                                }
+                            }
                         }
                     }
                     Err(_) => {}
@@ -282,6 +313,7 @@ impl Instance {
                 self.refused = Some(reason);
             }
             Ok(Found::Refused { reason, permanent: false }) => self.put_off = Some(reason),
+            Ok(Found::CannotStart(why)) => self.trouble = Some(why),
             Err(true) => self.connecting = None,
             Err(false) => {}
         }

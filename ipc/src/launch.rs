@@ -1,6 +1,7 @@
 //! Starting a server that is nobody's child: one winner, by file lock.
 
 use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -81,6 +82,7 @@ pub fn start_server(config: &Config, layout: &Layout) -> Result<(), LaunchError>
     let log_path = config.server_log.clone().unwrap_or_else(|| beside_socket(&config.socket, "log"));
     let log = OpenOptions::new().create(true).append(true).open(&log_path);
     let log = log.map_err(system(format!("open the server's log {}", log_path.display())))?;
+    let said_before = log.metadata().map_or(0, |metadata| metadata.len());
     let log_too = log.try_clone().map_err(system("duplicate the log".into()))?;
     let mut command = Command::new(program(config)?);
     command.arg("serve").arg("--detach");
@@ -101,10 +103,21 @@ pub fn start_server(config: &Config, layout: &Layout) -> Result<(), LaunchError>
     // The intermediate process exits as soon as it has started the server proper.
     let status = child.wait().map_err(system("wait for kvring serve --detach".into()))?;
     if !status.success() {
-        let error = std::io::Error::other(format!("{status}; see {}", log_path.display()));
+        let why = last_words(&log_path, said_before).unwrap_or_else(|| status.to_string());
+        let error = std::io::Error::other(format!("{why} (log: {})", log_path.display()));
         return Err(LaunchError::System { what: "kvring serve --detach".into(), error });
     }
     Ok(())
+}
+
+/// What a server that did not start has said: its error, not its progress.
+fn last_words(log: &Path, from: u64) -> Option<String> {
+    let mut text = String::new();
+    let mut file = File::open(log).ok()?;
+    file.seek(SeekFrom::Start(from)).ok()?;
+    file.take(64 << 10).read_to_string(&mut text).ok()?;
+    let errors: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("kvring: ")).collect();
+    errors.iter().find(|line| !line.starts_with("the server did not start")).map(|line| (*line).to_owned())
 }
 
 #[cfg(test)]

@@ -4,20 +4,31 @@ An inference instance is one scheduler and its workers. The scheduler opens an `
 chains of block keys and gets a lease on what is resident. Each worker opens an `Agent` over its KV
 tensors: it loads leased blocks into them and stores new ones, on a thread of its own, without the GIL.
 
+    memory = Memory([Group(tensors)])                    # a tensor a layer; dimension 0 counts pages
     layout = Layout(model="m", dtype="bfloat16", tokens_per_block=16, layers=32, kv_heads=8,
-                    head_size=128, tp_size=1, kv_layout="NHD", block_bytes=2 << 20)
+                    head_size=128, kv_layout=memory.describe(), block_bytes=memory.block_bytes)
     token = new_token()                                  # shared by the processes of one instance
-    agent = Agent(layout, Memory([Group(tensors)]), token=token)
-    scheduler = Instance(token=token)
-    chain = KeyChain(namespace_root([("model", "m")]), tokens_per_block=16)
-    chain.extend(tokens)
-    blocks, lease = scheduler.match(chain.keys)
-    agent.load(1, lease, first=0, keys=chain.keys[: 16 * blocks], pages=list(range(blocks)))
-    agent.wait(at_most_ms=100); ended = agent.poll()
-    scheduler.release(lease)
+    agent = Agent(layout, memory, token=token)           # in a worker; starts the server if there is none
+    scheduler = Instance(token=token)                    # in the scheduler; with the same settings
 
-No call raises because a server is gone or slow: a match is then (0, None), a load ends with the blocks
-that did not come, a store is dropped, and a thread behind connects again. Settings come from keyword
+    chain = KeyChain(namespace_root([("model", "m")]), tokens_per_block=16)
+    chain.extend(tokens)                                 # keys of the full blocks
+    blocks, lease = scheduler.match(chain.keys)
+    if lease:                                            # blocks 0..blocks, into pages 0..blocks
+        agent.load(1, lease, first=0, keys=chain.slice(0, blocks), pages=list(range(blocks)))
+    missing = chain.slice(blocks, len(chain))            # after they have been computed into their pages
+    agent.store(2, chain.parent(blocks), blocks, missing, pages=list(range(blocks, len(chain))))
+    while agent.wait(at_most_ms=100):
+        for ended in agent.poll():                       # in the order in which they ended
+            print(ended.ticket, ended.missed)
+    if lease:
+        scheduler.release(lease)                         # after its loads have ended
+
+`first` is the depth of the first key in its chain; a load whose keys are not those of the lease at that
+depth misses. Opening raises ConnectionError where a server refuses and ValueError for a wrong setting or
+wrong arguments. No later call raises because a server is gone or slow: a match is then (0, None), a load
+ends with the blocks that did not come, a store is dropped, and a thread behind connects again; `trouble`
+says why. Settings come from keyword
 arguments, `KVRING_*`, `FLEXKV_*` or a file, as docs/CONFIG.md lists them; a wrong one raises ValueError
 with its name, its value and the remedy.
 """
@@ -269,7 +280,8 @@ class KeyChain:
 
 
 class Instance:
-    """What an instance's scheduler holds. Each call waits `client_wait_ms` at the most; none raises.
+    """What an instance's scheduler holds. A call waits `client_wait_ms` at the most, and a server that is gone
+    is a miss; only opening one that refuses, and `reset`, raise ConnectionError.
 
     Without a layout it can match, not load or store; with one it may start the server.
     """
@@ -304,6 +316,11 @@ class Instance:
         Raises ConnectionError without a server, and where a restart may still find blocks on the SSD.
         """
         return self._native.reset()
+
+    @property
+    def trouble(self) -> list[str]:
+        """What an operator should know: why there is no server, or which settings the one there does not have."""
+        return self._native.trouble
 
     @property
     def is_connected(self) -> bool:
@@ -350,13 +367,13 @@ class Agent:
         *,
         rank: int = 0,
         token: str | None = None,
-        load_wait_ms: int = 2000,
-        store_wait_ms: int = 2000,
+        load_timeout_ms: int = 2000,
+        store_timeout_ms: int = 2000,
         **settings: Any,
     ) -> None:
         tensors = [tensor for group in memory.groups for tensor in group.tensors]
         self._native = _native.Agent(
-            _said(settings), layout.to_json(), memory.to_json(), tensors, rank, token, load_wait_ms, store_wait_ms
+            _said(settings), layout.to_json(), memory.to_json(), tensors, rank, token, load_timeout_ms, store_timeout_ms
         )
 
     def load(self, ticket: int, lease: Lease | tuple[int, int], first: int, keys: bytes, pages: Sequence[int]) -> None:
@@ -382,6 +399,11 @@ class Agent:
     def fence(self, tickets: Iterable[int], patience_ms: int) -> bool:
         """Waits until these stores read no page any more; stops those that take longer. Whether all were copied."""
         return self._native.fence(list(tickets), patience_ms)
+
+    @property
+    def trouble(self) -> list[str]:
+        """What an operator should know: why there is no server, or which settings the one there does not have."""
+        return self._native.trouble
 
     @property
     def is_connected(self) -> bool:

@@ -12,7 +12,7 @@ use kvring_gpu::agent;
 use kvring_gpu::backend::tensors::TensorMemory;
 use kvring_gpu::layout::{MemoryMap, NO_PAGE, Plan};
 use kvring_ipc::client;
-use kvring_ipc::config::Config;
+use kvring_ipc::config::{Config, Loaded};
 use kvring_ipc::events::{Event, Events};
 use kvring_ipc::instance;
 use kvring_ipc::key::{self, BlockKey};
@@ -53,8 +53,17 @@ fn to_bytes(keys: &[BlockKey]) -> Vec<u8> {
 }
 
 fn config_of(settings: Vec<(String, String)>) -> PyResult<Config> {
-    let loaded = Config::load(&settings, None, std::env::vars());
-    Ok(loaded.map_err(|error| PyValueError::new_err(error.to_string()))?.config)
+    Ok(load(&settings)?.config)
+}
+
+/// Reads a configuration; an argument is no flag here.
+fn load(settings: &[(String, String)]) -> PyResult<Loaded> {
+    Config::load(settings, None, std::env::vars()).map_err(|mut error| {
+        if error.origin == "a flag" || error.origin.starts_with("--") {
+            error.origin = "an argument, or kv_connector_extra_config".into();
+        }
+        PyValueError::new_err(error.to_string())
+    })
 }
 
 fn open(
@@ -161,6 +170,15 @@ impl Instance {
         self.call(py, false, |instance| instance.session().is_some())
     }
 
+    /// Why there is no server, or which settings the one there does not have.
+    #[getter]
+    fn trouble(&self, py: Python<'_>) -> Vec<String> {
+        self.call(py, Vec::new(), |instance| match instance.session() {
+            Some(_) => instance.unheeded().to_vec(),
+            None => instance.refusal().or(instance.trouble()).map(str::to_owned).into_iter().collect(),
+        })
+    }
+
     #[getter]
     fn sessions_count(&self, py: Python<'_>) -> u32 {
         self.call(py, 0, |instance| instance.sessions_count())
@@ -207,8 +225,10 @@ impl Agent {
         let per_block = self.plan.pages_per_block();
         if keys.is_empty() || pages.len() != keys.len() * per_block {
             let (pages, keys) = (pages.len(), keys.len());
-            let text =
-                format!("pages = {pages} for {keys} keys: {per_block} for each of at least one key are expected");
+            let text = format!(
+                "{pages} pages for {keys} keys: a block has {per_block}, so {} are expected, of at least one key",
+                keys * per_block
+            );
             return Err(PyValueError::new_err(text));
         }
         match pages.chunks(per_block).find(|pages| !self.plan.has_pages(pages)) {
@@ -225,7 +245,7 @@ type Ended = (u64, bool, Vec<u32>, f64);
 impl Agent {
     /// `tensors` are those that `memory` describes: kept alive as long as this agent is.
     #[new]
-    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_wait_ms=2000, store_wait_ms=2000))]
+    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_timeout_ms=2000, store_timeout_ms=2000))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
     fn new(
         py: Python<'_>,
@@ -235,8 +255,8 @@ impl Agent {
         tensors: Vec<Py<PyAny>>,
         rank: u32,
         token: Option<String>,
-        load_wait_ms: u64,
-        store_wait_ms: u64,
+        load_timeout_ms: u64,
+        store_timeout_ms: u64,
     ) -> PyResult<Self> {
         let map: MemoryMap =
             serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
@@ -252,8 +272,10 @@ impl Agent {
         }
         let plan = over.plan().clone();
         let instance = open(py, Some(layout), settings, rank, token)?;
-        let patience =
-            agent::Patience { load: Duration::from_millis(load_wait_ms), store: Duration::from_millis(store_wait_ms) };
+        let patience = agent::Patience {
+            load: Duration::from_millis(load_timeout_ms),
+            store: Duration::from_millis(store_timeout_ms),
+        };
         let agent = agent::Agent::start(instance, over, patience)?;
         Ok(Self { agent: Arc::new(agent), is_closed: AtomicBool::new(false), plan, _tensors: tensors })
     }
@@ -302,6 +324,12 @@ impl Agent {
     fn fence(&self, py: Python<'_>, tickets: Vec<u64>, patience_ms: u64) -> PyResult<bool> {
         let agent = self.get()?;
         Ok(py.detach(|| agent.fence(&tickets, Duration::from_millis(patience_ms))))
+    }
+
+    /// Why there is no server, or which settings the one there does not have.
+    #[getter]
+    fn trouble(&self) -> Vec<String> {
+        self.agent.trouble()
     }
 
     #[getter]
@@ -380,8 +408,7 @@ fn next_keys<'py>(
 /// FlexKV settings that do not apply.
 #[pyfunction]
 fn load_config(settings: Vec<(String, String)>) -> PyResult<(std::collections::BTreeMap<String, String>, Vec<String>)> {
-    let loaded = Config::load(&settings, None, std::env::vars());
-    let loaded = loaded.map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let loaded = load(&settings)?;
     let mut said: std::collections::BTreeMap<String, String> =
         loaded.config.said.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
     said.insert("server_recv_port".into(), loaded.config.socket.display().to_string());

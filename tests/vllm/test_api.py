@@ -115,7 +115,7 @@ def test_wrong_input_is_named(settings: dict[str, object]) -> None:
     agent = kvring.Agent(layout(memory), memory, **settings)
     with pytest.raises(ValueError, match="pages of the tensors"):
         agent.store(1, b"", 0, bytes(16), [4])
-    with pytest.raises(ValueError, match="1 for each"):
+    with pytest.raises(ValueError, match="1 pages for 2 keys: a block has 1, so 2 are expected"):
         agent.store(1, b"", 0, bytes(32), [1])
     with pytest.raises(ValueError, match="stored whole"):
         agent.store(1, b"", 0, bytes(16), [kvring.NO_PAGE])
@@ -199,3 +199,19 @@ def test_the_command_is_installed() -> None:
     assert (
         program and kvring.__version__ in subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     )
+
+
+def test_what_keeps_a_server_away_is_said(tmp_path: Path, settings: dict[str, object]) -> None:
+    memory = kvring.Memory([kvring.Group([torch.ones(4, 2, 16, 32)])])
+    nowhere = {"ssd_cache_gb": 1, "ssd_cache_dir": "/proc/nope", "start_wait_ms": 3000}
+    agent = kvring.Agent(layout(memory), memory, **{**settings, **nowhere})
+    assert not agent.is_connected
+    assert any("/proc/nope" in trouble and "directory" in trouble for trouble in agent.trouble), agent.trouble
+    agent.close()
+    # A server that was started with other settings is used, and said so.
+    first = kvring.Agent(layout(memory), memory, **settings)
+    other = kvring.Instance(**{**settings, "cpu_cache_gb": 0.125})
+    assert any("cpu_cache_gb = 0.125: the server runs with 0.0625" in trouble for trouble in other.trouble)
+    assert first.trouble == []
+    other.close()
+    first.close()

@@ -175,6 +175,9 @@ impl Server {
         server.watch(server.listener.as_fd(), LISTENER)?;
         server.watch(server.stop.as_fd(), STOP)?;
         tracing::info!("kvring {} serves {}", env!("CARGO_PKG_VERSION"), server.config.socket.display());
+        if server.engine.is_none() {
+            tracing::info!("pool and SSD are opened when the first worker says what its blocks look like");
+        }
         Ok(server)
     }
 
@@ -360,7 +363,9 @@ impl Server {
         if let (Some(layout), Some(theirs)) = (layout, &attach.layout) {
             let differences = layout.differences(theirs);
             if !differences.is_empty() {
-                let reason = "its parallel configuration is not the server's".into();
+                let reason =
+                    "its model or its layout is not the server's: give it a server of its own (server_recv_port)"
+                        .into();
                 return Err(Refusal { differences, ..Refusal::for_good(reason) });
             }
         }
@@ -369,7 +374,7 @@ impl Server {
         if let Some(other) = taken {
             // For now: the other may be dying, and this one its successor.
             return Err(Refusal::for_now(format!(
-                "instance_id = {} is in use by process {}: give each instance its own",
+                "instance_id = {} is in use by process {}: give each instance its own (FLEXKV_INSTANCE_ID), or none",
                 attach.instance_id, other.pid
             )));
         }
@@ -461,6 +466,7 @@ impl Server {
             slots_count: pool.slots_count,
             page_bytes: pool.pages.bytes(),
             server_pid: std::process::id(),
+            settings: self.config.as_text(),
         };
         epoll::add(&self.epoll, &peer.pidfd, epoll::EventData::new_u64(number * 2 + 1), epoll::EventFlags::IN)?;
         let fds = [segment_fd.as_fd(), pool.fd.as_fd(), their_bell.as_fd(), engine.events.as_fd()];

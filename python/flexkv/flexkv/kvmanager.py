@@ -70,7 +70,9 @@ class KVManager:
                 "Give ModelConfig(model=...) its name and revision"
             )
         self._settings: dict[str, Any] = {"server_recv_port": server_recv_port} if server_recv_port else {}
-        said, _ = kvring.load_config(**self._settings)
+        said, notes = kvring.load_config(**self._settings)
+        for note in notes:
+            logger.warning("%s", note)
         if "instance_id" not in said:
             self._settings["instance_id"] = dp_client_id
             self._settings["instance_num"] = max(int(said.get("instance_num", 1)), dp_client_id + 1)

