@@ -215,7 +215,7 @@ impl Agent {
         let (sender, receiver) = channel();
         let shared = Arc::new(Shared { open: Mutex::new(Some(HashMap::new())), ..Shared::default() });
         let pages_per_block = backend.pages_per_block();
-        let transfer = Transfer {
+        let mut transfer = Transfer {
             instance,
             backend,
             patience,
@@ -227,7 +227,6 @@ impl Agent {
             posted: HashMap::new(),
             copies: [VecDeque::new(), VecDeque::new()],
         };
-        let mut transfer = transfer;
         // What opening has found out is known from the start.
         let connected = transfer.instance.is_connected();
         transfer.shared.is_connected.store(connected, Ordering::Relaxed);
