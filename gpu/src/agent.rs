@@ -510,6 +510,8 @@ impl<B: CopyBackend> Transfer<B> {
             // What another session was asked will never be answered, and what it granted is void.
             self.posted.clear();
             self.copies.iter_mut().for_each(VecDeque::clear);
+            // Nor is it given back: to this session the same grant means another slot's use.
+            self.jobs.values_mut().for_each(|job| job.filled.clear());
             let begun = |job: &Job| !connected || job.asked > 0;
             let lost: Vec<_> = self.jobs.iter().filter(|(_, job)| begun(job)).map(|(ticket, _)| *ticket).collect();
             lost.into_iter().for_each(|ticket| self.end(ticket));

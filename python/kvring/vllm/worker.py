@@ -58,14 +58,14 @@ class WorkerSide:
 
         self.close()
         self._kv_caches = kv_caches
+        token, settings, own = instance(self._vllm_config)
+        self._fence_ms = int(own.get("fence_ms", FENCE_MS))
+        waits = {name: int(own[name]) for name in ("load_timeout_ms", "store_timeout_ms") if name in own}
         try:
             geometry = Geometry.of(self._vllm_config, self._kv_cache_config)
             part = Part.of(self._vllm_config, get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
             of_rank = memory(kv_caches, self._kv_cache_config, geometry, part)
             what = layout(self._vllm_config, geometry, of_rank, part)
-            token, settings, own = instance(self._vllm_config)
-            self._fence_ms = int(own.get("fence_ms", FENCE_MS))
-            waits = {name: int(own[name]) for name in ("load_timeout_ms", "store_timeout_ms") if name in own}
             self._agent = kvring.Agent(what, of_rank, rank=part.index, token=token, **waits, **settings)
             self._stores = part.stores
             # vLLM mends single blocks only where every block's past is still there.
@@ -80,7 +80,8 @@ class WorkerSide:
         except Unsupported as reason:
             self.problem = str(reason)
             logger.warning("kvring does not cache this model: %s", reason)
-        except ConnectionError as refusal:
+        except (ConnectionError, ValueError, OSError) as refusal:
+            # A server that refuses, tensors that cannot be mapped, no thread: settings were read before.
             self.problem = str(refusal)
             logger.error("%s: this instance runs without a cache", refusal)
 
