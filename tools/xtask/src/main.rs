@@ -2,8 +2,11 @@
 
 mod python;
 
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvring_tests::world::{Tally, World};
@@ -120,27 +123,47 @@ fn simulate(seed: u64) -> Outcome<Tally> {
     result.map_err(|_| format!("seed {seed} failed: replay it with `cargo xtask sim {seed}`"))
 }
 
+/// What worlds have done together.
+struct Sum {
+    worlds: u64,
+    total: Tally,
+    told: Instant,
+}
+
+/// Each world is one thread's and knows nothing of the others: as many at once as there are cores for us.
 fn simulate_for(time: Duration) -> Outcome {
     let base = seed_of_commit();
     let started = Instant::now();
-    let mut told = Instant::now();
-    let mut total = Tally::default();
-    let mut worlds = 0;
-    while started.elapsed() < time {
-        let tally = simulate(base.wrapping_add(worlds))?;
-        worlds += 1;
-        total.operations += tally.operations;
-        total.blocks_loaded += tally.blocks_loaded;
-        total.blocks_stored += tally.blocks_stored;
-        total.blocks_missed += tally.blocks_missed;
-        total.deaths += tally.deaths;
-        total.lies += tally.lies;
-        total.crashes += tally.crashes;
-        if told.elapsed() > Duration::from_secs(5) {
-            told = Instant::now();
-            println!("{worlds} worlds, {} operations", total.operations);
+    let next = AtomicU64::new(0);
+    let failed = AtomicBool::new(false);
+    let sum = Mutex::new(Sum { worlds: 0, total: Tally::default(), told: started });
+    let one_after_another = || -> Outcome {
+        // Relaxed: a seed is drawn once, and a failure may be noticed a world late.
+        while started.elapsed() < time && !failed.load(Ordering::Relaxed) {
+            let seed = base.wrapping_add(next.fetch_add(1, Ordering::Relaxed));
+            let tally = simulate(seed).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+            let mut sum = sum.lock().map_err(|_| "a thread that counts worlds panicked")?;
+            sum.worlds += 1;
+            sum.total.operations += tally.operations;
+            sum.total.blocks_loaded += tally.blocks_loaded;
+            sum.total.blocks_stored += tally.blocks_stored;
+            sum.total.blocks_missed += tally.blocks_missed;
+            sum.total.deaths += tally.deaths;
+            sum.total.lies += tally.lies;
+            sum.total.crashes += tally.crashes;
+            if sum.told.elapsed() > Duration::from_secs(5) {
+                sum.told = Instant::now();
+                println!("{} worlds, {} operations", sum.worlds, sum.total.operations);
+            }
         }
-    }
+        Ok(())
+    };
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(one_after_another)).collect();
+        running.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread panicked")?)
+    })?;
+    let Sum { worlds, total, .. } = sum.into_inner().map_err(|_| "a thread panicked")?;
     let minutes = started.elapsed().as_secs_f64() / 60.0;
     println!(
         "{worlds} worlds from seed {base}: {} operations ({:.1} million a minute), {} blocks stored, {} loaded and compared, {} missed, {} deaths, {} lies, {} crashes: no wrong byte, nothing unanswered, nothing leaked",
