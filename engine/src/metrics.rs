@@ -71,6 +71,8 @@ metrics! {
     ssd_read_errors_count: "Reads that failed: each a miss.",
     ssd_write_errors_count: "Writes that failed: the block stays in the pool only.",
     ssd_checksum_errors_count: "Blocks whose bytes were not those written: each a miss.",
+    dram_verified_blocks_count: "Blocks in the pool whose bytes were compared with their checksum.",
+    dram_checksum_errors_count: "Blocks in the pool whose bytes were not those stored: each a miss.",
     blocks_forgotten_count: "Blocks forgotten on doubt, with all that continued them.",
     leases_expired_count: "Leases that nobody released in time.",
     sessions_poisoned_count: "Sessions that broke protocol.",
@@ -83,6 +85,7 @@ metrics! {
     ssd_slots_count: "Slots of the SSD tier.",
     ssd_slots_free_count: "Slots of the SSD tier that are free now.",
     blocks_count: "Blocks known now.",
-    ssd_recovered_blocks_count: "Blocks found on the SSD at start.",
+    ssd_recovered_blocks_count: "Blocks found on the SSD at start, so far.",
+    dram_recovered_blocks_count: "Blocks that an engine process that died had left in the pool.",
     sleeps_count: "Times the shard went to sleep.",
 }

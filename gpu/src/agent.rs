@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvring_ipc::bell;
-use kvring_ipc::client::{Broken, PostError, Session, monotonic_ns};
+use kvring_ipc::client::{Broken, PostError, Session};
 use kvring_ipc::instance::Instance;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Completion, Grant, LeaseId, MATCH_BLOCKS_MAX, Status, Tag};
@@ -215,6 +215,8 @@ impl Agent {
         let (sender, receiver) = channel();
         let shared = Arc::new(Shared { open: Mutex::new(Some(HashMap::new())), ..Shared::default() });
         let pages_per_block = backend.pages_per_block();
+        let mut instance = instance;
+        instance.drain_by_hand();
         let mut transfer = Transfer {
             instance,
             backend,
@@ -510,6 +512,8 @@ impl<B: CopyBackend> Transfer<B> {
             // What another session was asked will never be answered, and what it granted is void.
             self.posted.clear();
             self.copies.iter_mut().for_each(VecDeque::clear);
+            // Copies are made in this thread, one at a time: none is under way.
+            self.instance.drained();
             // Nor is it given back: to this session the same grant means another slot's use.
             self.jobs.values_mut().for_each(|job| job.filled.clear());
             let begun = |job: &Job| !connected || job.asked > 0;
@@ -631,8 +635,8 @@ impl<B: CopyBackend> Transfer<B> {
         job.copies -= 1;
         if job.is_load {
             self.backend.load(session.pool(), grant.slot, pages);
-            // Read after the copy: a lease that holds now held while it was made.
-            if monotonic_ns() < job.expires_at_ns {
+            // Asked after the copy: a lease that holds now held while it was made.
+            if session.pool().holds(job.expires_at_ns) {
                 job.arrived[index] = true;
                 let counters = &self.shared.counters;
                 add(if from_disk { &counters.blocks_loaded_ssd } else { &counters.blocks_loaded_dram }, 1);

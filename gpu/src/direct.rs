@@ -88,6 +88,7 @@ impl<B: CopyBackend> DirectAgent<B> {
                     // None: the session was lost meanwhile, and the slot with it.
                     let Some(pool) = self.instance.pool_of(slot) else {
                         stored.blocks_dropped += 1;
+                        self.instance.abort(&[slot]);
                         continue;
                     };
                     self.backend.store(pool, slot.grant.slot, &[blocks[index] as u32]);

@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::bell;
 use crate::doorbell;
+use crate::epoch::EpochReader;
 use crate::events::{EventReader, Events};
 use crate::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome};
 use crate::key::BlockKey;
@@ -72,13 +73,21 @@ pub struct Pool {
     mapping: Arc<Mapping>,
     slot_bytes: usize,
     slots_count: u32,
+    /// Which pool this is, if it is a server's.
+    id: Option<u64>,
+    epoch: Option<Arc<EpochReader>>,
 }
 
 impl Pool {
     /// A view of a mapped pool.
     pub fn new(mapping: Arc<Mapping>, slot_bytes: usize, slots_count: u32) -> Self {
         assert!(slot_bytes * slots_count as usize <= mapping.bytes());
-        Self { mapping, slot_bytes, slots_count }
+        Self { mapping, slot_bytes, slots_count, id: None, epoch: None }
+    }
+    /// Whether a lease that ends at this moment still held when all that was read before this call was
+    /// read: it had not ended, and the engine process that granted it was alive.
+    pub fn holds(&self, expires_at_ns: u64) -> bool {
+        self.epoch.as_ref().is_none_or(|epoch| epoch.is_current()) && monotonic_ns() < expires_at_ns
     }
     /// The memory.
     pub fn mapping(&self) -> &Arc<Mapping> {
@@ -214,11 +223,17 @@ pub fn monotonic_ns() -> u64 {
 }
 
 impl Session {
-    /// Connects and attaches; every wait is bounded by `timeout`.
+    /// Connects and attaches; every wait is bounded by `timeout`. A pool that is mapped already, as `kept`
+    /// says, stays where it is: what was registered of it stays valid.
     ///
     /// # Errors
     /// [`ConnectError`].
-    pub fn connect(socket: &Path, attach: &Attach, timeout: Duration) -> Result<Self, ConnectError> {
+    pub fn connect(
+        socket: &Path,
+        attach: &Attach,
+        timeout: Duration,
+        kept: Option<&Pool>,
+    ) -> Result<Self, ConnectError> {
         let name = socket.display().to_string();
         let channel = Channel::connect(socket, timeout).map_err(|errno| match errno {
             rustix::io::Errno::NOENT | rustix::io::Errno::CONNREFUSED => ConnectError::NoServer(name.clone()),
@@ -234,21 +249,35 @@ impl Session {
             }
             _ => return Err(failed(ChannelError::Malformed("not an answer to attach".into()))),
         };
-        let Ok([segment, pool, bell, events]) = <[OwnedFd; 4]>::try_from(fds) else {
-            return Err(failed(ChannelError::Malformed("four descriptors were expected".into())));
+        let Ok([segment, pool, bell, events, epoch]) = <[OwnedFd; 5]>::try_from(fds) else {
+            return Err(failed(ChannelError::Malformed("five descriptors were expected".into())));
         };
         let events = EventReader::open(&events).map_err(|errno| failed(errno.into()))?;
-        Self::open(welcome, &segment, &pool, Wires { control: channel, bell, events }).map_err(failed)
+        let epoch = EpochReader::open(&epoch, welcome.epoch).map_err(|errno| failed(errno.into()))?;
+        Self::open(welcome, &segment, &pool, kept, epoch, Wires { control: channel, bell, events }).map_err(failed)
     }
 
-    fn open(welcome: Welcome, segment: &OwnedFd, pool: &OwnedFd, wires: Wires) -> Result<Self, ChannelError> {
+    fn open(
+        welcome: Welcome,
+        segment: &OwnedFd,
+        pool: &OwnedFd,
+        kept: Option<&Pool>,
+        epoch: EpochReader,
+        wires: Wires,
+    ) -> Result<Self, ChannelError> {
         let segment = Segment::open(segment)?;
         let used = welcome.slot_bytes.checked_mul(u64::from(welcome.slots_count));
         if used.is_none_or(|used| used > welcome.pool_bytes) || !is_sealed(pool, welcome.pool_bytes)? {
             return Err(ChannelError::Malformed("the pool is not what the welcome says".into()));
         }
-        let mapping = Arc::new(Mapping::new(pool, welcome.pool_bytes as usize)?);
+        let is_it =
+            |kept: &&Pool| kept.id == Some(welcome.pool_id) && kept.mapping.bytes() as u64 == welcome.pool_bytes;
+        let mapping = match kept.filter(is_it) {
+            Some(kept) => kept.mapping.clone(),
+            None => Arc::new(Mapping::new(pool, welcome.pool_bytes as usize)?),
+        };
         let pool = Pool::new(mapping, welcome.slot_bytes as usize, welcome.slots_count);
+        let pool = Pool { id: Some(welcome.pool_id), epoch: Some(Arc::new(epoch)), ..pool };
         let mut session = Self::within(segment, pool);
         session.wires = Some(wires);
         session.welcome = Some(welcome);
@@ -656,6 +685,13 @@ impl Session {
     /// At most `limit` events since the last call: reads memory, waits for nobody.
     pub fn read_events(&mut self, limit: usize) -> Events {
         self.wires.as_mut().map(|wires| wires.events.read(limit)).unwrap_or_default()
+    }
+
+    /// Tells the server that nothing of this process writes into slots any more that this session of an
+    /// engine process that is gone was granted. Says whether it was told.
+    pub fn tell_drained(&self, session: u32) -> bool {
+        let told = self.wires.as_ref().map(|wires| wires.control.send(&Request::Drained { session }, &[]));
+        told.is_some_and(|told| told.is_ok())
     }
 
     /// Whether the server has hung up: a system call, for those who have not waited lately.

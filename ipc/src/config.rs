@@ -82,6 +82,19 @@ pub enum OnMismatch {
     Reset,
 }
 
+/// Which blocks in the pool are compared with their checksums before they are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verify {
+    /// None.
+    Off,
+    /// Those that an engine process left that died, where their checksum is known: once each.
+    Crash,
+    /// Those, and each use of one block in sixteen.
+    Sampled,
+    /// Each use of every block.
+    Always,
+}
+
 /// Every setting's value.
 #[derive(Debug, Clone, PartialEq)]
 #[expect(missing_docs, reason = "each is documented once, in SETTINGS")]
@@ -107,12 +120,15 @@ pub struct Config {
     pub ssd_write_depth: u32,
     pub ssd_on_mismatch: OnMismatch,
     pub checksum: bool,
+    pub verify: Verify,
     pub polling: Polling,
     pub spin: Duration,
     pub server_cpu: Option<u32>,
     pub lease_ttl: Duration,
     pub load_wait: Duration,
     pub writer_grace: Duration,
+    pub crash_limit: u32,
+    pub crash_window: Duration,
     pub client_wait: Duration,
     pub start_wait: Duration,
     pub server_bin: Option<PathBuf>,
@@ -394,6 +410,25 @@ pub const SETTINGS: &[Setting] = &[
         }
     ),
     setting!(
+        "verify",
+        None,
+        "crash",
+        "off, crash, sampled or always",
+        "Which blocks in DRAM are compared with their checksum before they are loaded. crash: those that a crashed engine process left, once each, where their checksum was made (with their write to the SSD). sampled: those, and every use of one block in 16. always: every use of every block. sampled and always make the checksum when the block is committed: about 50 us a MiB.",
+        |c, v| {
+            c.verify = pick(
+                v,
+                &[
+                    ("off", Verify::Off),
+                    ("crash", Verify::Crash),
+                    ("sampled", Verify::Sampled),
+                    ("always", Verify::Always),
+                ],
+            )?;
+            Some(())
+        }
+    ),
+    setting!(
         "polling",
         None,
         "adaptive",
@@ -459,6 +494,21 @@ pub const SETTINGS: &[Setting] = &[
             Some(())
         }
     ),
+    setting!(
+        "crash_limit",
+        None,
+        "3",
+        "a whole number from 1 to 1000",
+        "The pool survives a crash of the engine process. After this many crashes within crash_window_s it is given up and starts empty: it may be what they die of.",
+        |c, v| {
+            c.crash_limit = v.parse().ok().filter(|n| (1..=1000).contains(n))?;
+            Some(())
+        }
+    ),
+    setting!("crash_window_s", None, "60", "seconds from 1 to 86400", "See crash_limit.", |c, v| {
+        c.crash_window = Duration::from_secs(v.parse().ok().filter(|n| (1..=86_400).contains(n))?);
+        Some(())
+    }),
     setting!(
         "client_wait_ms",
         None,
@@ -646,12 +696,15 @@ impl Default for Config {
             ssd_write_depth: 0,
             ssd_on_mismatch: OnMismatch::Refuse,
             checksum: true,
+            verify: Verify::Crash,
             polling: Polling::Adaptive,
             spin: Duration::ZERO,
             server_cpu: None,
             lease_ttl: Duration::ZERO,
             load_wait: Duration::ZERO,
             writer_grace: Duration::ZERO,
+            crash_limit: 0,
+            crash_window: Duration::ZERO,
             client_wait: Duration::ZERO,
             start_wait: Duration::ZERO,
             server_bin: None,

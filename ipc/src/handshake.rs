@@ -20,7 +20,7 @@ use crate::layout::{Difference, Layout};
 /// Largest message: a layout and its differences are well under 4 KiB.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Most descriptors in one message.
-const FDS_MAX: usize = 4;
+const FDS_MAX: usize = 8;
 
 /// What a client asks on the control socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -30,12 +30,20 @@ pub enum Request {
     Attach(Attach),
     /// The session is drained: its slots may be used again at once.
     Goodbye,
+    /// Nothing of this process writes into slots any more that a session of an engine process gave it
+    /// that is gone. Not answered.
+    Drained {
+        /// That session.
+        session: u32,
+    },
     /// Counters, as JSON.
     Stats,
     /// Forget every block, on the SSD too.
     Reset,
     /// Stop the server: sessions are closed, writes in flight finish.
     Stop,
+    /// Replace the engine process by what the program file is now; the pool stays.
+    Upgrade,
 }
 
 /// Who wants a session.
@@ -80,6 +88,8 @@ pub enum Reply {
     },
     /// Answer to `Stop`.
     Stopping,
+    /// Answer to `Upgrade`.
+    Upgrading,
 }
 
 /// What a client must know of the pool.
@@ -95,7 +105,11 @@ pub struct Welcome {
     pub slots_count: u32,
     /// Bytes of the pages behind it.
     pub page_bytes: u64,
-    /// The server's process.
+    /// Names the pool: another engine process with the same pool has the same memory.
+    pub pool_id: u64,
+    /// Which engine process this is: what it grants is void when the epoch moves on.
+    pub epoch: u64,
+    /// The server's engine process.
     pub server_pid: u32,
     /// What the server was started with: every setting by name, as text.
     pub settings: std::collections::BTreeMap<String, String>,
@@ -134,18 +148,25 @@ fn socket() -> rustix::io::Result<OwnedFd> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
 }
 
-/// Binds and listens on a path, mode 0600.
+/// Binds a path, mode 0600. Nobody can connect before [`listen`].
 ///
 /// # Errors
 /// What the kernel says: `EADDRINUSE` if the path exists.
-pub fn listen(path: &Path) -> rustix::io::Result<OwnedFd> {
+pub fn bind(path: &Path) -> rustix::io::Result<OwnedFd> {
     let fd = socket()?;
     let address = SocketAddrUnix::new(path)?;
     // Nobody can connect before listen, so the mode is right before it matters.
     rustix::net::bind(&fd, &address)?;
     rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
-    rustix::net::listen(&fd, 64)?;
     Ok(fd)
+}
+
+/// Listens on a bound socket. Again on one that listens: nothing changes.
+///
+/// # Errors
+/// What the kernel says.
+pub fn listen(socket: impl AsFd) -> rustix::io::Result<()> {
+    rustix::net::listen(socket, 128)
 }
 
 impl Channel {
@@ -162,12 +183,26 @@ impl Channel {
         Ok(channel)
     }
 
+    /// Two ends, for a process and its child.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn pair() -> rustix::io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        Ok((Self { fd: ours }, theirs))
+    }
+
     /// A connection that was accepted.
     pub fn accepted(fd: OwnedFd) -> Self {
         Self { fd }
     }
 
-    fn bound(&self, timeout: Duration) -> rustix::io::Result<()> {
+    /// Every later wait on this channel is bounded by `timeout`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn bound(&self, timeout: Duration) -> rustix::io::Result<()> {
         use rustix::net::sockopt::{Timeout, set_socket_timeout};
         set_socket_timeout(&self.fd, Timeout::Recv, Some(timeout))?;
         set_socket_timeout(&self.fd, Timeout::Send, Some(timeout))
@@ -271,7 +306,9 @@ mod test {
     fn a_message_and_its_descriptors_arrive_and_garbage_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let listener = listen(&path).unwrap();
+        let listener = bind(&path).unwrap();
+        assert!(Channel::connect(&path, Duration::from_millis(200)).is_err(), "nobody listens yet");
+        listen(&listener).unwrap();
         let client = Channel::connect(&path, Duration::from_millis(200)).unwrap();
         let server = Channel::accepted(rustix::net::accept(&listener).unwrap());
         client.send(&Request::Stats, &[listener.as_fd()]).unwrap();

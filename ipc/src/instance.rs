@@ -89,7 +89,26 @@ pub struct Instance {
     sessions_count: u32,
     /// The session whose events were read last.
     events_session: u32,
+    /// The pool of the last session: should the next one have the same, it stays mapped where it is.
+    pool: Option<Pool>,
+    /// Slots of this session that the caller was granted and has neither committed nor given back.
+    held_count: u32,
+    /// Sessions that were lost with an engine process while the pool may live on.
+    formers: Vec<Former>,
+    /// The caller says when it is drained: it posts by itself.
+    drains_by_hand: bool,
 }
+
+/// A lost session whose slots may still be written to from here.
+struct Former {
+    number: u32,
+    session: u32,
+    pool_id: u64,
+    held_count: u32,
+}
+
+/// More lost sessions than this are not remembered: their slots wait for the end of this process.
+const FORMERS_MAX: usize = 64;
 
 /// What the thread behind has found.
 enum Found {
@@ -171,10 +190,14 @@ impl Instance {
             was_served: false,
             sessions_count: 0,
             events_session: 0,
+            pool: None,
+            held_count: 0,
+            formers: Vec::new(),
+            drains_by_hand: false,
         };
         let deadline = Instant::now() + instance.config.start_wait;
         // The first try is ours, so that a refusal is an error and not a line in a log.
-        match Session::connect(&instance.config.socket, &instance.attach, instance.connect_wait()) {
+        match Session::connect(&instance.config.socket, &instance.attach, instance.connect_wait(), None) {
             Ok(session) => instance.adopt(session),
             Err(error @ ConnectError::Refused { permanent: true, .. }) => return Err(error),
             Err(_) => instance.connect_behind(),
@@ -200,10 +223,45 @@ impl Instance {
 
     fn adopt(&mut self, session: Session) {
         self.unheeded = session.welcome().map_or_else(Vec::new, |welcome| self.config.unheeded_by(&welcome.settings));
+        let pool_id = session.welcome().map(|welcome| welcome.pool_id);
+        // Another pool has other slots: what is written to the old one harms nobody.
+        self.formers.retain(|former| Some(former.pool_id) == pool_id);
+        self.pool = Some(session.pool().clone());
         self.session = Some(session);
         self.trouble = None;
         self.was_served = true;
         self.sessions_count += 1;
+        self.held_count = 0;
+        self.tell_drained();
+    }
+
+    /// From now on the caller says itself when it is drained ([`Instance::drained`]): it posts by itself.
+    pub fn drain_by_hand(&mut self) {
+        self.drains_by_hand = true;
+    }
+
+    /// Nothing of the caller writes any more into a slot that a lost session was granted.
+    pub fn drained(&mut self) {
+        self.formers.iter_mut().for_each(|former| former.held_count = 0);
+        self.tell_drained();
+    }
+
+    /// Slots that were granted to the caller are not written to any more.
+    fn returned(&mut self, slots: &[HeldSlot]) {
+        for slot in slots {
+            if slot.session == self.sessions_count && self.session.is_some() {
+                self.held_count = self.held_count.saturating_sub(1);
+            } else if let Some(former) = self.formers.iter_mut().find(|former| former.number == slot.session) {
+                former.held_count = former.held_count.saturating_sub(1);
+            }
+        }
+        self.tell_drained();
+    }
+
+    fn tell_drained(&mut self) {
+        if let Some(session) = &self.session {
+            self.formers.retain(|former| former.held_count > 0 || !session.tell_drained(former.session));
+        }
     }
 
     /// Whether a server is attached now.
@@ -245,7 +303,7 @@ impl Instance {
     fn connect_behind(&mut self) {
         let (sender, receiver) = channel();
         let (config, attach, stop) = (self.config.clone(), self.attach.clone(), self.stop.clone());
-        let wait = self.connect_wait();
+        let (wait, kept) = (self.connect_wait(), self.pool.clone());
         let is_first = config.instance_id == 0 || !config.said.contains_key("instance_id");
         let may_start = config.launch_mode == LaunchMode::Embedded && (is_first || self.was_served);
         let connector = move || {
@@ -253,7 +311,7 @@ impl Instance {
             let mut patience = Duration::from_secs(2);
             let mut told = String::new();
             while !stop.load(Ordering::Relaxed) {
-                match Session::connect(&config.socket, &attach, wait) {
+                match Session::connect(&config.socket, &attach, wait, kept.as_ref()) {
                     Ok(session) => return drop(sender.send(Found::Session(Box::new(session)))),
                     Err(ConnectError::Refused { reason, differences, permanent }) => {
                         let listed: String = differences.iter().map(|difference| format!("; {difference}")).collect();
@@ -359,7 +417,19 @@ impl Instance {
 
     /// Forgets a session that turned out broken, and connects anew behind.
     pub fn lose_session(&mut self) {
-        self.session = None;
+        if let Some(session) = self.session.take()
+            && let Some(welcome) = session.welcome()
+        {
+            if self.formers.len() == FORMERS_MAX {
+                self.formers.remove(0);
+            }
+            self.formers.push(Former {
+                number: self.sessions_count,
+                session: welcome.session,
+                pool_id: welcome.pool_id,
+                held_count: if self.drains_by_hand { 1 } else { self.held_count },
+            });
+        }
         self.connect_behind();
     }
 
@@ -444,8 +514,8 @@ impl Instance {
                     for (index, grant) in completion.grants() {
                         let index = from + index;
                         step(LoadStep::Copy { index, pool, slot: grant.slot });
-                        // Read after the copy: a lease that holds now held while it was made.
-                        if crate::client::monotonic_ns() < lease.expires_at_ns {
+                        // Asked after the copy: a lease that holds now held while it was made.
+                        if pool.holds(lease.expires_at_ns) {
                             step(LoadStep::Arrived { index });
                             arrived += 1;
                             ssd += u32::from(completion.from_disk);
@@ -500,6 +570,12 @@ impl Instance {
             });
             parent = *batch.last().unwrap_or(&parent);
         }
+        let held = reserved.iter().filter(|reserved| matches!(reserved, Reserved::Slot(_))).count() as u32;
+        match self.formers.iter_mut().find(|former| former.number == session_number) {
+            // Lost while it was asked: what it granted before that is the caller's to give back.
+            Some(former) => former.held_count += held,
+            None => self.held_count += held,
+        }
         reserved
     }
 
@@ -518,6 +594,7 @@ impl Instance {
                 Ok(taken)
             });
         }
+        self.returned(slots);
         taken
     }
 
@@ -526,6 +603,7 @@ impl Instance {
         let number = self.sessions_count;
         let grants = slots.iter().filter(|slot| slot.session == number).map(|slot| slot.grant);
         let broken = self.session.as_mut().is_some_and(|session| session.abort_soon(grants).is_err());
+        self.returned(slots);
         if broken {
             self.lose_session();
         }

@@ -31,6 +31,8 @@ pub mod client;
 #[cfg(not(loom))]
 pub mod config;
 #[cfg(not(loom))]
+pub mod epoch;
+#[cfg(not(loom))]
 pub mod events;
 #[cfg(not(loom))]
 pub mod handshake;

@@ -31,6 +31,14 @@ impl Peer {
     }
 }
 
+/// When a process was started, in clock ticks since boot (proc(5), `/proc/PID/stat`, field 22): with its id
+/// a name that is never given again.
+pub fn started_ticks(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The program's name, in parentheses, may hold anything: fields are counted behind it.
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
 /// Whether a descriptor has something to say: bytes, an end of file, a death.
 pub fn is_readable(fd: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&fd, PollFlags::IN)];
@@ -49,5 +57,8 @@ mod test {
         let peer = Peer::of(&a).unwrap();
         assert_eq!(peer.pid, rustix::process::getpid());
         assert!(!is_readable(&peer.pidfd));
+        let ours = started_ticks(peer.pid.as_raw_nonzero().get());
+        assert!(ours.is_some() && started_ticks(1) < ours, "init was here first");
+        assert_eq!(started_ticks(i32::MAX), None);
     }
 }

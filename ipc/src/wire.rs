@@ -5,7 +5,7 @@ use crate::key::BlockKey;
 use crate::ring::Entry;
 
 /// Changes whenever an old client and a new server would misread each other.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Most keys one `Match` may name: a chain of 131,072 tokens at 16 tokens a block.
 pub const MATCH_BLOCKS_MAX: u32 = 8192;

@@ -181,7 +181,8 @@ fn sockets() {
     // A stale one is taken over.
     drop(std::os::unix::net::UnixListener::bind(place.socket()).unwrap());
     assert!(exists(&place.socket()));
-    let pid = place.serve(&["--block-kib", "64"]);
+    place.serve(&["--block-kib", "64"]);
+    let pid = place.children[0].id();
     refused(&place, &[], &["another server", &format!("pid {pid}"), "kvring stop"]);
     // Another socket, the same directory.
     let elsewhere = place.path("elsewhere").display().to_string();
@@ -196,7 +197,7 @@ fn sockets() {
 #[test]
 fn nobody_there() {
     let place = Place::new();
-    for command in ["status", "stop"] {
+    for command in ["status", "stop", "upgrade"] {
         refused_by(&mut place.kvring(&[command]), &["no server listens on", &place.socket().display().to_string()]);
     }
 }

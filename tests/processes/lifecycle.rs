@@ -61,7 +61,7 @@ fn a_killed_server_is_started_again_by_one_winner_and_the_ssd_is_warm() {
     });
     std::thread::sleep(Duration::from_millis(50));
     let pid = place.server_pid();
-    signal(pid, Signal::KILL);
+    place.kill_all();
     for agent in &mut agents {
         let started = Instant::now();
         load(agent, &keys);

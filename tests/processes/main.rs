@@ -3,6 +3,7 @@
 mod bad_input;
 mod lifecycle;
 mod replay;
+mod survival;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -52,29 +53,11 @@ impl Place {
     }
 
     fn settings(&self) -> Vec<(&'static str, String)> {
-        vec![
-            ("server_recv_port", self.socket().display().to_string()),
-            ("ssd_cache_dir", self.path("ssd").display().to_string()),
-            ("cpu_cache_gb", "0.0625".into()),
-            ("ssd_cache_gb", "0.0625".into()),
-            ("instance_num", "8".into()),
-            ("server_bin", KVRING.into()),
-            ("writer_grace_ms", "100".into()),
-        ]
+        settings_in(self.dir.path())
     }
 
     fn config(&self, instance_id: u32, more: &[(&str, &str)]) -> Config {
-        let mut config = Config::default();
-        for (name, value) in self.settings() {
-            config.say(name, &value).unwrap();
-        }
-        config.say("instance_id", &instance_id.to_string()).unwrap();
-        // A busy test machine is no reason to miss.
-        config.say("client_wait_ms", "2000").unwrap();
-        for (name, value) in more {
-            config.say(name, value).unwrap();
-        }
-        config
+        config_in(self.dir.path(), instance_id, more)
     }
 
     fn serve(&mut self, arguments: &[&str]) -> u32 {
@@ -82,7 +65,15 @@ impl Place {
             self.kvring(&["serve"]).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         self.children.push(child);
         self.wait_for_server();
-        self.children.last().unwrap().id()
+        self.server_pid()
+    }
+
+    /// The server and its keeper die at one instant: nothing is left but what is on the SSD.
+    fn kill_all(&self) {
+        let stats = self.stats().expect("a server");
+        for who in ["keeper_pid", "server_pid"] {
+            signal(stats[who].as_u64().unwrap() as u32, rustix::process::Signal::KILL);
+        }
     }
 
     fn stats(&self) -> Option<serde_json::Value> {
@@ -104,15 +95,68 @@ impl Place {
         eventually("a server answers", || self.stats().is_some());
     }
 
+    /// This very program, as an instance in a process of its own: `role` is an ignored test that plays it.
+    fn actor(&self, role: &str, instance_id: u32, seed: u64) -> Child {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([role, "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
+        command.env("KVTEST_DIR", self.dir.path()).env("KVTEST_SEED", seed.to_string());
+        command.env("KVTEST_INSTANCE", instance_id.to_string()).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stderr(Stdio::null()).spawn().unwrap()
+    }
+
+    /// An instance that is filling ten slots, and never commits.
+    fn holder(&self, instance_id: u32) -> Child {
+        self.actor("survival::a_holder", instance_id, 0)
+    }
+
     fn agent(&self, instance_id: u32, more: &[(&str, &str)]) -> DirectAgent<HostMemory> {
         let instance = Instance::open(self.config(instance_id, more), layout(), 0).unwrap();
         DirectAgent::new(instance, HostMemory::new(64, BLOCK))
     }
 }
 
+/// What every process of a place is told.
+fn settings_in(dir: &Path) -> Vec<(&'static str, String)> {
+    vec![
+        ("server_recv_port", dir.join("s").display().to_string()),
+        ("ssd_cache_dir", dir.join("ssd").display().to_string()),
+        ("cpu_cache_gb", "0.0625".into()),
+        ("ssd_cache_gb", "0.0625".into()),
+        ("instance_num", "8".into()),
+        ("server_bin", KVRING.into()),
+        ("writer_grace_ms", "100".into()),
+    ]
+}
+
+fn config_in(dir: &Path, instance_id: u32, more: &[(&str, &str)]) -> Config {
+    let mut config = Config::default();
+    for (name, value) in settings_in(dir) {
+        config.say(name, &value).unwrap();
+    }
+    config.say("instance_id", &instance_id.to_string()).unwrap();
+    // A busy test machine is no reason to miss.
+    config.say("client_wait_ms", "2000").unwrap();
+    for (name, value) in more {
+        config.say(name, value).unwrap();
+    }
+    config
+}
+
+/// What an actor was told: its place, its number and its seed. None: nobody plays it.
+fn role() -> Option<(PathBuf, u32, u64)> {
+    let told = |name: &str| std::env::var(name).ok();
+    // An actor does not outlive the story.
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    Some((told("KVTEST_DIR")?.into(), told("KVTEST_INSTANCE")?.parse().ok()?, told("KVTEST_SEED")?.parse().ok()?))
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
-        let _ = ask(&self.socket(), &Request::Stop, Duration::from_secs(5));
+        let server = self.stats().and_then(|stats| stats["server_pid"].as_u64());
+        let stopped = ask(&self.socket(), &Request::Stop, Duration::from_secs(5)).is_ok();
+        if let Some(server) = server.filter(|_| !stopped) {
+            signal(server as u32, rustix::process::Signal::KILL);
+        }
         for child in &mut self.children {
             let _ = child.kill();
             let _ = child.wait();

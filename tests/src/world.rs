@@ -13,8 +13,9 @@ use kvring_engine::shard::session::Session as ServerSession;
 use kvring_engine::shard::{End, Shard, ShardOptions};
 use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
 use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
+use kvring_engine::tier::table::{SlotTable, TableShape};
 use kvring_ipc::client::{Lease, Matched, Pool, PostError, Session};
-use kvring_ipc::config::{EVICTION_POLICIES, EvictionPolicy};
+use kvring_ipc::config::{EVICTION_POLICIES, EvictionPolicy, Verify};
 use kvring_ipc::key::{BlockKey, Namespace};
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::segment::Segment;
@@ -41,6 +42,7 @@ pub struct Shape {
     pub may_die: bool,
     pub may_lie: bool,
     pub may_crash: bool,
+    pub verify: Verify,
 }
 
 impl Shape {
@@ -71,9 +73,13 @@ impl Shape {
             may_die: chance.happens(700),
             may_lie: chance.happens(300),
             may_crash: chance.happens(400),
+            verify: [Verify::Off, Verify::Crash, Verify::Sampled, Verify::Always][chance.below(4) as usize],
         }
     }
 }
+
+/// The layout's fingerprint, here.
+const LAYOUT: u64 = 7;
 
 /// How long a dead writer's slots wait, here.
 const GRACE_NS: u64 = 2_000_000;
@@ -119,11 +125,16 @@ struct Client {
     hostile: bool,
 }
 
-/// A dead client's slots, into which something still writes.
+/// Slots of a client that is gone, or that lost its session with the engine process: something still
+/// writes into them.
 struct Zombie {
     id: SessionId,
     slots: Vec<u32>,
     until_ns: Option<u64>,
+    /// Its session was another engine process's: this one knows it from the slot table.
+    former: bool,
+    /// It lives, and will say when it writes no more.
+    alive: bool,
 }
 
 /// What a run has done.
@@ -138,6 +149,37 @@ pub struct Tally {
     pub lies: u64,
     pub crashes: u64,
     pub resets: u64,
+    /// Crashes of the engine process alone: the pool stays.
+    pub takeovers: u64,
+    /// Blocks found in the pool after those.
+    pub blocks_recovered: u64,
+}
+
+impl Tally {
+    /// Counts what another world has done.
+    pub fn add(&mut self, other: &Self) {
+        self.operations += other.operations;
+        self.blocks_loaded += other.blocks_loaded;
+        self.blocks_stored += other.blocks_stored;
+        self.blocks_missed += other.blocks_missed;
+        self.deaths += other.deaths;
+        self.lies += other.lies;
+        self.crashes += other.crashes;
+        self.resets += other.resets;
+        self.takeovers += other.takeovers;
+        self.blocks_recovered += other.blocks_recovered;
+    }
+}
+
+impl std::fmt::Display for Tally {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { operations, blocks_stored, blocks_loaded, blocks_missed, deaths, lies, .. } = self;
+        let Self { crashes, takeovers, blocks_recovered, resets, .. } = self;
+        write!(
+            f,
+            "{operations} operations, {blocks_stored} blocks stored, {blocks_loaded} loaded and compared, {blocks_missed} missed, {deaths} deaths, {lies} lies, {crashes} power cuts, {takeovers} crashes with {blocks_recovered} blocks taken over in the pool, {resets} resets"
+        )
+    }
 }
 
 /// The world.
@@ -147,6 +189,10 @@ pub struct World {
     chance: Chance,
     now_ns: u64,
     pool: Arc<Mapping>,
+    /// The pool's slot table: both outlive an engine process.
+    table: Arc<Mapping>,
+    /// What the disks hold is being read: until when.
+    disk_read_at_ns: Option<u64>,
     shard: Option<Shard<Sim>>,
     /// Counters of the current shard.
     pub metrics: Arc<Metrics>,
@@ -164,6 +210,16 @@ pub struct World {
     pub polls_count: u64,
     /// What was done.
     pub tally: Tally,
+}
+
+fn table_shape(shape: &Shape) -> TableShape {
+    TableShape {
+        pool_id: 1,
+        layout: LAYOUT,
+        slot_bytes: shape.slot_bytes,
+        slots_count: shape.host_slots,
+        tp_size: shape.tp_size,
+    }
 }
 
 fn mapping(bytes: u64) -> Arc<Mapping> {
@@ -190,10 +246,15 @@ impl World {
     /// A world of this shape.
     pub fn with_shape(shape: Shape, chance: Chance) -> Self {
         let pool = mapping(u64::from(shape.host_slots) * shape.slot_bytes);
+        let table_shape = table_shape(&shape);
+        let table = mapping(table_shape.bytes() as u64);
+        SlotTable::create(table.clone(), table_shape, "");
         let mut world = Self {
             chance,
             now_ns: 1,
             pool,
+            table,
+            disk_read_at_ns: None,
             shard: None,
             metrics: Arc::default(),
             platters: Vec::new(),
@@ -270,9 +331,15 @@ impl World {
             protected_hits: 2,
             secret: [self.chance.next_u64(), self.chance.next_u64()],
         };
-        let disk = with_disk.then(|| DiskSlots::new(geometry, 7, images.clone()));
-        let mut cache = Cache::new(&options, HostSlots::new(shape.host_slots, shape.tp_size), disk);
-        cache.recover();
+        let disk = with_disk.then(|| DiskSlots::new(geometry, LAYOUT, images.clone()));
+        let mut host = HostSlots::new(shape.host_slots, shape.tp_size);
+        let (table, _) = SlotTable::open(self.table.clone()).expect("the table is sound at every moment");
+        host.keep_in(table);
+        let mut cache = Cache::new(&options, host, disk);
+        cache.begin_recovery(with_disk);
+        self.tally.blocks_recovered += u64::from(cache.recovered.host);
+        // Reading what the disks hold takes its time, and serving does not wait for it.
+        self.disk_read_at_ns = with_disk.then(|| self.now_ns + self.chance.below(3_000_000));
         cache.check();
         let devices = platters.into_iter().zip(images).map(|(platter, headers)| {
             let memory = DeviceMemory { pool: self.pool.clone(), headers, piece_bytes: self.pool.bytes() };
@@ -286,11 +353,15 @@ impl World {
             read_depth: 8,
             write_depth: 4,
             checksum: true,
+            verify: shape.verify,
             clock: || 0,
         };
         self.metrics = Arc::default();
         let mut shard = Shard::new(cache, self.pool.clone(), devices.collect(), shard_options, self.metrics.clone());
-        shard.bear(0, 0..shape.host_slots).expect("a simulated device registers anything");
+        // Piece by piece, and some of it late.
+        let first = 1 + self.chance.below(u64::from(shape.host_slots)) as u32;
+        shard.bear(0, 0..first).expect("a simulated device registers anything");
+        shard.bear(1, first..shape.host_slots).expect("a simulated device registers anything");
         self.shard = Some(shard);
     }
 
@@ -340,7 +411,8 @@ impl World {
         match self.chance.below(1000) {
             0..3 if self.shape.may_die => self.die(at),
             3..5 if self.shape.may_lie => self.lie(at),
-            5..6 if self.shape.may_crash => self.crash(),
+            5..6 if self.shape.may_crash && self.chance.happens(500) => self.crash(),
+            5..6 if self.shape.may_crash => self.take_over(),
             6..7 => self.reset(),
             7..100 => self.now_ns += self.chance.below(400_000),
             100..300 => self.post_match(at),
@@ -367,6 +439,11 @@ impl World {
 
     /// Lets the shard do one round.
     pub fn poll_once(&mut self) {
+        if self.disk_read_at_ns.is_some_and(|at| at <= self.now_ns) {
+            self.disk_read_at_ns = None;
+            let order = self.shard().cache().disk.as_ref().map(DiskSlots::sound_headers).unwrap_or_default();
+            self.shard().disk_was_read(order);
+        }
         let (now_ns, before, after) = (self.now_ns, self.before_poll, self.after_poll);
         self.polls_count += 1;
         before.inspect(|before| before());
@@ -459,7 +536,7 @@ impl World {
         let client = self.clients.remove(at);
         let now_ns = self.now_ns;
         self.shard().end(client.id, end, now_ns);
-        self.zombies.push(Zombie { id: client.id, slots: Vec::new(), until_ns: None });
+        self.zombies.push(Zombie { id: client.id, slots: Vec::new(), until_ns: None, former: false, alive: false });
     }
 
     /// All that were killed are known to be dead.
@@ -700,7 +777,12 @@ impl World {
             self.shard().end(client.id, End::Goodbye, now_ns);
             return;
         }
-        // What it was granted, and what was granted to it and never read: all may be written to.
+        self.shard().end(client.id, End::Suspect, now_ns);
+        self.zombies.push(Self::zombie(client));
+    }
+
+    /// What a client was granted, and what was granted to it and never read: all may be written to.
+    fn zombie(client: Client) -> Zombie {
         let mut slots: Vec<u32> = client.filling.iter().map(|filling| filling.grant.slot).collect();
         let mut session = client.session;
         let _ = session.poll(|completion| {
@@ -708,12 +790,8 @@ impl World {
                 slots.extend(completion.grants().map(|(_, grant)| grant.slot));
             }
         });
-        self.shard().end(client.id, End::Suspect, now_ns);
-        self.zombies.push(Zombie {
-            id: client.id,
-            slots: if client.hostile { Vec::new() } else { slots },
-            until_ns: None,
-        });
+        let slots = if client.hostile { Vec::new() } else { slots };
+        Zombie { id: client.id, slots, until_ns: None, former: false, alive: false }
     }
 
     /// The dead write on, until their grace is over.
@@ -728,15 +806,19 @@ impl World {
                 self.pool.copy_in(offset, &self.chance.next_u64().to_le_bytes());
             }
         }
-        let mut dead = Vec::new();
+        let mut over = Vec::new();
         for zombie in &mut self.zombies {
             if zombie.until_ns.is_none() && self.chance.happens(20) {
-                zombie.until_ns = Some(now_ns + GRACE_NS);
-                dead.push(zombie.id);
+                // Who says that it writes no more does not; what died may, until its grace is over.
+                zombie.until_ns = Some(if zombie.alive { 0 } else { now_ns + GRACE_NS });
+                over.push((zombie.id, zombie.former, zombie.alive));
             }
         }
-        for id in dead {
-            self.shard().end(id, End::Dead, now_ns);
+        for (id, former, alive) in over {
+            match former {
+                true => self.shard().end_former(id, if alive { now_ns } else { now_ns + GRACE_NS }),
+                false => drop(self.shard().end(id, End::Dead, now_ns)),
+            }
         }
         // The grace was counted from a moment before this one: by then the last write is past.
         self.zombies.retain(|zombie| zombie.until_ns.is_none_or(|until| until > now_ns + 500_000));
@@ -783,7 +865,44 @@ impl World {
         self.platters = devices.into_iter().map(Sim::power_cut).collect();
         self.clients.clear();
         self.zombies.clear();
+        // Memory does not outlive the machine.
+        self.table = mapping(table_shape(&self.shape).bytes() as u64);
+        SlotTable::create(self.table.clone(), table_shape(&self.shape), "");
         self.start();
+    }
+
+    /// The engine process alone dies at this very moment, and another takes the pool over. Its sessions
+    /// end; what they were filling they may write on into, until they say that they do not, or die.
+    fn take_over(&mut self) {
+        self.tally.takeovers += 1;
+        // What was answered before is heard before, or never.
+        for at in 0..self.clients.len() {
+            if self.chance.happens(500) {
+                self.collect(at);
+            }
+        }
+        let devices = self.shard.take().expect("a shard runs").into_devices();
+        // Its transfers end before its lock is free: none is under way any more, each may have happened.
+        self.platters = devices.into_iter().map(Sim::power_cut).collect();
+        for zombie in &mut self.zombies {
+            // Whose death the last process knew of is dead to this one from its start on: another grace.
+            let dead = zombie.until_ns.is_some_and(|until| until > 0);
+            zombie.until_ns = dead.then_some(self.now_ns + GRACE_NS);
+            zombie.former = true;
+        }
+        for client in std::mem::take(&mut self.clients) {
+            let alive = !client.hostile && self.chance.happens(700);
+            let zombie = Self::zombie(client);
+            self.zombies.push(Zombie { former: true, alive, ..zombie });
+        }
+        self.start();
+        // Whoever is not known to live is dead from now on.
+        let now_ns = self.now_ns;
+        for id in self.shard().cache().host.suspects() {
+            if !self.zombies.iter().any(|zombie| zombie.id == id && zombie.until_ns.is_none()) {
+                self.shard().end_former(id, now_ns + GRACE_NS);
+            }
+        }
     }
 
     /// Forgets everything: what was stored before is never resident again, not after a crash either, unless
@@ -835,6 +954,7 @@ impl World {
         for id in ids {
             let now_ns = self.now_ns;
             self.shard().end(id, End::Dead, now_ns);
+            self.shard().end_former(id, now_ns);
         }
         for _ in 0..10_000 {
             self.now_ns += 10_000;

@@ -23,6 +23,7 @@ fn shape(host_slots: u32, disk_slots: u32) -> Shape {
         may_die: false,
         may_lie: false,
         may_crash: false,
+        verify: kvring_ipc::config::Verify::Crash,
     }
 }
 

@@ -56,7 +56,7 @@ fn every_device(depth: u32) -> Vec<Case> {
         Ok(()) => {
             for (name, fixed) in [("uring", true), ("uring without fixed buffers", false)] {
                 let (dir, memory) = (on_disk(), memory());
-                let mut device = Uring::new(files(&dir), memory.clone(), depth, fixed).unwrap();
+                let mut device = Uring::new(files(&dir), None, memory.clone(), depth, fixed).unwrap();
                 (0..2).for_each(|piece| device.register_piece(piece).unwrap());
                 cases.push((name, Box::new(device), memory, Some(dir)));
             }

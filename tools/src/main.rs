@@ -28,6 +28,8 @@ enum Command {
     Status(admin::AdminArgs),
     /// Stop a running server: what is being written is finished.
     Stop(admin::AdminArgs),
+    /// Replace a running server's engine process by the program as it is now: the cache stays.
+    Upgrade(admin::AdminArgs),
     #[command(hide = true)]
     ReplayInstance(replay::worker::WorkerArgs),
 }
@@ -43,6 +45,7 @@ fn main() -> std::process::ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Status(args) => admin::status(&args),
         Command::Stop(args) => admin::stop(&args),
+        Command::Upgrade(args) => admin::upgrade(&args),
         Command::ReplayInstance(args) => replay::worker::run(&args),
     };
     match result {

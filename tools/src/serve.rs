@@ -3,11 +3,13 @@
 use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use kvring_engine::control::Server;
+use kvring_engine::control::keeper::{Inheritance, Keeper, Signals};
+use kvring_engine::control::{ServeError, Server};
 use kvring_ipc::config::Config;
 use kvring_ipc::handshake::{Request, ask};
 use kvring_ipc::launch::beside_socket;
@@ -31,11 +33,14 @@ pub struct ServeArgs {
     /// Stop when the process that started this one ends.
     #[arg(long, conflicts_with = "detach")]
     die_with_parent: bool,
+    /// Be the engine process of the keeper at the other end of standard input.
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    engine: bool,
     #[command(flatten)]
     settings: Settings,
 }
 
-/// Runs the server.
+/// Runs the server: the keeper, which starts this program again as its engine process.
 pub fn run(args: ServeArgs) -> Outcome {
     let loaded = args.settings.load()?;
     if args.detach {
@@ -51,7 +56,8 @@ pub fn run(args: ServeArgs) -> Outcome {
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
-    for note in &loaded.notes {
+    // Once: the keeper has said it.
+    for note in loaded.notes.iter().filter(|_| !args.engine) {
         tracing::warn!("{note}");
     }
     let layout = match (&args.layout, args.block_kib) {
@@ -59,15 +65,31 @@ pub fn run(args: ServeArgs) -> Outcome {
         (None, Some(kib)) => Some(Layout::opaque(kib << 10)),
         (None, None) => None,
     };
-    let server = Server::new(loaded.config, layout, stop_signal()?)?;
-    if server.run() { Ok(()) } else { Err("the data plane failed; see the log above".into()) }
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let stop = readable_on(&[SIGTERM, SIGINT])?;
+    if args.engine {
+        // A hangup is the keeper's to hear.
+        let _hangup = readable_on(&[SIGHUP])?;
+        let inheritance = Inheritance::receive().map_err(ServeError::NoKeeper)?;
+        let server = Server::new(loaded.config, layout, inheritance, stop)?;
+        return if server.run() { Ok(()) } else { Err("the data plane failed; see the log above".into()) };
+    }
+    let signals = Signals { stop, hand_over: readable_on(&[SIGHUP])? };
+    // Where the program is now: what lies there later is what an upgrade starts.
+    let program = std::env::current_exe()?;
+    let command = |own_program: bool| {
+        let mut command = Command::new(if own_program { Path::new("/proc/self/exe") } else { &program });
+        command.args(std::env::args_os().skip(1).filter(|argument| argument != "--die-with-parent")).arg("--engine");
+        command
+    };
+    Ok(Keeper::new(loaded.config)?.run(&signals, command)?)
 }
 
-/// Readable once somebody wants us to stop.
-fn stop_signal() -> std::io::Result<OwnedFd> {
+/// Readable once one of these signals has come.
+fn readable_on(signals: &[i32]) -> std::io::Result<OwnedFd> {
     let (read, write) = UnixStream::pair()?;
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-        signal_hook::low_level::pipe::register(signal, write.try_clone()?)?;
+    for signal in signals {
+        signal_hook::low_level::pipe::register(*signal, write.try_clone()?)?;
     }
     Ok(read.into())
 }

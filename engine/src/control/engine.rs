@@ -1,6 +1,6 @@
 //! Building the data plane from a configuration and a layout, and the thread it runs on.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -13,10 +13,11 @@ use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::config::{Config, IoEngine, OnMismatch, Polling};
 use kvring_ipc::events::EventLog;
 use kvring_ipc::layout::Layout;
+use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::segment::SessionState;
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
-use crate::cache::Cache;
+use crate::cache::{Cache, Recovered};
 use crate::device::aio::Aio;
 use crate::device::files::{self, FilesError};
 use crate::device::uring::{self, Uring, UringError};
@@ -27,8 +28,9 @@ use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
 use crate::metrics::Metrics;
 use crate::shard::session::Session;
 use crate::shard::{End, Shard, ShardOptions};
-use crate::tier::disk::DiskSlots;
+use crate::tier::disk::{DiskGeometry, DiskSlots, sound_headers};
 use crate::tier::host::{HostSlots, SessionId};
+use crate::tier::table::{SlotTable, TableShape};
 
 /// Why there is no data plane, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +72,41 @@ pub enum ToShard {
     Bear(u32, std::ops::Range<u32>),
     /// Forget every block; the number names whoever asked.
     Reset(u64),
+    /// What the SSD holds was read: its sound headers, parents first.
+    DiskRead(Vec<u32>),
+    /// A session of an engine process before this one writes no more: it said so, or its process died.
+    EndFormer(SessionId, End),
     /// Finish writing and return.
     Stop,
+    /// Finish what is under way and return: the pool stays, for another engine process.
+    HandOver,
+}
+
+/// A pool and its slot table, from an engine process that is gone.
+pub struct Kept {
+    pool: OwnedFd,
+    table: SlotTable,
+    table_fd: OwnedFd,
+    /// What its blocks look like.
+    pub layout: Layout,
+}
+
+impl Kept {
+    /// What the keeper has kept.
+    ///
+    /// # Errors
+    /// Why it cannot be taken over, in words.
+    pub fn open(pool: OwnedFd, table_fd: &OwnedFd) -> Result<Self, String> {
+        let bytes = rustix::fs::fstat(table_fd).map_err(|errno| errno.to_string())?.st_size as usize;
+        let memory = Mapping::new(table_fd, bytes).map_err(|errno| errno.to_string())?;
+        let (table, text) = SlotTable::open(Arc::new(memory))?;
+        let layout: Layout = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        if layout.fingerprint() != table.shape().layout {
+            return Err("its layout is not the one it was made for".into());
+        }
+        let table_fd = table_fd.try_clone().map_err(|error| error.to_string())?;
+        Ok(Self { pool, table, table_fd, layout })
+    }
 }
 
 /// What the shard hands back.
@@ -87,6 +122,8 @@ pub enum FromShard {
         /// Whether a restart forgets them too.
         durable: bool,
     },
+    /// What the SSD held is known.
+    Recovered(Recovered),
     /// A piece of the pool could not be registered: its slots are not used.
     Unregistered(u32, rustix::io::Errno),
 }
@@ -97,6 +134,12 @@ pub struct Engine {
     pub layout: Layout,
     /// The pool, for new sessions.
     pub pool: Arc<PoolMemory>,
+    /// What the next engine process would have to know.
+    pub table: SlotTable,
+    /// Its memory, for the keeper.
+    pub table_fd: OwnedFd,
+    /// Sessions of engine processes before this one that may be writing into slots.
+    pub suspects: Vec<SessionId>,
     /// The event log, for new sessions.
     pub events: OwnedFd,
     /// Its counters.
@@ -112,11 +155,18 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Builds everything and starts the shard; with `forget`, what the SSD holds is not taken back. When it returns, the first piece of the pool serves.
+    /// Builds everything and starts the shard. What an engine process before this one has `kept` is served
+    /// when this returns; what the SSD holds is taken back meanwhile, unless it is to be `forget`.
     ///
     /// # Errors
     /// [`BuildError`]: nothing was started.
-    pub fn start(config: &Config, layout: Layout, on_mismatch: OnMismatch, forget: bool) -> Result<Self, BuildError> {
+    pub fn start(
+        config: &Config,
+        layout: Layout,
+        on_mismatch: OnMismatch,
+        forget: bool,
+        kept: Option<Kept>,
+    ) -> Result<Self, BuildError> {
         layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
         let slot_bytes = layout.block_bytes;
         // The disk first: what can be refused is refused before the pool takes memory.
@@ -131,13 +181,15 @@ impl Engine {
             Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, layout.fingerprint(), on_mismatch)?,
             None => Vec::new(),
         };
-        let pool = Arc::new(dma::create(config, slot_bytes)?);
+        let (pool, table, table_fd) = make_pool(config, &layout, kept)?;
         if let Some(warning) = &pool.warning {
             tracing::warn!("{warning}");
         }
-        let images = opened.iter().map(|device| device.headers.clone()).collect();
-        let host = HostSlots::new(pool.slots_count, layout.tp_size);
-        let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images));
+        let images: Vec<_> = opened.iter().map(|device| device.headers.clone()).collect();
+        let to_read: Vec<_> = opened.iter().map(|device| device.reused.clone()).collect();
+        let mut host = HostSlots::new(pool.slots_count, layout.tp_size);
+        host.keep_in(table.clone());
+        let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images.clone()));
         let options = IndexOptions {
             host_slots: pool.slots_count,
             disk_slots: geometry.map_or(0, |geometry| geometry.slots_count()),
@@ -150,14 +202,15 @@ impl Engine {
             .map_err(|errno| BuildError::System { what: "make the event log", errno: errno.into() })?;
         cache.index.log = Some(log);
         let metrics = Arc::new(Metrics::default());
-        // Without checksums a header may name a block whose slot was written anew since: start cold.
-        let recovered = if config.checksum && !forget { cache.recover() } else { 0 };
+        cache.begin_recovery(with_disk);
+        let suspects = cache.host.suspects();
+        metrics.dram_recovered_blocks_count.add(u64::from(cache.recovered.host));
+        if cache.recovered.host > 0 || !suspects.is_empty() {
+            let waiting = cache.host.quarantined_count();
+            tracing::info!("{} blocks found in the pool; {waiting} slots wait for their writers", cache.recovered.host);
+        }
         if forget {
             cache.reset();
-        }
-        metrics.ssd_recovered_blocks_count.add(u64::from(recovered));
-        if with_disk {
-            tracing::info!("{recovered} blocks found on the SSD");
         }
         let (devices, locks) = open_devices(config, &pool, opened)?;
         let described: Vec<String> =
@@ -173,6 +226,7 @@ impl Engine {
             read_depth: config.ssd_read_depth,
             write_depth: config.ssd_write_depth,
             checksum: config.checksum,
+            verify: config.verify,
             clock: monotonic_ns,
         };
         let devices = devices.into_iter().map(|(_, device)| device).collect();
@@ -193,6 +247,7 @@ impl Engine {
             polling: config.polling,
             spin_ns: config.spin.as_nanos() as u64,
             resets: Vec::new(),
+            is_recovering: with_disk,
             _locks: locks,
         };
         let cpu = config.server_cpu;
@@ -203,9 +258,13 @@ impl Engine {
             runner.run();
         });
         let thread = Some(spawn.map_err(|errno| BuildError::System { what: "start the shard's thread", errno })?);
+        let fingerprint = layout.fingerprint();
         let engine = Self {
             layout,
             pool,
+            table,
+            table_fd,
+            suspects,
             events,
             metrics,
             devices: described,
@@ -216,7 +275,41 @@ impl Engine {
             thread,
         };
         engine.touch_the_rest();
+        if let Some(geometry) = geometry {
+            // Without checksums a header may name a block whose slot was written anew since: start cold.
+            engine.read_the_disk(geometry, fingerprint, images, to_read, config.checksum);
+        }
         Ok(engine)
+    }
+
+    /// Reads what the SSD holds, behind: serving does not wait for it.
+    fn read_the_disk(
+        &self,
+        geometry: DiskGeometry,
+        layout: u64,
+        images: Vec<Arc<Mapping>>,
+        to_read: Vec<Option<PathBuf>>,
+        take: bool,
+    ) {
+        let (to_shard, bell) = (self.to_shard.clone(), self.bell.clone());
+        let read = move || {
+            for (image, path) in images.iter().zip(&to_read) {
+                let Some(path) = path else { continue };
+                if let Err(error) = files::read_headers(path, image) {
+                    tracing::error!(
+                        "{}: headers cannot be read ({error}): what they name is forgotten",
+                        path.display()
+                    );
+                }
+            }
+            let order = if take { sound_headers(&geometry, layout, &images) } else { Vec::new() };
+            let _ = to_shard.send(ToShard::DiskRead(order));
+            doorbells::ring_own(&*bell);
+        };
+        if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {
+            tracing::error!("cannot start a thread to read what the SSD holds: {error}: it is forgotten");
+            self.tell(ToShard::DiskRead(Vec::new()));
+        }
     }
 
     /// Tells the shard, and wakes it.
@@ -253,10 +346,11 @@ impl Engine {
         }
     }
 
-    /// Stops the shard: what is being written is finished, for at most five seconds.
-    pub fn stop(&mut self) {
+    /// Stops the shard by [`ToShard::Stop`] or [`ToShard::HandOver`]: what is being written is finished, for at
+    /// most five seconds.
+    pub fn stop(&mut self, how: ToShard) {
         self.stop_touching.store(true, Ordering::Relaxed);
-        self.tell(ToShard::Stop);
+        self.tell(how);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -266,6 +360,37 @@ impl Engine {
     pub fn has_failed(&self) -> bool {
         self.thread.as_ref().is_some_and(JoinHandle::is_finished)
     }
+}
+
+/// The pool and its table: those that were kept, if they are what is asked for now, or new ones.
+fn make_pool(
+    config: &Config,
+    layout: &Layout,
+    kept: Option<Kept>,
+) -> Result<(Arc<PoolMemory>, SlotTable, OwnedFd), BuildError> {
+    let slot_bytes = layout.block_bytes;
+    if let Some(Kept { pool, table, table_fd, layout: theirs }) = kept {
+        let same = theirs == *layout && u64::from(table.shape().slots_count) == dma::slots_of(config, slot_bytes);
+        match dma::reopen(pool, slot_bytes, table.shape().slots_count).map_err(|errno| errno.to_string()) {
+            Ok(memory) if same => return Ok((Arc::new(memory), table, table_fd)),
+            Ok(_) => tracing::warn!("the pool starts empty: cpu_cache_gb or the layout is another now"),
+            Err(why) => tracing::warn!("the pool starts empty: the last one cannot be mapped: {why}"),
+        }
+    }
+    let pool = Arc::new(dma::create(config, slot_bytes)?);
+    let [pool_id, _] = secret();
+    let shape = TableShape {
+        pool_id,
+        layout: layout.fingerprint(),
+        slot_bytes,
+        slots_count: pool.slots_count,
+        tp_size: layout.tp_size,
+    };
+    let failed = |errno: rustix::io::Errno| BuildError::System { what: "make the slot table", errno: errno.into() };
+    let table_fd = sealed_memfd("kvring-slots", shape.bytes() as u64, Pages::Small).map_err(failed)?;
+    let memory = Arc::new(Mapping::new(&table_fd, shape.bytes()).map_err(failed)?);
+    let text = serde_json::to_string(layout).unwrap_or_default();
+    Ok((pool, SlotTable::create(memory, shape, &text), table_fd))
 }
 
 type AnyDevice = Box<dyn Device + Send>;
@@ -298,7 +423,13 @@ fn open_devices(config: &Config, pool: &PoolMemory, opened: Vec<files::DeviceFil
             piece_bytes: pool.piece_bytes as usize,
         };
         let opened: AnyDevice = if use_uring {
-            Box::new(Uring::new(device.files, memory, config.iouring_entries, config.fixed_buffers)?)
+            Box::new(Uring::new(
+                device.files,
+                Some(device.lock.as_fd()),
+                memory,
+                config.iouring_entries,
+                config.fixed_buffers,
+            )?)
         } else {
             Box::new(Aio::new(device.files, memory, config.iouring_entries).map_err(BuildError::Aio)?)
         };
@@ -370,6 +501,7 @@ struct Runner {
     spin_ns: u64,
     /// Resets whose headers are being written: who asked, how many blocks, until when they wait.
     resets: Vec<(u64, u32, u64)>,
+    is_recovering: bool,
     _locks: Vec<std::fs::File>,
 }
 
@@ -389,6 +521,10 @@ impl Runner {
             }
             let now_ns = monotonic_ns();
             self.answer_resets(now_ns);
+            if self.is_recovering && !self.shard.cache().is_recovering() {
+                self.is_recovering = false;
+                let _ = self.to_control.send(FromShard::Recovered(self.shard.cache().recovered));
+            }
             if self.shard.poll(now_ns) > 0 {
                 last_work_ns = now_ns;
                 continue;
@@ -435,8 +571,17 @@ impl Runner {
                 let blocks = self.shard.reset();
                 self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
             }
+            ToShard::DiskRead(order) => self.shard.disk_was_read(order),
+            ToShard::EndFormer(session, end) => {
+                let grace_ns = if end == End::Goodbye { 0 } else { self.shard.options().writer_grace_ns };
+                self.shard.end_former(session, monotonic_ns().saturating_add(grace_ns));
+            }
             ToShard::Stop => {
-                self.finish();
+                self.finish(true);
+                return false;
+            }
+            ToShard::HandOver => {
+                self.finish(false);
                 return false;
             }
         }
@@ -458,13 +603,12 @@ impl Runner {
         });
     }
 
-    /// Sessions end; what is dirty is written, as far as five seconds go.
-    fn finish(&mut self) {
-        let ids: Vec<SessionId> = self.shard.sessions().map(|session| session.writer.session).collect();
-        for id in ids {
-            if let Some(mut session) = self.shard.end(id, End::Goodbye, monotonic_ns()) {
-                session.close(SessionState::Closing);
-            }
+    /// Sessions end; what is under way is finished, and with `write_back` what is dirty is written, as far as
+    /// five seconds go. What sessions were filling stays theirs in the slot table: they have not been asked.
+    fn finish(&mut self, write_back: bool) {
+        self.shard.close_sessions(SessionState::Closing);
+        if !write_back {
+            self.shard.drop_dirty();
         }
         let deadline_ns = monotonic_ns() + 5_000_000_000;
         while !self.shard.is_drained() && monotonic_ns() < deadline_ns {

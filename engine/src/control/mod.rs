@@ -2,19 +2,16 @@
 //! and log; tells the shard by message and never touches what is its own.
 
 pub mod engine;
+pub mod keeper;
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kvring_ipc::config::{Config, OnMismatch};
-use kvring_ipc::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome, listen};
-use kvring_ipc::launch::{beside_socket, try_lock};
+use kvring_ipc::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome};
 use kvring_ipc::layout::{Difference, Layout};
-use kvring_ipc::peer::Peer;
+use kvring_ipc::peer::{Peer, started_ticks};
 use kvring_ipc::segment::Segment;
 use kvring_ipc::wire::PROTOCOL_VERSION;
 use rustix::event::{Timespec, epoll};
@@ -23,7 +20,9 @@ use crate::limits::SESSIONS_MAX;
 use crate::shard::End;
 use crate::shard::session::Session;
 use crate::tier::host::{SessionId, Writer};
-use engine::{BuildError, Engine, FromShard, ToShard};
+use crate::tier::table::FormerSession;
+use engine::{BuildError, Engine, FromShard, Kept, ToShard};
+use keeper::{Inheritance, ToEngine, ToKeeper};
 
 /// How long a connection may be silent before it has asked for anything.
 const FIRST_WORD: Duration = Duration::from_secs(2);
@@ -44,6 +43,12 @@ pub enum ServeError {
     Build(#[from] BuildError),
     #[error("{what}: {errno}")]
     System { what: &'static str, errno: rustix::io::Errno },
+    #[error("cannot {what} the engine process: {error}")]
+    Engine { what: &'static str, error: std::io::Error },
+    #[error("the engine process did not start ({status}); what it said is above")]
+    NotStarted { status: std::process::ExitStatus },
+    #[error("an engine process is started by `kvring serve` and by nobody else: {0}")]
+    NoKeeper(ChannelError),
 }
 
 /// One connection of the control socket.
@@ -101,10 +106,10 @@ pub struct Server {
     layout: Option<Layout>,
     engine: Option<Engine>,
     epoll: OwnedFd,
-    listener: OwnedFd,
     stop: OwnedFd,
-    /// Holds the socket for this server as long as it lives.
-    _lock: File,
+    inheritance: Inheritance,
+    /// Processes that an engine process before this one gave slots to, and that may still write into them.
+    formers: HashMap<SessionId, Former>,
     connections: HashMap<u64, Connection>,
     instances: Vec<Instance>,
     next_connection: u64,
@@ -115,52 +120,60 @@ pub struct Server {
     media_warned: Option<Instant>,
     /// A reset came before there was a data plane.
     forget_at_start: bool,
-    stopping: bool,
+    leaving: Option<Leaving>,
+}
+
+/// Why the engine process goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leaving {
+    /// The server stops.
+    Stop,
+    /// Another engine process takes over.
+    HandOver,
+}
+
+/// A process that may still be writing into the slots of a session that it had with an engine process
+/// before this one.
+struct Former {
+    pid: i32,
+    pidfd: OwnedFd,
 }
 
 const LISTENER: u64 = 0;
 const STOP: u64 = 1;
+const KEEPER: u64 = 2;
 /// A connection's socket is `number * 2`, its process `number * 2 + 1`.
-const FIRST_CONNECTION: u64 = 1;
+const FIRST_CONNECTION: u64 = 2;
+/// A former session's process: its number and this.
+const FORMER: u64 = 1 << 63;
 
 fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> ServeError {
     move |errno| ServeError::System { what, errno }
 }
 
 impl Server {
-    /// Takes the socket, and with a layout builds the whole data plane. `stop` becoming readable stops it.
+    /// With a layout, or with the pool of an engine process before this one, builds the whole data plane;
+    /// then listens. `stop` becoming readable stops it.
     ///
     /// # Errors
-    /// [`ServeError`]: another server, a path, or anything that the configuration asks in vain.
-    pub fn new(config: Config, layout: Option<Layout>, stop: OwnedFd) -> Result<Self, ServeError> {
-        let path = config.socket.clone();
-        let name = path.display().to_string();
-        let socket_error = |what| {
-            let path = name.clone();
-            move |error| ServeError::Socket { what, path, error }
-        };
-        let lock_path = beside_socket(&path, "lock");
-        let Some(mut lock) = try_lock(&lock_path).map_err(socket_error("cannot lock"))? else {
-            let mut pid = String::new();
-            let _ = File::open(&lock_path).and_then(|mut file| file.read_to_string(&mut pid));
-            return Err(ServeError::AlreadyServed { socket: name, pid: pid.trim().to_owned() });
-        };
-        let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
-        remove_stale_socket(&path)?;
-        // The data plane before the socket: whoever connects is served at once.
+    /// [`ServeError`]: anything that the configuration asks in vain.
+    pub fn new(
+        config: Config,
+        layout: Option<Layout>,
+        mut inheritance: Inheritance,
+        stop: OwnedFd,
+    ) -> Result<Self, ServeError> {
         raise_descriptor_limit();
-        let engine =
-            layout.clone().map(|layout| Engine::start(&config, layout, config.ssd_on_mismatch, false)).transpose()?;
-        let listener = listen(&path).map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(system("epoll"))?;
-        let server = Self {
+        let kept = inheritance.kept.take();
+        let mut server = Self {
             config,
             layout,
-            engine,
+            engine: None,
             epoll,
-            listener,
             stop,
-            _lock: lock,
+            inheritance,
+            formers: HashMap::new(),
             connections: HashMap::new(),
             instances: Vec::new(),
             next_connection: FIRST_CONNECTION,
@@ -170,15 +183,68 @@ impl Server {
             media_errors: [0; 3],
             media_warned: None,
             forget_at_start: false,
-            stopping: false,
+            leaving: None,
         };
-        server.watch(server.listener.as_fd(), LISTENER)?;
+        // The data plane before the socket: whoever connects is served at once.
+        let kept = kept.and_then(|[pool, table]| match Kept::open(pool, &table) {
+            Ok(kept) => Some(kept),
+            Err(why) => {
+                tracing::warn!("the pool of the last engine process is not taken over: {why}");
+                None
+            }
+        });
+        let layout = server.layout.clone().or_else(|| kept.as_ref().map(|kept| kept.layout.clone()));
+        if let Some(layout) = layout {
+            let on_mismatch = server.config.ssd_on_mismatch;
+            server.start_engine(layout, on_mismatch, kept)?;
+        }
+        kvring_ipc::handshake::listen(&server.inheritance.listener).map_err(system("listen"))?;
+        server.watch(server.inheritance.listener.as_fd(), LISTENER)?;
         server.watch(server.stop.as_fd(), STOP)?;
+        server.watch(server.inheritance.channel.as_fd(), KEEPER)?;
+        let _ = server.inheritance.channel.send(&ToKeeper::Serving, &[]);
         tracing::info!("kvring {} serves {}", env!("CARGO_PKG_VERSION"), server.config.socket.display());
         if server.engine.is_none() {
             tracing::info!("pool and SSD are opened when the first worker says what its blocks look like");
         }
         Ok(server)
+    }
+
+    fn start_engine(&mut self, layout: Layout, on_mismatch: OnMismatch, kept: Option<Kept>) -> Result<(), BuildError> {
+        let engine = Engine::start(&self.config, layout, on_mismatch, self.forget_at_start, kept)?;
+        self.next_session = engine.table.last_session();
+        // From now on a death of this process costs nothing that is in the pool.
+        let _ = self.inheritance.channel.send(&ToKeeper::Keep, &[engine.pool.fd.as_fd(), engine.table_fd.as_fd()]);
+        for session in &engine.suspects {
+            self.await_former(&engine, *session);
+        }
+        self.engine = Some(engine);
+        Ok(())
+    }
+
+    /// A session of an engine process that is gone had slots: they are free when its process has said that
+    /// it writes no more, or is dead and the grace is over.
+    fn await_former(&mut self, engine: &Engine, session: SessionId) {
+        let alive = engine.table.session(session).and_then(|former| {
+            let pid = rustix::process::Pid::from_raw(former.pid)?;
+            let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()?;
+            // Asked after the descriptor was had: it is this process, or the number was given again.
+            (started_ticks(former.pid) == Some(former.started_ticks)).then_some(Former { pid: former.pid, pidfd })
+        });
+        let token = epoll::EventData::new_u64(FORMER | u64::from(session.0));
+        match alive {
+            Some(former) if epoll::add(&self.epoll, &former.pidfd, token, epoll::EventFlags::IN).is_ok() => {
+                self.formers.insert(session, former);
+            }
+            _ => engine.tell(ToShard::EndFormer(session, End::Dead)),
+        }
+    }
+
+    fn end_former(&mut self, session: SessionId, end: End) {
+        if let (Some(former), Some(engine)) = (self.formers.remove(&session), &self.engine) {
+            let _ = epoll::delete(&self.epoll, &former.pidfd);
+            engine.tell(ToShard::EndFormer(session, end));
+        }
     }
 
     fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), ServeError> {
@@ -190,7 +256,7 @@ impl Server {
     pub fn run(mut self) -> bool {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
         let mut failed = false;
-        while !self.stopping && !failed {
+        while self.leaving.is_none() && !failed {
             events.clear();
             let timeout = self.nap();
             let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
@@ -198,7 +264,9 @@ impl Server {
             for token in ready {
                 match token {
                     LISTENER => self.accept(),
-                    STOP => self.stopping = true,
+                    STOP => self.leaving = Some(Leaving::Stop),
+                    KEEPER => self.hear_keeper(),
+                    token if token & FORMER != 0 => self.end_former(SessionId(token as u32), End::Dead),
                     token if token % 2 == 0 => self.on_message(token / 2),
                     token => self.on_death(token / 2),
                 }
@@ -209,13 +277,32 @@ impl Server {
             self.warn_of_media();
             failed = self.engine.as_ref().is_some_and(Engine::has_failed);
         }
-        tracing::info!("stopping");
-        // Nobody finds us any more; then the sessions there are end.
-        let _ = std::fs::remove_file(&self.config.socket);
-        if let Some(engine) = &mut self.engine {
-            engine.stop();
+        let Some(leaving) = self.leaving.filter(|_| !failed) else { return false };
+        let hand_over = leaving == Leaving::HandOver;
+        tracing::info!("{}", if hand_over { "handing over" } else { "stopping" });
+        let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
+        if !hand_over {
+            // Nobody finds us any more; then the sessions there are end.
+            let _ = std::fs::remove_file(&self.config.socket);
         }
-        !failed
+        if let Some(engine) = &mut self.engine {
+            engine.stop(if hand_over { ToShard::HandOver } else { ToShard::Stop });
+        }
+        true
+    }
+
+    fn hear_keeper(&mut self) {
+        match self.inheritance.channel.receive::<ToEngine>(false) {
+            Ok((ToEngine::Stop, _)) => self.leaving = Some(Leaving::Stop),
+            Ok((ToEngine::HandOver, _)) => self.leaving = Some(Leaving::HandOver),
+            Ok((ToEngine::Begin { .. }, _)) | Err(ChannelError::TimedOut) => {}
+            Err(error) => {
+                let _ = epoll::delete(&self.epoll, &self.inheritance.channel);
+                tracing::error!(
+                    "the keeper is gone ({error}): the pool would end with this process; `kvring stop` and a new start bring a keeper back"
+                );
+            }
+        }
     }
 
     /// How long nothing can be missed. Without sessions: for ever, at no cost.
@@ -231,7 +318,7 @@ impl Server {
     fn accept(&mut self) {
         // Non-blocking: a peer that does not read its answers must not make us wait.
         let flags = rustix::net::SocketFlags::CLOEXEC | rustix::net::SocketFlags::NONBLOCK;
-        let Ok(fd) = rustix::net::accept_with(&self.listener, flags) else {
+        let Ok(fd) = rustix::net::accept_with(&self.inheritance.listener, flags) else {
             // Out of descriptors: the listener stays readable, and hearing it at once would be all we do.
             #[expect(clippy::disallowed_methods, reason = "the control plane may wait, here for descriptors")]
             std::thread::sleep(Duration::from_millis(20));
@@ -309,9 +396,26 @@ impl Server {
                     self.drop_if_no_session(number);
                 }
             },
+            Request::Drained { session } => {
+                let session = SessionId(session);
+                let pid = self.connections.get(&number).and_then(|connection| connection.session.as_ref());
+                let pid = pid.map(|attached| attached.peer.pid.as_raw_nonzero().get());
+                // Its own word only.
+                if self.formers.get(&session).is_some_and(|former| Some(former.pid) == pid) {
+                    self.end_former(session, End::Goodbye);
+                }
+            }
+            Request::Stop | Request::Upgrade if !self.is_same_user(number) => {
+                self.reply(number, &Refusal::for_good("only the server's user may stop it".into()).into_reply());
+                self.drop_if_no_session(number);
+            }
             Request::Stop => {
-                self.stopping = self.is_same_user(number);
+                self.leaving = Some(Leaving::Stop);
                 self.reply(number, &Reply::Stopping);
+            }
+            Request::Upgrade => {
+                self.leaving = Some(Leaving::HandOver);
+                self.reply(number, &Reply::Upgrading);
             }
         }
     }
@@ -383,12 +487,10 @@ impl Server {
                 return Err(Refusal::for_now("no worker has said yet what its blocks look like".into()));
             };
             // A layout that no operator gave never empties a cache that is there.
-            let forget = self.forget_at_start;
-            let engine = Engine::start(&self.config, layout, OnMismatch::Refuse, forget).map_err(|error| {
+            self.start_engine(layout, OnMismatch::Refuse, None).map_err(|error| {
                 tracing::error!("{error}");
                 Refusal::for_now(error.to_string())
             })?;
-            self.engine = Some(engine);
         }
         let id =
             self.free_session_id().ok_or_else(|| Refusal::for_now(format!("all {SESSIONS_MAX} sessions are taken")))?;
@@ -409,7 +511,7 @@ impl Server {
             .collect();
         (0..SESSIONS_MAX as u32).find_map(|_| {
             // Wraps after four billion sessions; u32::MAX means nobody.
-            self.next_session = (self.next_session + 1) % (u32::MAX - 1);
+            self.next_session = (self.next_session + 1) % (u32::MAX - 2);
             (!taken.contains(&(self.next_session as usize % SESSIONS_MAX))).then_some(SessionId(self.next_session))
         })
     }
@@ -465,11 +567,26 @@ impl Server {
             slot_bytes: pool.slot_bytes,
             slots_count: pool.slots_count,
             page_bytes: pool.pages.bytes(),
+            pool_id: engine.table.shape().pool_id,
+            epoch: self.inheritance.epoch,
             server_pid: std::process::id(),
             settings: self.config.as_text(),
         };
         epoll::add(&self.epoll, &peer.pidfd, epoll::EventData::new_u64(number * 2 + 1), epoll::EventFlags::IN)?;
-        let fds = [segment_fd.as_fd(), pool.fd.as_fd(), their_bell.as_fd(), engine.events.as_fd()];
+        let fds = [
+            segment_fd.as_fd(),
+            pool.fd.as_fd(),
+            their_bell.as_fd(),
+            engine.events.as_fd(),
+            self.inheritance.epoch_fd.as_fd(),
+        ];
+        // Before it can be granted a slot.
+        let pid = peer.pid.as_raw_nonzero().get();
+        engine.table.begin_session(FormerSession {
+            session: id,
+            pid,
+            started_ticks: started_ticks(pid).unwrap_or_default(),
+        });
         if connection.channel.send(&Reply::Welcome(welcome), &fds).is_err() {
             return Err(rustix::io::Errno::PIPE);
         }
@@ -539,6 +656,11 @@ impl Server {
                     }
                     self.drop_if_no_session(asked_by);
                 }
+                FromShard::Recovered(recovered) => {
+                    if self.config.ssd_cache_bytes > 0 {
+                        tracing::info!("{} blocks found on the SSD", recovered.disk);
+                    }
+                }
                 FromShard::Unregistered(piece, errno) => {
                     tracing::error!("piece {piece} of the pool cannot be registered ({errno}): its slots are not used");
                 }
@@ -594,6 +716,9 @@ impl Server {
         let mut stats = serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
             "server_pid": std::process::id(),
+            "keeper_pid": rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get()),
+            "epoch": self.inheritance.epoch,
+            "crashes": self.inheritance.crashes,
             "socket": self.config.socket,
             "instances": instances,
         });
@@ -620,22 +745,5 @@ fn raise_descriptor_limit() {
         tracing::warn!(
             "fewer than {wanted} descriptors may be open, so fewer than {SESSIONS_MAX} sessions fit: raise ulimit -n"
         );
-    }
-}
-
-/// A socket file whose server is gone: we hold the lock, so nobody serves it.
-fn remove_stale_socket(path: &PathBuf) -> Result<(), ServeError> {
-    use std::os::unix::fs::FileTypeExt;
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if found.file_type().is_socket() => {
-            tracing::info!("removing the socket file that a dead server left at {}", path.display());
-            std::fs::remove_file(path).map_err(|error| ServeError::Socket {
-                what: "cannot remove the stale",
-                path: path.display().to_string(),
-                error,
-            })
-        }
-        Ok(_) => Err(ServeError::NoSocket { path: path.display().to_string() }),
-        Err(_) => Ok(()),
     }
 }

@@ -47,13 +47,19 @@ pub enum FilesError {
     Io { file: String, error: std::io::Error },
 }
 
+/// How long the lock of a directory is waited for: two seconds.
+const LOCK_TRIES: u32 = 1000;
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(2);
+
 /// One device, ready for I/O.
 #[derive(Debug)]
 pub struct DeviceFiles {
     /// Opened with O_DIRECT, in the order of the geometry's files.
     pub files: Vec<OwnedFd>,
-    /// The header zone as it is on the disk.
+    /// The header zone in memory: zeros, until [`read_headers`] of `reused`.
     pub headers: Arc<Mapping>,
+    /// The file whose headers are to be read, unless it is new.
+    pub reused: Option<PathBuf>,
     /// Held for as long as the device is used.
     pub lock: File,
     /// Where it lies.
@@ -129,11 +135,15 @@ fn lock(dir: &Path) -> Result<File, FilesError> {
     std::fs::create_dir_all(dir).map_err(cannot)?;
     let path = dir.join("kvring.lock");
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(cannot)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(FilesError::InUse { file: path_of(dir, 0).display().to_string() }),
-        Err(errno) => Err(cannot(errno.into())),
+    // A server that died lets go of it when its last transfer has ended: the disk's time, not ours.
+    for _ in 0..LOCK_TRIES {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+            Err(errno) => return Err(cannot(errno.into())),
+        }
     }
+    Err(FilesError::InUse { file: path_of(dir, 0).display().to_string() })
 }
 
 fn open_device(
@@ -230,7 +240,9 @@ fn open_device(
         }
         files.push(OwnedFd::from(direct));
     }
-    let headers = read_headers(&first, geometry, reuse).map_err(io(&first))?;
+    let bytes = (geometry.header_sectors() * SECTOR_BYTES) as usize;
+    let headers = sealed_memfd("kvring-headers", bytes as u64, Pages::Small).and_then(|fd| Mapping::new(&fd, bytes));
+    let headers = Arc::new(headers.map_err(|errno| io(&first)(errno.into()))?);
     match found {
         Found::Super(found) if reuse => *cache_id = Some(cache_id.unwrap_or(found.cache_id)),
         _ => {
@@ -238,7 +250,8 @@ fn open_device(
             write_superblock(&first, geometry, &expected(id).sealed()).map_err(io(&first))?;
         }
     }
-    Ok(DeviceFiles { files, headers, lock, dir: dir.to_path_buf() })
+    let reused = reuse.then_some(first);
+    Ok(DeviceFiles { files, headers, reused, lock, dir: dir.to_path_buf() })
 }
 
 fn mismatch(on_mismatch: OnMismatch, file: &str, why: &str) -> Result<bool, FilesError> {
@@ -308,22 +321,21 @@ fn write_superblock(path: &Path, geometry: &DiskGeometry, superblock: &Superbloc
     file.sync_data()
 }
 
-fn read_headers(path: &Path, geometry: &DiskGeometry, reuse: bool) -> std::io::Result<Arc<Mapping>> {
-    let bytes = geometry.header_sectors() * SECTOR_BYTES;
-    let memfd = sealed_memfd("kvring-headers", bytes, Pages::Small)?;
-    let mapping = Mapping::new(&memfd, bytes as usize)?;
-    if reuse {
-        let file = File::open(path)?;
-        let mut piece = vec![0u8; 1 << 20];
-        let mut at = 0;
-        while at < bytes {
-            let length = (bytes - at).min(piece.len() as u64) as usize;
-            file.read_exact_at(&mut piece[..length], SECTOR_BYTES + at)?;
-            mapping.copy_in(at as usize, &piece[..length]);
-            at += length as u64;
-        }
+/// Reads a file's header zone into its image. Blocks, for as long as reading 64 bytes a slot takes.
+///
+/// # Errors
+/// What the system says; what was read until then is in the image.
+pub fn read_headers(path: &Path, image: &Mapping) -> std::io::Result<()> {
+    let file = File::open(path)?;
+    let mut piece = vec![0u8; 1 << 20];
+    let (bytes, mut at) = (image.bytes() as u64, 0);
+    while at < bytes {
+        let length = (bytes - at).min(piece.len() as u64) as usize;
+        file.read_exact_at(&mut piece[..length], SECTOR_BYTES + at)?;
+        image.copy_in(at as usize, &piece[..length]);
+        at += length as u64;
     }
-    Ok(Arc::new(mapping))
+    Ok(())
 }
 
 /// The unit of direct I/O (statx, STATX_DIOALIGN, Linux 6.1); a sector where it is not told.

@@ -86,14 +86,13 @@ impl Sim {
         Self { memory, platter, faults, chance: Chance::new(seed), depth, latency_ns, flights, last_now_ns: 0 }
     }
 
-    /// Power is cut: each write that was not reported may have happened, in part, or not at all.
+    /// Power is cut, or the process that used it is dead: each transfer that was not reported may have
+    /// happened, in part, or not at all.
     pub fn power_cut(mut self) -> Platter {
         while let Some(flight) = self.flights.pop_front() {
             let sectors = u64::from(flight.io.bytes) / SECTOR_BYTES;
-            if flight.io.direction == Direction::Write {
-                let torn = self.chance.below(sectors + 1) * SECTOR_BYTES;
-                self.transfer(&Io { bytes: torn as u32, ..flight.io }, flight.io.offset_in_file);
-            }
+            let torn = self.chance.below(sectors + 1) * SECTOR_BYTES;
+            self.transfer(&Io { bytes: torn as u32, ..flight.io }, flight.io.offset_in_file);
         }
         self.platter
     }

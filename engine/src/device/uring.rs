@@ -15,6 +15,8 @@ pub struct Uring {
     /// Kept open as long as the ring knows them.
     _files: Vec<OwnedFd>,
     fixed_buffers: bool,
+    /// Pieces of the pool that the ring knows; I/O to the others names its memory by address.
+    registered: Vec<bool>,
     depth: u32,
     inflight: u32,
     unflushed: u32,
@@ -39,12 +41,15 @@ pub fn probe() -> Result<(), UringError> {
 }
 
 impl Uring {
-    /// A ring over files that were opened with O_DIRECT.
+    /// A ring over files that were opened with O_DIRECT. It holds on to `lock`, where there is one, until its
+    /// last transfer has ended: after this process died too (io_uring/io_uring.c: a ring lets go of its files
+    /// once no request refers to it). So who takes the lock knows that nothing is under way.
     ///
     /// # Errors
     /// What the kernel refuses.
     pub fn new(
         files: Vec<OwnedFd>,
+        lock: Option<BorrowedFd<'_>>,
         memory: DeviceMemory,
         entries: u32,
         fixed_buffers: bool,
@@ -52,13 +57,14 @@ impl Uring {
         let failed = |what| move |errno| UringError { what, errno };
         // The completion ring is twice as deep by default, and no more than `entries` are in flight.
         let ring = IoUring::builder().build(entries).map_err(failed("io_uring_setup"))?;
-        let raw: Vec<i32> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let raw: Vec<i32> = files.iter().map(AsRawFd::as_raw_fd).chain(lock.map(|lock| lock.as_raw_fd())).collect();
+        let pieces = memory.pool.bytes().div_ceil(memory.piece_bytes);
         ring.submitter().register_files(&raw).map_err(failed("register files"))?;
         if fixed_buffers {
-            let pieces = memory.pool.bytes().div_ceil(memory.piece_bytes) as u32;
-            ring.submitter().register_buffers_sparse(pieces).map_err(failed("register a table of buffers"))?;
+            ring.submitter().register_buffers_sparse(pieces as u32).map_err(failed("register a table of buffers"))?;
         }
-        Ok(Self { ring, memory, _files: files, fixed_buffers, depth: entries, inflight: 0, unflushed: 0 })
+        let registered = vec![false; pieces];
+        Ok(Self { ring, memory, _files: files, fixed_buffers, registered, depth: entries, inflight: 0, unflushed: 0 })
     }
 }
 
@@ -82,8 +88,9 @@ impl Device for Uring {
         }
         let address = self.memory.address(&io);
         let file = types::Fixed(u32::from(io.file));
-        let fixed = self.fixed_buffers && io.region == Region::Pool;
-        let piece = (io.offset_in_region / self.memory.piece_bytes) as u16;
+        let piece = io.offset_in_region / self.memory.piece_bytes;
+        let fixed = io.region == Region::Pool && self.registered[piece];
+        let piece = piece as u16;
         let entry = match (io.direction, fixed) {
             (Direction::Read, true) => {
                 opcode::ReadFixed::new(file, address, io.bytes, piece).offset(io.offset_in_file).build()
@@ -141,6 +148,8 @@ impl Device for Uring {
         let buffer = libc::iovec { iov_base: self.memory.pool.address(offset, bytes).cast(), iov_len: bytes };
         // SAFETY: the buffer is a range of the pool's mapping, which self keeps mapped as long as the ring.
         let registered = unsafe { self.ring.submitter().register_buffers_update(piece, &[buffer], None) };
-        registered.map(drop).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        registered.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        self.registered[piece as usize] = true;
+        Ok(())
     }
 }

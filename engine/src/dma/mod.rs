@@ -67,12 +67,39 @@ pub fn available_bytes() -> u64 {
     line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(u64::MAX, |kib| kib << 10)
 }
 
+/// How many slots this configuration makes of blocks of this size.
+pub fn slots_of(config: &Config, slot_bytes: u64) -> u64 {
+    (config.cpu_cache_bytes / slot_bytes).min(crate::limits::SLOTS_MAX)
+}
+
+/// The pool of an engine process that is gone, with everything in it.
+///
+/// # Errors
+/// `EINVAL` if it is no sealed memfd with room for the slots; else what mmap says.
+pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32) -> rustix::io::Result<PoolMemory> {
+    let used = u64::from(slots_count) * slot_bytes;
+    if !kvring_ipc::mapping::is_sealed(&fd, used)? {
+        return Err(rustix::io::Errno::INVAL);
+    }
+    // hugetlbfs says the size of its pages here, tmpfs that of the kernel's.
+    let pages = match rustix::fs::fstat(&fd)?.st_blksize as u64 {
+        bytes if bytes == Pages::Huge1G.bytes() => Pages::Huge1G,
+        bytes if bytes == Pages::Huge2M.bytes() => Pages::Huge2M,
+        _ => Pages::Small,
+    };
+    let memory = over(fd, used, slot_bytes, pages)?;
+    if pages == Pages::Small {
+        memory.mapping.advise_hugepages();
+    }
+    Ok(memory)
+}
+
 /// Makes the pool. Its pages come later, piece by piece.
 ///
 /// # Errors
 /// [`PoolError`].
 pub fn create(config: &Config, slot_bytes: u64) -> Result<PoolMemory, PoolError> {
-    let slots = (config.cpu_cache_bytes / slot_bytes).min(crate::limits::SLOTS_MAX);
+    let slots = slots_of(config, slot_bytes);
     if slots == 0 {
         return Err(PoolError::TooSmall { pool_bytes: config.cpu_cache_bytes, slot_bytes });
     }
@@ -115,7 +142,11 @@ pub fn create(config: &Config, slot_bytes: u64) -> Result<PoolMemory, PoolError>
 
 fn map(used: u64, slot_bytes: u64, pages: Pages) -> rustix::io::Result<PoolMemory> {
     let bytes = used.next_multiple_of(pages.bytes());
-    let fd = sealed_memfd("kvring-pool", bytes, pages)?;
+    over(sealed_memfd("kvring-pool", bytes, pages)?, used, slot_bytes, pages)
+}
+
+fn over(fd: OwnedFd, used: u64, slot_bytes: u64, pages: Pages) -> rustix::io::Result<PoolMemory> {
+    let bytes = used.next_multiple_of(pages.bytes());
     let mapping = Arc::new(Mapping::new(&fd, bytes as usize)?);
     let wanted = PIECE_BYTES.max(bytes / PIECES_MAX);
     let piece_bytes = (wanted / slot_bytes).max(1) * slot_bytes;

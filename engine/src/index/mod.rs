@@ -241,6 +241,15 @@ impl Index {
         }
     }
 
+    /// Calls `with` for each block that is in the pool and not on the SSD, with its slot.
+    pub fn each_only_in_host(&self, mut with: impl FnMut(BlockId, u32)) {
+        for (id, block) in (0..).zip(&self.blocks).filter(|(_, block)| block.in_use && !block.detached) {
+            if let (Place::Ready(slot), Place::Absent) = (block.place(Tier::Host), block.place(Tier::Disk)) {
+                with(BlockId(id), slot);
+            }
+        }
+    }
+
     /// Adds a block that no key finds yet, after `parent`. `None` if the table is full.
     pub fn insert(&mut self, key: BlockKey, parent: Option<BlockId>, depth: u32) -> Option<BlockId> {
         let id = BlockId(self.free.pop()?);

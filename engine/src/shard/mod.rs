@@ -11,6 +11,7 @@ pub mod transfer;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use kvring_ipc::config::Verify;
 use kvring_ipc::doorbell;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
@@ -50,6 +51,8 @@ pub struct ShardOptions {
     pub write_depth: u32,
     /// Whether blocks on the disk have checksums.
     pub checksum: bool,
+    /// Which blocks in the pool are verified.
+    pub verify: Verify,
     /// What a ping is answered with: the moment it was picked up.
     pub clock: fn() -> u64,
 }
@@ -86,7 +89,18 @@ pub struct Shard<D> {
     blocks: Box<[BlockId]>,
     next_housekeeping_ns: u64,
     next_sweep_ns: u64,
+    /// Checksums of blocks in the pool that this round may still make for loads.
+    verifications_left: u32,
+    /// What the last engine process left in the pool and not on the SSD is yet to be queued for it.
+    requeue: bool,
 }
+
+/// Checksums made for loads in one round; what waits for one is looked at again in the next.
+const VERIFICATIONS_MAX: u32 = 2;
+/// Recovered headers taken in one round.
+const RECOVERY_BUDGET: u32 = 128;
+/// verify = sampled: one block in this many, by its key.
+const SAMPLE: u64 = 16;
 
 /// Consecutive blocks of one request with one fate, on their way into one completion.
 struct Run {
@@ -145,10 +159,36 @@ impl<D: Device> Shard<D> {
             blocks: vec![BlockId(0); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             next_housekeeping_ns: 0,
             next_sweep_ns: 0,
+            verifications_left: VERIFICATIONS_MAX,
+            requeue: true,
             cache,
         }
     }
 
+    /// What it was told.
+    pub fn options(&self) -> &ShardOptions {
+        &self.options
+    }
+    /// Every session is told that nothing more will come, and is not polled any more. What it holds stays
+    /// as it is: this process is about to end.
+    pub fn close_sessions(&mut self, state: SessionState) {
+        for at in 0..self.live.len() {
+            let place = self.live[at];
+            let mut from = 0;
+            while let Some(load) = self.loads.next_where(from, |load| load.session == Some(place)) {
+                self.orphan(load);
+                from = load + 1;
+            }
+            if let Some(session) = self.sessions[place].as_deref_mut() {
+                session.ended = true;
+                session.close(state);
+            }
+        }
+    }
+    /// What waits to be written stays unwritten: the next engine process finds it in the pool.
+    pub fn drop_dirty(&mut self) {
+        self.dirty.clear();
+    }
     /// The cache, for checks and statistics.
     pub fn cache(&self) -> &Cache {
         &self.cache
@@ -162,6 +202,15 @@ impl<D: Device> Shard<D> {
     /// Whether no header from before the last reset is on a device any more.
     pub fn is_reset(&self) -> bool {
         self.cache.disk.as_ref().is_none_or(crate::tier::disk::DiskSlots::is_cleared)
+    }
+    /// What the disk holds was read: its sound headers, parents first. Taken back bit by bit.
+    pub fn disk_was_read(&mut self, order: Vec<u32>) {
+        self.cache.disk_was_read(order);
+    }
+    /// A session of an engine process that is gone writes no more, from `free_at_ns` on: the slots that it
+    /// was granted may be used again.
+    pub fn end_former(&mut self, session: SessionId, free_at_ns: u64) {
+        self.cache.host.end_quarantine(session, free_at_ns);
     }
     /// The devices.
     pub fn devices(&mut self) -> impl Iterator<Item = &mut D> {
@@ -251,15 +300,18 @@ impl<D: Device> Shard<D> {
     /// Does at most one budget of everything. Says how much was done: 0 is idle.
     pub fn poll(&mut self, now_ns: u64) -> u32 {
         let mut work = 0;
+        self.verifications_left = VERIFICATIONS_MAX;
         for i in 0..self.live.len() {
             work += self.poll_session(self.live[i], now_ns);
         }
+        work += self.recover();
         for device in 0..self.devices.len() {
             work += self.poll_device(device, now_ns);
         }
         if self.hungry_count > 0 {
             self.feed_hungry(now_ns);
         }
+        work += VERIFICATIONS_MAX - self.verifications_left;
         work += self.start_writes();
         for device in 0..self.devices.len() {
             work += self.start_transfers(device);
@@ -276,6 +328,23 @@ impl<D: Device> Shard<D> {
             }
         }
         work
+    }
+
+    fn recover(&mut self) -> u32 {
+        if self.cache.is_recovering() {
+            let count = self.cache.recover_some(RECOVERY_BUDGET);
+            self.metrics.ssd_recovered_blocks_count.set(u64::from(self.cache.recovered.disk));
+            return count;
+        }
+        if std::mem::take(&mut self.requeue) && self.cache.disk.is_some() {
+            let (dirty, host) = (&mut self.dirty, &self.cache.host);
+            self.cache.index.each_only_in_host(|block, slot| {
+                if dirty.len() < dirty.capacity() {
+                    dirty.push_back(Dirty { grant: host.grant(slot), block });
+                }
+            });
+        }
+        0
     }
 
     fn poll_session(&mut self, at: usize, now_ns: u64) -> u32 {
@@ -418,9 +487,13 @@ impl<D: Device> Shard<D> {
                 None if load.cancelled => (Status::Cancelled, None),
                 None => (Status::Stale, None),
                 Some(Found::Gone) => (Status::Miss, None),
-                Some(Found::Ready(_)) => match self.cache.loan(load.lease, load.instance, load.first + index, block) {
-                    Some(grant) => (Status::Ok, Some(grant)),
-                    None => (Status::Busy, None),
+                Some(Found::Ready(slot)) => match self.verified(slot, block) {
+                    None => break,
+                    Some(false) => (Status::Miss, None),
+                    Some(true) => match self.cache.loan(load.lease, load.instance, load.first + index, block) {
+                        Some(grant) => (Status::Ok, Some(grant)),
+                        None => (Status::Busy, None),
+                    },
                 },
                 Some(Found::Reading(slot)) => {
                     self.metrics.load_blocks_coalesced_count.add(1);
@@ -452,6 +525,46 @@ impl<D: Device> Shard<D> {
         if run.completion.count > 0 {
             self.answer_load(at, run.completion);
         }
+    }
+
+    /// Whether a block in the pool is what was stored, as far as it is to be asked. `None`: not in this round.
+    fn verified(&mut self, slot: u32, block: BlockId) -> Option<bool> {
+        let host = &self.cache.host;
+        let Some(expected) = host.crc(slot) else { return Some(true) };
+        let asked = host.is_doubted(slot) && self.options.verify != Verify::Off || self.is_verified_always(block);
+        if !asked {
+            return Some(true);
+        }
+        self.verifications_left = self.verifications_left.checked_sub(1)?;
+        Some(self.verify(slot, block, expected))
+    }
+
+    /// Makes the checksum of what a host slot holds; should it not be this one, forgets the block.
+    fn verify(&mut self, slot: u32, block: BlockId, expected: u64) -> bool {
+        let sound = self.checksum_of(slot) == expected;
+        self.metrics.dram_verified_blocks_count.add(1);
+        if sound {
+            self.cache.host.trust(slot);
+        } else {
+            self.metrics.dram_checksum_errors_count.add(1);
+            let forgotten = self.cache.distrust(slot, block);
+            self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
+        }
+        sound
+    }
+
+    /// Whether every use of this block in the pool is verified, so that its checksum is made with its commit.
+    fn is_verified_always(&self, block: BlockId) -> bool {
+        match self.options.verify {
+            Verify::Off | Verify::Crash => false,
+            Verify::Sampled => self.cache.index.block(block).key.to_words()[0] % SAMPLE == 0,
+            Verify::Always => true,
+        }
+    }
+
+    fn checksum_of(&mut self, host_slot: u32) -> u64 {
+        let (offset, bytes) = (self.offset_of(host_slot), self.options.slot_bytes as usize);
+        checksum::of_mapping(&self.pool, offset, bytes, &mut self.scratch)
     }
 
     /// Sends one completion of a load, and ends the load with its last.
@@ -573,14 +686,18 @@ impl<D: Device> Shard<D> {
     }
 
     fn answer_commit(&mut self, at: usize, tag: Tag, grants: Span) {
-        let Some(session) = self.sessions[at].as_deref_mut() else { return };
         let mut taken = 0;
         for index in 0..grants.count {
+            let Some(session) = self.sessions[at].as_deref_mut() else { return };
             let grant = session.segment.read_grant(grants, index);
             let Ok(complete) = self.cache.commit(grant, session.writer) else { continue };
             taken += 1;
             let Some(block) = complete else { continue };
             self.metrics.commit_blocks_count.add(1);
+            if self.is_verified_always(block) {
+                let data_crc = self.checksum_of(grant.slot);
+                self.cache.set_host_crc(grant.slot, block, data_crc);
+            }
             if self.cache.disk.is_some() {
                 if self.dirty.len() == self.dirty.capacity() {
                     self.dirty.pop_front();
@@ -590,7 +707,9 @@ impl<D: Device> Shard<D> {
         }
         let payload = [taken, 0, 0, 0, 0, 0];
         let status = if taken == u64::from(grants.count) { Status::Ok } else { Status::Stale };
-        session.complete(&Completion { payload, ..Completion::plain(tag, Some(Op::Commit), status) });
+        if let Some(session) = self.sessions[at].as_deref_mut() {
+            session.complete(&Completion { payload, ..Completion::plain(tag, Some(Op::Commit), status) });
+        }
     }
 
     fn answer_abort(&mut self, at: usize, tag: Tag, grants: Span) {
@@ -663,16 +782,16 @@ impl<D: Device> Shard<D> {
             self.metrics.ssd_read_errors_count.add(1);
         }
         let expected = self.cache.disk.as_ref().map_or(0, |disk| disk.data_crc(disk_slot));
-        let offset = self.offset_of(host_slot);
-        let sound = !self.options.checksum
-            || !moved
-            || checksum::of_mapping(&self.pool, offset, bytes as usize, &mut self.scratch) == expected;
+        let sound = !self.options.checksum || !moved || self.checksum_of(host_slot) == expected;
         if !sound {
             self.metrics.ssd_checksum_errors_count.add(1);
         }
         let good = moved && sound;
         // Forgotten while it was read, with an ancestor or by a reset: nobody gets it any more.
         let wanted = good && !self.cache.index.block(block).is_detached();
+        if good && self.options.checksum {
+            self.cache.host.set_crc(host_slot, expected);
+        }
         // Held until every waiter has its loan, so that no eviction comes between.
         let held = self.cache.index.pin(block);
         let forgotten = self.cache.end_read(block, good);
@@ -717,16 +836,21 @@ impl<D: Device> Shard<D> {
     fn start_writes(&mut self) -> u32 {
         let mut count = 0;
         let mut looked_at = 0;
-        while count < 2 && looked_at < SESSION_BUDGET {
+        while count < 2 && looked_at < SESSION_BUDGET && !self.cache.is_recovering() {
             let room = self.devices.iter().any(|d| d.writes_count() < d.writes_wanted());
             let Some(Dirty { grant, block }) = (if room { self.dirty.pop_front() } else { None }) else { break };
             looked_at += 1;
             let Some(write) = self.cache.begin_write(grant, block) else { continue };
-            let offset = self.offset_of(write.host_slot);
-            let data_crc = if self.options.checksum {
-                checksum::of_mapping(&self.pool, offset, self.options.slot_bytes as usize, &mut self.scratch)
-            } else {
-                0
+            let data_crc = match self.cache.host.crc(write.host_slot) {
+                _ if !self.options.checksum => 0,
+                // Made with the commit, or by an earlier process: should the bytes have changed since, the
+                // disk's copy does not match either, and is a miss.
+                Some(known) => known,
+                None => {
+                    let made = self.checksum_of(write.host_slot);
+                    self.cache.set_host_crc(write.host_slot, block, made);
+                    made
+                }
             };
             if let Some(disk) = &mut self.cache.disk {
                 disk.set_data_crc(write.disk_slot, data_crc);
@@ -783,7 +907,7 @@ impl<D: Device> Shard<D> {
     pub fn is_drained(&self) -> bool {
         let headers = |at| self.cache.disk.as_ref().is_some_and(|disk| disk.has_header_to_write(at));
         self.loads.is_empty()
-            && self.dirty.is_empty()
+            && (self.dirty.is_empty() || self.cache.is_recovering())
             && self.devices.iter().enumerate().all(|(at, device)| device.is_idle() && !headers(at))
     }
 

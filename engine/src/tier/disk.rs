@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
+use kvring_ipc::wire::MATCH_BLOCKS_MAX;
 
 use super::header::{HEADER_BYTES, HEADERS_PER_SECTOR, Header};
-use crate::index::BlockId;
 use crate::limits::SECTOR_BYTES;
 
 /// Where slots lie on the devices. A slot is on device `slot % devices`, so blocks are striped.
@@ -103,6 +103,48 @@ pub struct DiskSlots {
     free: Vec<Vec<u32>>,
     next_device: usize,
     headers: Vec<Headers>,
+    /// Slots that recovery has taken so far; `None` once it is over.
+    recovering: Option<Vec<bool>>,
+    /// A reset came before the images were read: what they hold goes as soon as they are.
+    clear_when_read: bool,
+}
+
+/// Every sound header of the images, parents before their children, as slots. O(slots), and touches only
+/// the images: for a thread of its own.
+pub fn sound_headers(geometry: &DiskGeometry, layout: u64, images: &[Arc<Mapping>]) -> Vec<u32> {
+    let mut depths: Vec<u32> = Vec::new();
+    let mut found: Vec<(u32, u32)> = Vec::new();
+    for (device, image) in (0..).zip(images) {
+        for local in 0..geometry.slots_per_device {
+            let header = header_at(image, local);
+            if header.is_sound(local * geometry.devices_count + device, layout) {
+                let depth = header.depth.min(MATCH_BLOCKS_MAX);
+                if depths.len() <= depth as usize {
+                    depths.resize(depth as usize + 1, 0);
+                }
+                depths[depth as usize] += 1;
+                found.push((depth, header.slot));
+            }
+        }
+    }
+    // Counting sort: depths are few, slots are many.
+    let mut next = 0;
+    for depth in &mut depths {
+        next += std::mem::replace(depth, next);
+    }
+    let mut sorted = vec![0; found.len()];
+    for (depth, slot) in found {
+        let place = &mut depths[depth as usize];
+        sorted[*place as usize] = slot;
+        *place += 1;
+    }
+    sorted
+}
+
+fn header_at(image: &Mapping, local: u32) -> Header {
+    let mut bytes = [0u8; HEADER_BYTES as usize];
+    image.copy_out((u64::from(local) * HEADER_BYTES) as usize, &mut bytes);
+    bytemuck::cast(bytes)
 }
 
 impl DiskSlots {
@@ -129,7 +171,55 @@ impl DiskSlots {
             free,
             next_device: 0,
             headers: headers.collect(),
+            recovering: None,
+            clear_when_read: false,
         }
+    }
+
+    /// The images are yet to be read: until [`DiskSlots::end_recovery`] no slot is given out.
+    pub fn begin_recovery(&mut self) {
+        self.recovering = Some(vec![false; self.slots.len()]);
+    }
+    /// Whether what the disk holds is still being looked through.
+    pub fn is_recovering(&self) -> bool {
+        self.recovering.is_some()
+    }
+    /// The header of a slot, as the image says.
+    pub fn header(&self, slot: u32) -> Header {
+        header_at(&self.headers[self.geometry.device_of(slot)].image, self.geometry.local_of(slot))
+    }
+    /// Brings a slot's header closer.
+    pub fn prefetch_header(&self, slot: u32) {
+        let image = &self.headers[self.geometry.device_of(slot)].image;
+        let offset = u64::from(self.geometry.local_of(slot)) * HEADER_BYTES;
+        crate::dma::prefetch(&image.words64(offset as usize, 1)[0]);
+        crate::dma::prefetch(&self.slots[slot as usize]);
+    }
+    /// What a sound header says of its slot; `taken` if its block is in the index because of it.
+    pub fn recovered(&mut self, header: &Header, taken: bool) {
+        self.slots[header.slot as usize] = Slot { generation: header.generation, data_crc: header.data_crc };
+        if let Some(recovering) = &mut self.recovering {
+            recovering[header.slot as usize] = taken;
+        }
+    }
+    /// What the disk holds is known: its free slots may be used.
+    pub fn end_recovery(&mut self) {
+        let Some(taken) = self.recovering.take() else { return };
+        for free in &mut self.free {
+            free.retain(|slot| !taken[*slot as usize]);
+        }
+        if std::mem::take(&mut self.clear_when_read) {
+            self.clear_headers();
+        }
+    }
+    /// Every sound header, parents before their children, as slots.
+    pub fn sound_headers(&self) -> Vec<u32> {
+        let images: Vec<_> = self.headers.iter().map(|headers| headers.image.clone()).collect();
+        sound_headers(&self.geometry, self.layout, &images)
+    }
+    /// Whether a reset came while the images were being read: none of it is to be taken.
+    pub fn is_forgotten(&self) -> bool {
+        self.clear_when_read
     }
 
     /// Where slots lie.
@@ -143,6 +233,9 @@ impl DiskSlots {
 
     /// A free slot, each device in its turn.
     pub fn acquire(&mut self) -> Option<u32> {
+        if self.is_recovering() {
+            return None;
+        }
         for _ in 0..self.free.len() {
             self.next_device = (self.next_device + 1) % self.free.len();
             if let Some(slot) = self.free[self.next_device].pop() {
@@ -157,6 +250,10 @@ impl DiskSlots {
     /// Takes a slot back. Its header stays on the disk: should it be found again after a crash, the
     /// bytes are the block's, or fail their checksum.
     pub fn release(&mut self, slot: u32) {
+        if let Some(taken) = &mut self.recovering {
+            taken[slot as usize] = false;
+            return;
+        }
         self.free[self.geometry.device_of(slot)].push(slot);
     }
 
@@ -172,7 +269,7 @@ impl DiskSlots {
     /// The bytes are on the device: their header may follow.
     pub fn describe(&mut self, slot: u32, key: BlockKey, parent: BlockKey, depth: u32) {
         let Slot { generation, data_crc } = self.slots[slot as usize];
-        let header = Header { key, parent, data_crc, generation, depth, slot, reserved: 0, crc: 0 }.sealed(self.layout);
+        let header = Header { key, parent, data_crc, generation, depth, slot, flags: 0, crc: 0 }.sealed(self.layout);
         let sector = self.geometry.header_sector_of(slot);
         let device = &mut self.headers[self.geometry.device_of(slot)];
         let offset = u64::from(self.geometry.local_of(slot)) * HEADER_BYTES;
@@ -190,6 +287,10 @@ impl DiskSlots {
 
     /// Wipes every header: a restart finds nothing, once [`DiskSlots::is_cleared`].
     pub fn clear_headers(&mut self) {
+        if self.is_recovering() {
+            self.clear_when_read = true;
+            return;
+        }
         const NOTHING: [u8; SECTOR_BYTES as usize] = [0; SECTOR_BYTES as usize];
         for device in &mut self.headers {
             for (index, state) in device.sectors.iter_mut().enumerate() {
@@ -215,7 +316,7 @@ impl DiskSlots {
     }
     /// Whether no header from before the last reset is on a device any more.
     pub fn is_cleared(&self) -> bool {
-        self.headers.iter().all(|device| device.uncleared_count == 0)
+        !self.clear_when_read && self.headers.iter().all(|device| device.uncleared_count == 0)
     }
 
     /// The next header sector of a device to write. It is written from the image as it is then: if it
@@ -242,37 +343,6 @@ impl DiskSlots {
         if stale {
             device.queue.push_back(sector);
         }
-    }
-
-    /// Every sound header of the images, parents first, for whoever rebuilds the index; then takes
-    /// the slots that `adopt` says yes to out of the free lists.
-    pub fn recover(&mut self, mut adopt: impl FnMut(&Header) -> Option<BlockId>) -> u32 {
-        let mut found: Vec<Header> = Vec::new();
-        for (device, headers) in (0..).zip(&self.headers) {
-            for local in 0..self.geometry.slots_per_device {
-                let mut bytes = [0u8; HEADER_BYTES as usize];
-                headers.image.copy_out((u64::from(local) * HEADER_BYTES) as usize, &mut bytes);
-                let header: Header = bytemuck::cast(bytes);
-                if header.is_sound(local * self.geometry.devices_count + device, self.layout) {
-                    found.push(header);
-                }
-            }
-        }
-        found.sort_unstable_by_key(|header| (header.depth, header.slot));
-        let mut taken = vec![false; self.slots.len()];
-        let mut count = 0;
-        for header in &found {
-            let slot = &mut self.slots[header.slot as usize];
-            *slot = Slot { generation: header.generation, data_crc: header.data_crc };
-            if adopt(header).is_some() {
-                taken[header.slot as usize] = true;
-                count += 1;
-            }
-        }
-        for free in &mut self.free {
-            free.retain(|slot| !taken[*slot as usize]);
-        }
-        count
     }
 }
 
@@ -322,17 +392,17 @@ mod test {
         assert!(!slots.has_header_to_write(0));
 
         let mut again = DiskSlots::new(geometry, 1, images.clone());
-        let mut keys = Vec::new();
-        assert_eq!(
-            again.recover(|header| {
-                keys.push(header.key);
-                Some(BlockId(0))
-            }),
-            2
-        );
-        assert_eq!(keys, [key(1), key(2)], "parents first");
-        assert_eq!((again.free_count(), again.data_crc(first)), (98, 77));
-        let mut other = DiskSlots::new(geometry, 2, images);
-        assert_eq!(other.recover(|_| Some(BlockId(0))), 0, "another layout's headers are no headers");
+        again.begin_recovery();
+        let order = sound_headers(&geometry, 1, &images);
+        assert_eq!(order, [first, second], "parents first");
+        assert_eq!(again.acquire(), None, "which slots are free is not known yet");
+        for slot in order {
+            let header = again.header(slot);
+            again.recovered(&header, true);
+        }
+        again.release(second);
+        again.end_recovery();
+        assert_eq!((again.free_count(), again.data_crc(first)), (99, 77));
+        assert!(sound_headers(&geometry, 2, &images).is_empty(), "another layout's headers are no headers");
     }
 }

@@ -47,6 +47,9 @@ impl Superblock {
     }
 }
 
+/// A flag of [`Header`]: nobody has made the checksum of the block's bytes yet.
+pub const CRC_UNKNOWN: u32 = 1;
+
 /// Bytes of one header; 64 fit a sector.
 pub const HEADER_BYTES: u64 = 64;
 /// Headers in a sector.
@@ -54,7 +57,7 @@ pub const HEADERS_PER_SECTOR: u64 = SECTOR_BYTES / HEADER_BYTES;
 
 const _: () = assert!(size_of::<Header>() as u64 == HEADER_BYTES && size_of::<Superblock>() <= SECTOR_BYTES as usize);
 
-/// What a slot of the disk holds. Written after the block's bytes; all zeros for none.
+/// What a slot holds: on a disk written after the block's bytes, all zeros for none; in the pool's table as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Header {
@@ -70,8 +73,8 @@ pub struct Header {
     pub depth: u32,
     /// The slot itself: a header that was written elsewhere is not believed.
     pub slot: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Zero on a disk; in the pool's table [`CRC_UNKNOWN`] or zero.
+    pub flags: u32,
     /// Checksum of the words above and of the layout's fingerprint.
     pub crc: u64,
 }
@@ -105,7 +108,7 @@ mod test {
             generation: 6,
             depth: 7,
             slot: 8,
-            reserved: 0,
+            flags: 0,
             crc: 0,
         }
         .sealed(9);

@@ -1,7 +1,11 @@
-//! Slots of the pool: who fills each, and when it may be used again. Knows no keys and no I/O.
+//! Slots of the pool: who fills each, and when it may be used again. Knows no I/O. What the next engine
+//! process has to know of it is written through to a [`SlotTable`].
 
+use kvring_ipc::key::BlockKey;
 use kvring_ipc::wire::Grant;
 
+use super::header::{CRC_UNKNOWN, Header};
+use super::table::SlotTable;
 use crate::index::BlockId;
 
 /// A session, as slots and leases know it.
@@ -51,6 +55,11 @@ struct Slot {
     suspects: u32,
     /// A writer died: not before this moment.
     free_at_ns: u64,
+    /// Checksum of the bytes it holds, where it was made.
+    data_crc: u64,
+    crc_known: bool,
+    /// It was held by an engine process that died: to be verified before it is used.
+    doubted: bool,
 }
 
 const NOBODY: u32 = u32::MAX;
@@ -77,6 +86,8 @@ pub struct HostSlots {
     born_count: u32,
     /// Slots that wait for a dead writer's grace.
     quarantined: Vec<u32>,
+    /// Where the next engine process finds what this one knew.
+    table: Option<SlotTable>,
 }
 
 impl HostSlots {
@@ -93,6 +104,9 @@ impl HostSlots {
             stalled: false,
             suspects: 0,
             free_at_ns: 0,
+            data_crc: 0,
+            crc_known: false,
+            doubted: false,
         };
         let slots = vec![slot; count as usize].into_boxed_slice();
         crate::dma::advise_hugepages(&slots);
@@ -105,7 +119,105 @@ impl HostSlots {
             free: Vec::with_capacity(count as usize),
             born_count: 0,
             quarantined: Vec::with_capacity(count as usize),
+            table: None,
         }
+    }
+
+    /// From now on everything is written through to this table.
+    ///
+    /// # Panics
+    /// If the table is another pool's.
+    pub fn keep_in(&mut self, table: SlotTable) {
+        assert!(table.shape().slots_count == self.count() && table.shape().tp_size == self.tp_size);
+        self.table = Some(table);
+    }
+
+    /// What the table says of an engine process that is gone: a slot that somebody may be writing into is
+    /// quarantined; the sound headers of the others are given back, for whoever rebuilds the index: each
+    /// slot counts as held until it is released.
+    pub fn recover(&mut self) -> Vec<Header> {
+        let Some(table) = &self.table else { return Vec::new() };
+        let mut found = Vec::new();
+        for slot in 0..self.slots.len() as u32 {
+            let mut suspects = 0;
+            for rank in 0..self.tp_size {
+                if let Some(session) = table.writer(slot, rank) {
+                    suspects |= 1 << rank;
+                    self.writers[(slot * self.tp_size + rank) as usize] = session.0;
+                }
+            }
+            if suspects != 0 {
+                let s = &mut self.slots[slot as usize];
+                (s.state, s.joined, s.done, s.suspects, s.aborted) =
+                    (State::Quarantined, suspects, suspects, suspects, true);
+                self.quarantined.push(slot);
+            } else if let Some(header) = table.header(slot) {
+                let crc_known = header.flags & CRC_UNKNOWN == 0;
+                let s = &mut self.slots[slot as usize];
+                (s.state, s.generation) = (State::Held, header.generation);
+                (s.data_crc, s.crc_known, s.doubted) = (header.data_crc, crc_known, crc_known);
+                found.push(header);
+            }
+        }
+        found
+    }
+
+    /// Sessions that may be writing into quarantined slots, each once.
+    pub fn suspects(&self) -> Vec<SessionId> {
+        let mut sessions = Vec::new();
+        for slot in &self.quarantined {
+            let s = &self.slots[*slot as usize];
+            let of_rank = |rank: &u32| s.suspects & 1 << rank != 0;
+            sessions.extend(
+                (0..self.tp_size)
+                    .filter(of_rank)
+                    .map(|rank| SessionId(self.writers[(slot * self.tp_size + rank) as usize])),
+            );
+        }
+        sessions.sort_unstable();
+        sessions.dedup();
+        sessions
+    }
+
+    /// The slot holds this block, whole.
+    pub fn describe(&mut self, slot: u32, key: BlockKey, parent: BlockKey, depth: u32) {
+        let Some(table) = &self.table else { return };
+        let s = &self.slots[slot as usize];
+        let flags = if s.crc_known { 0 } else { CRC_UNKNOWN };
+        let (generation, data_crc) = (s.generation, s.data_crc);
+        table.describe(slot, Header { key, parent, data_crc, generation, depth, slot, flags, crc: 0 });
+    }
+
+    /// Nothing that the slots hold is found again by the next engine process.
+    pub fn forget_all(&mut self) {
+        if let Some(table) = &self.table {
+            table.clear_all();
+        }
+    }
+    /// What the slot holds is not.
+    pub fn forget(&mut self, slot: u32) {
+        if let Some(table) = &self.table {
+            table.clear(slot);
+        }
+    }
+
+    /// The checksum of what the slot holds, if it was made.
+    pub fn crc(&self, slot: u32) -> Option<u64> {
+        let s = &self.slots[slot as usize];
+        s.crc_known.then_some(s.data_crc)
+    }
+    /// The checksum of what the slot holds was made.
+    pub fn set_crc(&mut self, slot: u32, data_crc: u64) {
+        let s = &mut self.slots[slot as usize];
+        (s.data_crc, s.crc_known) = (data_crc, true);
+    }
+    /// Whether the slot's bytes are to be verified before they are used.
+    pub fn is_doubted(&self, slot: u32) -> bool {
+        self.slots[slot as usize].doubted
+    }
+    /// They were.
+    pub fn trust(&mut self, slot: u32) {
+        self.slots[slot as usize].doubted = false;
     }
 
     /// Generations begin at this number: grants of another server's life are worthless here.
@@ -116,11 +228,13 @@ impl HostSlots {
     /// These slots are registered: they may be used.
     pub fn bear(&mut self, slots: std::ops::Range<u32>) {
         for slot in slots.rev() {
-            let s = &mut self.slots[slot as usize];
-            assert!(s.state == State::Unborn, "a slot is born once");
-            s.state = State::Free;
-            self.free.push(slot);
             self.born_count += 1;
+            let s = &mut self.slots[slot as usize];
+            // A recovered slot was in use before its piece was registered.
+            if s.state == State::Unborn {
+                s.state = State::Free;
+                self.free.push(slot);
+            }
         }
     }
 
@@ -146,6 +260,9 @@ impl HostSlots {
         if let Some(s) = self.slots.get(slot as usize) {
             crate::dma::prefetch(s);
             crate::dma::prefetch(&self.writers[(slot * self.tp_size) as usize]);
+            if let Some(table) = &self.table {
+                table.prefetch(slot);
+            }
         }
     }
 
@@ -156,6 +273,9 @@ impl HostSlots {
         s.state = State::Held;
         // Never 0: a word of zeros is no grant.
         s.generation = s.generation.checked_add(1).unwrap_or(1);
+        (s.crc_known, s.doubted) = (false, false);
+        // Before anything writes into it.
+        self.forget(slot);
         Some(slot)
     }
 
@@ -171,8 +291,18 @@ impl HostSlots {
         s.state = State::Filling;
         (s.block, s.instance, s.joined, s.done, s.aborted) = (block.0, writer.instance, 1 << writer.rank, 0, false);
         (s.stalled, s.suspects, s.free_at_ns) = (false, 0, 0);
-        self.writers[(slot * self.tp_size + writer.rank) as usize] = writer.session.0;
+        self.set_writer(slot, writer.rank, Some(writer.session));
         self.grant(slot)
+    }
+
+    /// The array keeps the last writer's name; the table only who may still be writing.
+    fn set_writer(&mut self, slot: u32, rank: u32, session: Option<SessionId>) {
+        if let Some(session) = session {
+            self.writers[(slot * self.tp_size + rank) as usize] = session.0;
+        }
+        if let Some(table) = &self.table {
+            table.set_writer(slot, rank, session);
+        }
     }
 
     /// Lets another rank of the same instance fill its part. `None` if it may not.
@@ -184,7 +314,7 @@ impl HostSlots {
         }
         s.joined |= bit;
         s.stalled = false;
-        self.writers[(slot * self.tp_size + writer.rank) as usize] = writer.session.0;
+        self.set_writer(slot, writer.rank, Some(writer.session));
         Some(self.grant(slot))
     }
 
@@ -198,15 +328,17 @@ impl HostSlots {
         }
         s.done |= bit;
         s.aborted |= !commit;
-        let block = BlockId(s.block);
-        if s.aborted {
+        let (block, aborted, done) = (BlockId(s.block), s.aborted, s.done);
+        self.set_writer(grant.slot, writer.rank, None);
+        if aborted {
             return Some(RankDone::Lost(block));
         }
         let all = u32::MAX >> (32 - self.tp_size);
-        if s.done != all {
+        if done != all {
             return Some(RankDone::Waiting);
         }
-        s.state = State::Held;
+        let s = &mut self.slots[grant.slot as usize];
+        (s.state, s.joined, s.done) = (State::Held, 0, 0);
         Some(RankDone::Complete(block))
     }
 
@@ -292,6 +424,7 @@ impl HostSlots {
         for rank in 0..self.tp_size {
             if self.writers[(slot * self.tp_size + rank) as usize] == session.0 {
                 self.slots[slot as usize].suspects &= !(1 << rank);
+                self.set_writer(slot, rank, None);
             }
         }
     }
@@ -319,9 +452,13 @@ impl HostSlots {
     pub fn release(&mut self, slot: u32) {
         let s = &mut self.slots[slot as usize];
         assert!(!matches!(s.state, State::Free | State::Unborn), "a slot is freed once");
+        let written = std::mem::take(&mut s.joined);
         s.state = State::Free;
         s.block = NOBODY;
         (s.suspects, s.free_at_ns) = (0, 0);
+        for rank in (0..self.tp_size).filter(|rank| written & 1 << rank != 0) {
+            self.set_writer(slot, rank, None);
+        }
         self.free.push(slot);
     }
 }

@@ -3,3 +3,4 @@
 pub mod disk;
 pub mod header;
 pub mod host;
+pub mod table;

@@ -197,7 +197,7 @@ impl BenchServer {
             layout: Some(kvring_ipc::layout::Layout::opaque(block_bytes)),
         };
         let socket = self.settings.load()?.config.socket;
-        Ok(kvring_ipc::client::Session::connect(&socket, &attach, Duration::from_secs(5))?)
+        Ok(kvring_ipc::client::Session::connect(&socket, &attach, Duration::from_secs(5), None)?)
     }
 
     fn metric(&self, name: &str) -> Result<u64, Box<dyn std::error::Error>> {

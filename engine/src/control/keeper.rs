@@ -1,0 +1,320 @@
+//! The keeper: a process that holds what must outlive the engine process, and starts that anew.
+//!
+//! It holds the control socket, its lock, the epoch, and once there is one the pool with its slot table.
+//! It maps nothing of the pool, understands no message of a client, and does next to nothing, so that
+//! there is next to nothing that could end it. The engine process gets all of it over a socket pair that
+//! is its standard input, and goes on serving should the keeper die first.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use kvring_ipc::config::Config;
+use kvring_ipc::epoch::EpochWriter;
+use kvring_ipc::handshake::{Channel, ChannelError, bind};
+use kvring_ipc::launch::{beside_socket, try_lock};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use serde::{Deserialize, Serialize};
+
+use super::ServeError;
+
+/// What the keeper tells its engine process.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(tag = "to_engine", rename_all = "snake_case")]
+pub enum ToEngine {
+    /// What it serves with; beside it listener, lock, epoch, and with `keeps_pool` the pool and its table.
+    Begin {
+        /// Which engine process it is; what the last one granted is void.
+        epoch: u64,
+        /// Engine processes that died so far.
+        crashes: u32,
+        /// Whether there is a pool to take over.
+        keeps_pool: bool,
+    },
+    /// Finish what is being written and go.
+    Stop,
+    /// Hand over to another engine process: finish what is under way and go, the pool stays.
+    HandOver,
+}
+
+/// What an engine process tells its keeper.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(tag = "to_keeper", rename_all = "snake_case")]
+pub enum ToKeeper {
+    /// Keep these: a pool and its table come beside it.
+    Keep,
+    /// It serves.
+    Serving,
+    /// It goes because somebody has asked it to.
+    Leaving {
+        /// Another engine process is to take over.
+        hand_over: bool,
+    },
+}
+
+/// What an engine process begins with.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// To the keeper; end of file once that is gone.
+    pub channel: Channel,
+    /// The bound control socket.
+    pub listener: OwnedFd,
+    /// Its lock: held for as long as either process lives.
+    pub lock: OwnedFd,
+    /// For clients.
+    pub epoch_fd: OwnedFd,
+    /// Which engine process this is.
+    pub epoch: u64,
+    /// Engine processes that died so far.
+    pub crashes: u32,
+    /// A pool and its table, to be taken over.
+    pub kept: Option<[OwnedFd; 2]>,
+}
+
+impl Inheritance {
+    /// What the keeper sends over the socket that is this process's standard input.
+    ///
+    /// # Errors
+    /// Standard input is no keeper's.
+    pub fn receive() -> Result<Self, ChannelError> {
+        let channel = Channel::accepted(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
+        channel.bound(Duration::from_secs(10))?;
+        let (said, fds): (ToEngine, Vec<OwnedFd>) = channel.receive(true)?;
+        let ToEngine::Begin { epoch, crashes, keeps_pool } = said else {
+            return Err(ChannelError::Malformed("not a beginning".into()));
+        };
+        let mut fds = fds.into_iter();
+        let mut next = || fds.next().ok_or_else(|| ChannelError::Malformed("a descriptor is missing".into()));
+        let [listener, lock, epoch_fd] = [next()?, next()?, next()?];
+        let kept = if keeps_pool { Some([next()?, next()?]) } else { None };
+        Ok(Self { channel, listener, lock, epoch_fd, epoch, crashes, kept })
+    }
+}
+
+/// How long an engine process may take to finish when it is told to stop.
+const STOP_PATIENCE: Duration = Duration::from_secs(15);
+/// Between the deaths of engine processes and their successors, where they follow one another fast.
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
+
+/// The keeper.
+pub struct Keeper {
+    config: Config,
+    lock: File,
+    listener: OwnedFd,
+    epoch: EpochWriter,
+    epoch_fd: OwnedFd,
+    number: u64,
+    crashes: u32,
+    recent: VecDeque<Instant>,
+    kept: Option<[OwnedFd; 2]>,
+}
+
+/// What the keeper waits for, beside its engine process.
+pub struct Signals {
+    /// Readable once somebody wants the server to stop.
+    pub stop: OwnedFd,
+    /// Readable once somebody wants another engine process.
+    pub hand_over: OwnedFd,
+}
+
+/// How an engine process ended.
+struct End {
+    status: ExitStatus,
+    served: bool,
+    leaving: Option<ToKeeper>,
+}
+
+impl Keeper {
+    /// Takes the socket: nobody can connect before the engine process serves.
+    ///
+    /// # Errors
+    /// Another server, or a path.
+    pub fn new(config: Config) -> Result<Self, ServeError> {
+        let path = config.socket.clone();
+        let name = path.display().to_string();
+        let socket_error = |what| {
+            let path = name.clone();
+            move |error| ServeError::Socket { what, path, error }
+        };
+        let lock_path = beside_socket(&path, "lock");
+        let Some(mut lock) = try_lock(&lock_path).map_err(socket_error("cannot lock"))? else {
+            let mut pid = String::new();
+            let _ = File::open(&lock_path).and_then(|mut file| file.read_to_string(&mut pid));
+            return Err(ServeError::AlreadyServed { socket: name, pid: pid.trim().to_owned() });
+        };
+        let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
+        remove_stale_socket(&path)?;
+        let listener = bind(&path).map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
+        let (epoch, epoch_fd) =
+            EpochWriter::create().map_err(|errno| ServeError::System { what: "make the epoch", errno })?;
+        Ok(Self { config, lock, listener, epoch, epoch_fd, number: 0, crashes: 0, recent: VecDeque::new(), kept: None })
+    }
+
+    /// Keeps an engine process running until one is told to stop. `engine` makes the command that starts
+    /// one, from the program file as it is then; should that not start, this very program is taken.
+    ///
+    /// # Errors
+    /// The first engine process did not start; it has said why.
+    pub fn run(mut self, signals: &Signals, engine: impl Fn(bool) -> Command) -> Result<(), ServeError> {
+        let mut ever_served = false;
+        let mut own_program = false;
+        let ended = loop {
+            // The last engine process is dead: what it granted ends before the next one can grant anything.
+            self.number += 1;
+            self.epoch.advance(self.number);
+            let end = match self.run_one(signals, engine(own_program)) {
+                Ok(end) => end,
+                Err(error) => break Err(error),
+            };
+            ever_served |= end.served;
+            match end.leaving {
+                Some(ToKeeper::Leaving { hand_over: false }) => break Ok(()),
+                Some(_) => {
+                    tracing::info!("the engine process has handed over");
+                    own_program = false;
+                    continue;
+                }
+                None if !ever_served => break Err(ServeError::NotStarted { status: end.status }),
+                None => {}
+            }
+            // An upgrade to a program that does not start goes back to the one that runs.
+            own_program = !end.served;
+            self.crashed(&end);
+            if !self.wait_a_little(signals) {
+                break Ok(());
+            }
+        };
+        let _ = std::fs::remove_file(&self.config.socket);
+        ended
+    }
+
+    /// Counts a crash; after too many the pool is given up.
+    fn crashed(&mut self, end: &End) {
+        #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
+        let now = Instant::now();
+        self.crashes += 1;
+        self.recent.push_back(now);
+        while self.recent.front().is_some_and(|at| now - *at > self.config.crash_window) {
+            self.recent.pop_front();
+        }
+        let status = end.status;
+        if self.recent.len() as u32 >= self.config.crash_limit && self.kept.is_some() {
+            tracing::error!(
+                "the engine process died ({status}): {} times in {} s: the pool starts empty",
+                self.recent.len(),
+                self.config.crash_window.as_secs()
+            );
+            self.kept = None;
+        } else {
+            tracing::error!("the engine process died ({status}): another one takes over");
+        }
+    }
+
+    /// The first crash costs no wait; those that follow at once, more and more. False: told to stop.
+    fn wait_a_little(&self, signals: &Signals) -> bool {
+        let doublings = (self.recent.len() as u32).saturating_sub(self.config.crash_limit.max(1));
+        let wait = match doublings {
+            0 => Duration::ZERO,
+            n => (Duration::from_millis(50) * 2u32.saturating_pow(n)).min(BACKOFF_MAX),
+        };
+        let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        let mut fds = [PollFd::new(&signals.stop, PollFlags::IN)];
+        !matches!(poll(&mut fds, Some(&timeout)), Ok(1..))
+    }
+
+    fn run_one(&mut self, signals: &Signals, mut command: Command) -> Result<End, ServeError> {
+        let system = |what| move |errno| ServeError::System { what, errno };
+        let (channel, theirs) = Channel::pair().map_err(system("make a socket pair"))?;
+        channel.bound(Duration::from_secs(10)).map_err(system("bound a socket"))?;
+        command.stdin(Stdio::from(theirs));
+        let spawn = |error: std::io::Error| ServeError::Engine { what: "start", error };
+        let mut child = command.spawn().map_err(spawn)?;
+        drop(command);
+        let begin = ToEngine::Begin { epoch: self.number, crashes: self.crashes, keeps_pool: self.kept.is_some() };
+        let mut fds: Vec<BorrowedFd<'_>> = vec![self.listener.as_fd(), self.lock.as_fd(), self.epoch_fd.as_fd()];
+        fds.extend(self.kept.iter().flatten().map(AsFd::as_fd));
+        // One that is dead already is found so below.
+        let _ = channel.send(&begin, &fds);
+        let pid = Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(system("pidfd_open"))?;
+        let (mut served, mut leaving) = (false, None);
+        let mut stop_by: Option<Instant> = None;
+        let mut channel_open = true;
+        loop {
+            let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+            // What is not listened to any more gives its place to the process, which is looked at anyway.
+            let dead = pidfd.as_fd();
+            let stop = if stop_by.is_none() { signals.stop.as_fd() } else { dead };
+            let hand_over = if stop_by.is_none() { signals.hand_over.as_fd() } else { dead };
+            let said = if channel_open { channel.as_fd() } else { dead };
+            let mut fds = [&dead, &stop, &hand_over, &said].map(|fd| PollFd::new(fd, PollFlags::IN));
+            let timeout = stop_by.map(|_| &second);
+            let _ = poll(&mut fds, timeout);
+            let is_ready = |at: usize| !fds[at].revents().is_empty();
+            let (died, stop, hand_over, said) = (is_ready(0), is_ready(1), is_ready(2), is_ready(3));
+            if said && channel_open {
+                channel_open = self.hear(&channel, &mut served, &mut leaving);
+            }
+            if died {
+                // What it said last is still there to be heard.
+                while channel_open && self.hear(&channel, &mut served, &mut leaving) {}
+                let status = child.wait().map_err(|error| ServeError::Engine { what: "wait for", error })?;
+                return Ok(End { status, served, leaving });
+            }
+            #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
+            let now = Instant::now();
+            if (stop || hand_over) && stop_by.is_none() {
+                stop_by = Some(now + STOP_PATIENCE);
+                let message = if stop { ToEngine::Stop } else { ToEngine::HandOver };
+                if !stop {
+                    let mut bytes = [0; 16];
+                    let _ = rustix::io::read(&signals.hand_over, &mut bytes);
+                }
+                leaving = Some(ToKeeper::Leaving { hand_over: !stop });
+                let _ = channel.send(&message, &[]);
+            }
+            if stop_by.is_some_and(|by| now > by) {
+                tracing::warn!("the engine process has not stopped in {} s: it is killed", STOP_PATIENCE.as_secs());
+                kill(&mut child);
+                stop_by = Some(now + STOP_PATIENCE);
+            }
+        }
+    }
+
+    /// Hears one message. False: no more will come.
+    fn hear(&mut self, channel: &Channel, served: &mut bool, leaving: &mut Option<ToKeeper>) -> bool {
+        match channel.receive::<ToKeeper>(false) {
+            Ok((ToKeeper::Keep, fds)) => self.kept = <[OwnedFd; 2]>::try_from(fds).ok(),
+            Ok((ToKeeper::Serving, _)) => *served = true,
+            Ok((said @ ToKeeper::Leaving { .. }, _)) => *leaving = Some(said),
+            Err(_) => return false,
+        }
+        true
+    }
+}
+
+fn kill(child: &mut Child) {
+    let _ = rustix::process::kill_process(Pid::from_child(child), Signal::KILL);
+}
+
+/// A socket file whose server is gone: we hold the lock, so nobody serves it.
+fn remove_stale_socket(path: &PathBuf) -> Result<(), ServeError> {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {
+            tracing::info!("removing the socket file that a dead server left at {}", path.display());
+            std::fs::remove_file(path).map_err(|error| ServeError::Socket {
+                what: "cannot remove the stale",
+                path: path.display().to_string(),
+                error,
+            })
+        }
+        Ok(_) => Err(ServeError::NoSocket { path: path.display().to_string() }),
+        Err(_) => Ok(()),
+    }
+}

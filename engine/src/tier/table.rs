@@ -1,0 +1,293 @@
+//! The slot table: what each slot of the pool holds and who may be writing into it, in shared memory
+//! that outlives the process that wrote it. From it the next engine process rebuilds the DRAM tier.
+//!
+//! Written by the engine process alone, each step in an order that leaves the truth behind wherever the
+//! process dies: a slot's header goes before anything may write into the slot and comes after the last
+//! byte is there; a writer's name is there before it is told of the slot and goes when it is done.
+
+use std::sync::Arc;
+
+use kvring_ipc::mapping::Mapping;
+use kvring_ipc::sync::{AtomicU64, Ordering, fence};
+
+use super::header::Header;
+use super::host::SessionId;
+use crate::checksum;
+use crate::limits::SESSIONS_MAX;
+
+/// "KVSLOTS" and the table's version: another version's table is never reinterpreted.
+const MAGIC: u64 = u64::from_le_bytes(*b"KVSLOTS\x01");
+
+const HEAD_WORDS: usize = 8;
+const NEXT_SESSION: usize = 64;
+const TEXT: usize = 4096;
+const TEXT_BYTES: usize = 64 << 10;
+const SESSIONS: usize = TEXT + TEXT_BYTES;
+const SESSION_WORDS: usize = 4;
+const WRITERS: usize = (SESSIONS + SESSIONS_MAX * SESSION_WORDS * 8).next_multiple_of(4096);
+
+/// What a table is for: another shape's table is not taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TableShape {
+    /// Names the pool that the table describes.
+    pub pool_id: u64,
+    /// The layout's fingerprint.
+    pub layout: u64,
+    /// Bytes of a slot.
+    pub slot_bytes: u64,
+    /// Slots of the pool.
+    pub slots_count: u32,
+    /// Ranks that share a slot.
+    pub tp_size: u32,
+}
+
+impl TableShape {
+    fn writers_bytes(&self) -> usize {
+        (self.slots_count as usize * self.tp_size as usize * 4).next_multiple_of(4096)
+    }
+
+    /// Bytes of the whole table.
+    pub fn bytes(&self) -> usize {
+        WRITERS + self.writers_bytes() + self.slots_count as usize * 64
+    }
+
+    fn words(&self) -> [u64; HEAD_WORDS - 1] {
+        let counts = u64::from(self.slots_count) << 32 | u64::from(self.tp_size);
+        [MAGIC, self.pool_id, self.layout, self.slot_bytes, counts, SESSIONS_MAX as u64, 0]
+    }
+}
+
+/// A session that the table names: a process that may be writing into slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FormerSession {
+    /// Its id.
+    pub session: SessionId,
+    /// Its process.
+    pub pid: i32,
+    /// When that was started: a process id is given again, a start is not (proc(5), stat field 22).
+    pub started_ticks: u64,
+}
+
+/// The table.
+#[derive(Debug, Clone)]
+pub struct SlotTable {
+    memory: Arc<Mapping>,
+    shape: TableShape,
+    writers: usize,
+    headers: usize,
+}
+
+impl SlotTable {
+    fn over(memory: Arc<Mapping>, shape: TableShape) -> Self {
+        assert!(memory.bytes() >= shape.bytes());
+        Self { memory, shape, writers: WRITERS, headers: WRITERS + shape.writers_bytes() }
+    }
+
+    /// A new table over zeroed memory. `text` says the layout in words, for whoever has to read it again.
+    ///
+    /// # Panics
+    /// If the memory is too small, or the text longer than 64 KiB.
+    pub fn create(memory: Arc<Mapping>, shape: TableShape, text: &str) -> Self {
+        let table = Self::over(memory, shape);
+        assert!(text.len() <= TEXT_BYTES - 8);
+        table.memory.copy_in(TEXT, &(text.len() as u64).to_le_bytes());
+        table.memory.copy_in(TEXT + 8, text.as_bytes());
+        let head = table.memory.words64(0, HEAD_WORDS);
+        for (word, value) in head.iter().zip(shape.words()) {
+            word.store(value, Ordering::Relaxed);
+        }
+        // Release: last, so that a head is whole or none.
+        head[HEAD_WORDS - 1].store(checksum::of_bytes(bytemuck::cast_slice(&shape.words())), Ordering::Release);
+        table
+    }
+
+    /// The table of an engine process that is gone.
+    ///
+    /// # Errors
+    /// Why it is not taken over, in words.
+    pub fn open(memory: Arc<Mapping>) -> Result<(Self, String), String> {
+        if memory.bytes() < WRITERS {
+            return Err(format!("{} bytes are too few", memory.bytes()));
+        }
+        let head = memory.words64(0, HEAD_WORDS);
+        let words: [u64; HEAD_WORDS] = std::array::from_fn(|i| head[i].load(Ordering::Acquire));
+        let [magic, pool_id, layout, slot_bytes, counts, ..] = words;
+        if magic != MAGIC {
+            return Err("it is another version's".into());
+        }
+        let shape =
+            TableShape { pool_id, layout, slot_bytes, slots_count: (counts >> 32) as u32, tp_size: counts as u32 };
+        let sound = words[..HEAD_WORDS - 1] == shape.words()
+            && words[HEAD_WORDS - 1] == checksum::of_bytes(bytemuck::cast_slice(&shape.words()));
+        if !sound || shape.bytes() > memory.bytes() {
+            return Err("its head is damaged".into());
+        }
+        let mut length = [0; 8];
+        memory.copy_out(TEXT, &mut length);
+        let length = u64::from_le_bytes(length).min(TEXT_BYTES as u64 - 8) as usize;
+        let mut text = vec![0; length];
+        memory.copy_out(TEXT + 8, &mut text);
+        let text = String::from_utf8(text).map_err(|error| error.to_string())?;
+        Ok((Self::over(memory, shape), text))
+    }
+
+    /// What it is for.
+    pub fn shape(&self) -> &TableShape {
+        &self.shape
+    }
+
+    fn header_words(&self, slot: u32) -> &[AtomicU64] {
+        self.memory.words64(self.headers + slot as usize * 64, 8)
+    }
+
+    /// Brings a slot's header closer.
+    pub fn prefetch(&self, slot: u32) {
+        crate::dma::prefetch(&self.header_words(slot)[0]);
+    }
+
+    /// The slot holds nothing that may be believed: before anything writes into it.
+    pub fn clear(&self, slot: u32) {
+        let words = self.header_words(slot);
+        // The generation too: no checksum makes a header of generation 0 sound.
+        words[5].store(0, Ordering::Relaxed);
+        words[7].store(0, Ordering::Relaxed);
+        // Release: what is stored after this, a grant above all, is not seen before it.
+        fence(Ordering::Release);
+    }
+
+    /// The slot holds this block, all of it.
+    pub fn describe(&self, slot: u32, header: Header) {
+        self.clear(slot);
+        let header: [u64; 8] = bytemuck::cast(Header { slot, ..header }.sealed(self.shape.layout));
+        let words = self.header_words(slot);
+        for (word, value) in words[..7].iter().zip(header) {
+            word.store(value, Ordering::Relaxed);
+        }
+        // Release: the checksum last.
+        words[7].store(header[7], Ordering::Release);
+    }
+
+    /// The header of a slot, if there is a sound one.
+    pub fn header(&self, slot: u32) -> Option<Header> {
+        let words = self.header_words(slot);
+        let words: [u64; 8] = std::array::from_fn(|i| words[i].load(Ordering::Acquire));
+        let header: Header = bytemuck::cast(words);
+        header.is_sound(slot, self.shape.layout).then_some(header)
+    }
+
+    /// No slot holds anything that may be believed.
+    pub fn clear_all(&self) {
+        (0..self.shape.slots_count).for_each(|slot| self.clear(slot));
+    }
+
+    fn writer_word(&self, slot: u32, rank: u32) -> &kvring_ipc::sync::AtomicU32 {
+        self.memory.word32(self.writers + (slot as usize * self.shape.tp_size as usize + rank as usize) * 4)
+    }
+
+    /// Who may write a rank's part of a slot from now on.
+    pub fn set_writer(&self, slot: u32, rank: u32, session: Option<SessionId>) {
+        let value = session.map_or(0, |session| session.0.wrapping_add(1));
+        // Release: after the slot's header is gone, before the grant is seen.
+        self.writer_word(slot, rank).store(value, Ordering::Release);
+    }
+
+    /// Who may be writing a rank's part of a slot.
+    pub fn writer(&self, slot: u32, rank: u32) -> Option<SessionId> {
+        let value = self.writer_word(slot, rank).load(Ordering::Acquire);
+        (value != 0).then(|| SessionId(value.wrapping_sub(1)))
+    }
+
+    fn session_words(&self, session: SessionId) -> &[AtomicU64] {
+        let place = session.0 as usize % SESSIONS_MAX;
+        self.memory.words64(SESSIONS + place * SESSION_WORDS * 8, SESSION_WORDS)
+    }
+
+    /// A session begins: named before it can ask for a slot. Written by the control plane.
+    pub fn begin_session(&self, former: FormerSession) {
+        let words = self.session_words(former.session);
+        // Which session it is comes last; until then the place is nobody's.
+        words[0].store(0, Ordering::Relaxed);
+        fence(Ordering::Release);
+        words[1].store(former.pid as u64, Ordering::Relaxed);
+        words[2].store(former.started_ticks, Ordering::Relaxed);
+        words[0].store(u64::from(former.session.0) + 1, Ordering::Release);
+        self.memory.words64(NEXT_SESSION, 1)[0].store(u64::from(former.session.0), Ordering::Relaxed);
+    }
+
+    /// The session of this id, if its process is still known.
+    pub fn session(&self, session: SessionId) -> Option<FormerSession> {
+        let words = self.session_words(session);
+        let value = |i: usize| words[i].load(Ordering::Acquire);
+        let is_it = value(0) == u64::from(session.0) + 1;
+        is_it.then(|| FormerSession { session, pid: value(1) as i32, started_ticks: value(2) })
+    }
+
+    /// The last session that was numbered: numbers go on from here.
+    pub fn last_session(&self) -> u32 {
+        self.memory.words64(NEXT_SESSION, 1)[0].load(Ordering::Relaxed) as u32
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use bytemuck::Zeroable;
+    use kvring_ipc::key::BlockKey;
+    use kvring_ipc::mapping::{Pages, sealed_memfd};
+
+    fn table() -> (Arc<Mapping>, SlotTable) {
+        let shape = TableShape { pool_id: 9, layout: 7, slot_bytes: 4096, slots_count: 10, tp_size: 2 };
+        let fd = sealed_memfd("test", shape.bytes() as u64, Pages::Small).unwrap();
+        let memory = Arc::new(Mapping::new(&fd, shape.bytes()).unwrap());
+        (memory.clone(), SlotTable::create(memory, shape, "a layout"))
+    }
+
+    #[test]
+    fn what_was_written_is_read_by_the_next_process() {
+        let (memory, table) = table();
+        let header = Header { key: BlockKey::from_words([1, 2]), generation: 3, ..Header::zeroed() };
+        table.describe(4, header);
+        table.set_writer(5, 1, Some(SessionId(0)));
+        let session = FormerSession { session: SessionId(77), pid: 12, started_ticks: 34 };
+        table.begin_session(session);
+        let (next, text) = SlotTable::open(memory).unwrap();
+        assert_eq!(text, "a layout");
+        assert_eq!(next.header(4).map(|header| header.key), Some(header.key));
+        assert_eq!((next.header(3), next.header(5)), (None, None));
+        assert_eq!((next.writer(5, 0), next.writer(5, 1)), (None, Some(SessionId(0))));
+        assert_eq!((next.session(SessionId(77)), next.last_session()), (Some(session), 77));
+        assert_eq!(next.session(SessionId(77 + SESSIONS_MAX as u32)), None);
+        next.clear(4);
+        assert_eq!(table.header(4), None);
+    }
+
+    /// A process may die between any two stores: what is left is the old header, the new one or none.
+    #[test]
+    fn a_header_cut_short_is_no_header() {
+        let (memory, table) = table();
+        let old = Header { key: BlockKey::from_words([1, 2]), generation: 3, ..Header::zeroed() };
+        let new = Header { key: BlockKey::from_words([4, 5]), generation: 6, depth: 9, ..Header::zeroed() };
+        let words = |header: Header| -> [u64; 8] { bytemuck::cast(Header { slot: 2, ..header }.sealed(7)) };
+        for done in 0..8 {
+            table.describe(2, old);
+            table.clear(2);
+            for (word, value) in table.header_words(2).iter().zip(words(new)).take(done) {
+                word.store(value, Ordering::Relaxed);
+            }
+            assert_eq!(SlotTable::open(memory.clone()).unwrap().0.header(2), None, "{done} words");
+        }
+    }
+
+    #[test]
+    fn another_version_s_or_a_damaged_table_is_refused() {
+        let (memory, _) = table();
+        for word in 0..HEAD_WORDS {
+            let place = &memory.words64(0, HEAD_WORDS)[word];
+            let right = place.load(Ordering::Relaxed);
+            place.store(right ^ 1 << 40, Ordering::Relaxed);
+            assert!(SlotTable::open(memory.clone()).is_err(), "word {word}");
+            place.store(right, Ordering::Relaxed);
+        }
+        assert!(SlotTable::open(memory).is_ok());
+    }
+}

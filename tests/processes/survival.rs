@@ -1,0 +1,184 @@
+//! The engine process dies, is replaced, or will not start; the cache stays.
+
+use super::*;
+use kvring_ipc::instance::{HeldSlot, Reserved};
+use rustix::process::Signal;
+
+const NO_SSD: (&str, &str) = ("ssd_cache_gb", "0");
+
+fn slots(reserved: Vec<Reserved>) -> Vec<HeldSlot> {
+    let slot = |reserved| match reserved {
+        Reserved::Slot(slot) => slot,
+        other => panic!("{other:?}"),
+    };
+    reserved.into_iter().map(slot).collect()
+}
+
+/// Where the pool lies in this process.
+fn pool_address(agent: &mut DirectAgent<HostMemory>) -> usize {
+    let session = agent.instance().session().expect("a session");
+    session.pool().mapping().address(0, 1).addr()
+}
+
+#[test]
+fn the_pool_survives_the_engine_process_and_stays_mapped() {
+    let place = Place::new();
+    let (keys, other) = (chain("a", 20), chain("b", 5));
+    let mut agents = [place.agent(0, &[NO_SSD]), place.agent(1, &[NO_SSD])];
+    assert_eq!(store(&mut agents[0], &keys), 20);
+    let before = agents.each_mut().map(pool_address);
+    for crash in 1..3 {
+        let died = Instant::now();
+        signal(place.server_pid(), Signal::KILL);
+        for agent in &mut agents {
+            eventually("the same blocks are served again", || load(agent, &keys) == 20);
+        }
+        println!("served again {:.0} ms after the kill", died.elapsed().as_secs_f64() * 1e3);
+        let stats = place.stats().unwrap();
+        assert_eq!((stats["crashes"].as_u64(), stats["epoch"].as_u64()), (Some(crash), Some(crash + 1)));
+        assert_eq!(place.metric("dram_recovered_blocks_count"), 20 + 5 * (crash - 1));
+        store(&mut agents[1], &other);
+        assert_eq!(load(&mut agents[0], &other), 5, "and new ones are stored");
+    }
+    assert_eq!(agents.each_mut().map(pool_address), before, "what was registered of the pool stays valid");
+}
+
+#[test]
+fn slots_that_a_live_instance_was_filling_wait_for_its_word() {
+    let place = Place::new();
+    let keys = chain("a", 4);
+    let mut instance = Instance::open(place.config(0, &[NO_SSD]), layout(), 0).unwrap();
+    let held = slots(instance.reserve(BlockKey::default(), 0, &keys));
+    let [first, rest @ ..] = held.as_slice() else { panic!("slots") };
+    signal(place.server_pid(), Signal::KILL);
+    eventually("it is attached again", || {
+        instance.match_prefix(&keys);
+        instance.is_connected() && instance.sessions_count() == 2
+    });
+    assert_eq!(place.metric("host_slots_quarantined_count"), 4, "it may be writing");
+    assert_eq!(instance.commit(&[*first]), 0, "the store is dropped");
+    instance.abort(&rest[..2]);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(place.metric("host_slots_quarantined_count"), 4, "it may still be writing the last one");
+    instance.abort(&rest[2..]);
+    eventually("its word frees them", || place.metric("host_slots_quarantined_count") == 0);
+    assert_eq!(slots(instance.reserve(BlockKey::default(), 0, &keys)).len(), 4);
+}
+
+#[test]
+fn slots_that_a_dead_instance_was_filling_wait_for_death_and_grace() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0", "--writer-grace-ms", "300"]);
+    let mut victims: Vec<_> = (0..3).map(|id| place.holder(id)).collect();
+    eventually("all hold slots", || place.metric("reserve_blocks_count") == 30);
+    // One dies before the engine process, one with it, one lives on.
+    victims[0].kill().unwrap();
+    victims[0].wait().unwrap();
+    eventually("the first is dead", || place.metric("sessions_count") == 2);
+    victims[1].kill().unwrap();
+    signal(place.server_pid(), Signal::KILL);
+    victims[1].wait().unwrap();
+    eventually("another takes over", || place.stats().is_some_and(|stats| stats["epoch"] == 2));
+    eventually("two are dead, one is not", || place.metric("host_slots_quarantined_count") == 10);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(place.metric("host_slots_quarantined_count"), 10, "time alone frees no slot");
+    victims[2].kill().unwrap();
+    victims[2].wait().unwrap();
+    eventually("nor does anything else than its death", || place.metric("host_slots_quarantined_count") == 0);
+    assert_eq!(place.metric("host_slots_free_count"), place.metric("host_slots_count"));
+}
+
+#[test]
+fn a_crash_loop_costs_the_pool_and_not_the_service() {
+    let place = Place::new();
+    let keys = chain("a", 20);
+    let mut agent = place.agent(0, &[NO_SSD, ("crash_limit", "2")]);
+    store(&mut agent, &keys);
+    signal(place.server_pid(), Signal::KILL);
+    eventually("the first crash costs nothing", || load(&mut agent, &keys) == 20);
+    signal(place.server_pid(), Signal::KILL);
+    eventually("after the second it serves", || place.stats().is_some_and(|stats| stats["epoch"] == 3));
+    eventually("an empty pool", || store(&mut agent, &keys) == 20);
+    assert_eq!(place.metric("commit_blocks_count"), 20);
+    assert_eq!(load(&mut agent, &keys), 20);
+}
+
+#[test]
+fn an_upgrade_loses_no_block() {
+    let place = Place::new();
+    let keys = chain("a", 20);
+    let mut agents = [place.agent(0, &[]), place.agent(1, &[])];
+    store(&mut agents[0], &keys);
+    for round in 2..5 {
+        if round == 3 {
+            signal(place.stats().unwrap()["keeper_pid"].as_u64().unwrap() as u32, Signal::HUP);
+            eventually("a hangup does the same", || place.stats().is_some_and(|stats| stats["epoch"] == 3));
+        } else {
+            let output = place.kvring(&["upgrade"]).output().unwrap();
+            assert!(output.status.success() && text(&output).contains("has taken over"), "{}", text(&output));
+        }
+        assert_eq!(place.metric("dram_recovered_blocks_count"), 20);
+        for agent in &mut agents {
+            eventually("all is served", || load(agent, &keys) == 20);
+        }
+        assert_eq!(place.stats().unwrap()["crashes"], 0);
+    }
+}
+
+#[test]
+fn an_upgrade_to_a_program_that_does_not_start_goes_back() {
+    let mut place = Place::new();
+    let program = place.path("kvring");
+    std::fs::copy(KVRING, &program).unwrap();
+    let mut command = Command::new(&program);
+    command.args(["serve", "--block-kib", "64"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    for (name, value) in place.settings() {
+        command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
+    }
+    place.children.push(command.spawn().unwrap());
+    place.wait_for_server();
+    let keys = chain("a", 20);
+    let mut agent = place.agent(0, &[]);
+    store(&mut agent, &keys);
+    std::fs::remove_file(&program).unwrap();
+    std::fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let output = place.kvring(&["upgrade"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    eventually("the old program serves the same blocks", || load(&mut agent, &keys) == 20);
+    assert_eq!(place.stats().unwrap()["crashes"], 1);
+}
+
+#[test]
+fn the_keeper_s_death_is_noticed_by_nobody() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64"]);
+    let keys = chain("a", 20);
+    let mut agent = place.agent(0, &[]);
+    store(&mut agent, &keys);
+    let keeper = place.children[0].id();
+    assert_eq!(place.stats().unwrap()["keeper_pid"], keeper);
+    signal(keeper, Signal::KILL);
+    place.children[0].wait().unwrap();
+    assert_eq!(load(&mut agent, &keys), 20);
+    assert_eq!(agent.instance().sessions_count(), 1);
+    // The socket is still taken, and `stop` still stops.
+    let second = place.kvring(&["serve"]).output().unwrap();
+    assert!(!second.status.success() && text(&second).contains("another server"), "{}", text(&second));
+    assert!(place.kvring(&["stop"]).output().unwrap().status.success());
+    assert!(!exists(&place.socket()));
+}
+
+#[test]
+#[ignore = "played in a process of its own"]
+fn a_holder() {
+    let Some((dir, instance_id, _)) = role() else { return };
+    let mut instance = Instance::open(config_in(&dir, instance_id, &[NO_SSD]), layout(), 0).unwrap();
+    let held = slots(instance.reserve(BlockKey::default(), 0, &chain(&instance_id.to_string(), 10)));
+    loop {
+        // It looks for its server again, and never says that it is done.
+        instance.match_prefix(&chain("nothing", 1));
+        assert_eq!(held.len(), 10);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
