@@ -8,6 +8,7 @@ use kvring_ipc::wire::{Grant, LeaseId, Status};
 
 use crate::index::{BlockId, Index, IndexOptions, Place, Tier};
 use crate::lease::{Cover, Leases};
+use crate::planted::{self, Bug};
 use crate::tier::disk::DiskSlots;
 use crate::tier::header::Header;
 use crate::tier::host::{HostSlots, RankDone, SessionId, Writer};
@@ -211,7 +212,7 @@ impl Cache {
     }
 
     fn adopt_orphan(&mut self, orphan: &Header, forgotten: bool) {
-        if forgotten || self.adopt(Tier::Host, orphan) != Adopted::Yes {
+        if (forgotten || self.adopt(Tier::Host, orphan) != Adopted::Yes) && !planted::has(Bug::OrphanLeaks) {
             self.host.release(orphan.slot);
         }
     }
@@ -339,11 +340,15 @@ impl Cache {
     pub fn reset(&mut self) -> u32 {
         let count = self.index.detach_all();
         self.collect();
-        self.host.forget_all();
+        if !planted::has(Bug::ResetKeepsTable) {
+            self.host.forget_all();
+        }
         for orphan in std::mem::take(&mut self.orphans) {
             self.host.release(orphan.slot);
         }
-        if let Some(disk) = &mut self.disk {
+        if let Some(disk) = &mut self.disk
+            && !planted::has(Bug::ResetKeepsHeaders)
+        {
             disk.clear_headers();
         }
         count
@@ -352,12 +357,13 @@ impl Cache {
     /// Where a block is.
     pub fn find(&self, block: BlockId) -> Found {
         let block = self.index.block(block);
-        if block.is_detached() {
+        if block.is_detached() && !planted::has(Bug::DetachedServed) {
             // Forgotten with an ancestor, or by a reset: a lease keeps its slot and nothing more.
             return Found::Gone;
         }
         match (block.place(Tier::Host), block.place(Tier::Disk)) {
             (Place::Ready(slot), _) => Found::Ready(slot),
+            (Place::Filling(slot), Place::Ready(_)) if planted::has(Bug::ReadNotAwaited) => Found::Ready(slot),
             (Place::Filling(slot), Place::Ready(_)) => Found::Reading(slot),
             (Place::Absent, Place::Ready(_)) => Found::OnDisk,
             _ => Found::Gone,
@@ -366,7 +372,10 @@ impl Cache {
 
     /// Puts a block that is in a slot on loan to a lease. `None` if the lease is not current.
     pub fn loan(&mut self, lease: LeaseId, instance: u32, depth: u32, block: BlockId) -> Option<Grant> {
-        let slot = self.index.block(block).place(Tier::Host).ready()?;
+        let slot = match self.index.block(block).place(Tier::Host) {
+            Place::Filling(slot) if planted::has(Bug::ReadNotAwaited) => slot,
+            place => place.ready()?,
+        };
         self.leases.loan(&mut self.index, lease, instance, depth, block).then(|| self.host.grant(slot))
     }
 
@@ -426,7 +435,11 @@ impl Cache {
         match (slot, id) {
             (Some(slot), Some(id)) => {
                 self.index.begin(Tier::Host, id, slot);
-                (Reserve::Slot(self.host.reserve(slot, id, writer)), Some(id))
+                let grant = self.host.reserve(slot, id, writer);
+                if planted::has(Bug::TableBeforeBytes) {
+                    self.describe(slot, id);
+                }
+                (Reserve::Slot(grant), Some(id))
             }
             (Some(slot), None) => {
                 self.host.release(slot);
@@ -494,12 +507,52 @@ impl Cache {
         }
     }
 
-    /// A block in the pool is not what it was: it and all that continues it are forgotten. Says how many.
+    /// A block's copy in the pool is not what was stored. It goes; if it was the only one, or somebody is
+    /// using it, the block and all that continues it are forgotten. Says how many.
     pub fn distrust(&mut self, slot: u32, block: BlockId) -> u32 {
         self.host.forget(slot);
+        let b = self.index.block(block);
+        if b.place(Tier::Disk).ready().is_some() && b.pins == 0 && !b.is_detached() {
+            self.index.leave(Tier::Host, block);
+            self.host.release(slot);
+            self.collect();
+            return 0;
+        }
         let forgotten = if self.index.block(block).is_detached() { 0 } else { self.index.detach(block) };
         self.collect();
         forgotten
+    }
+
+    /// A block's copy on the disk is not what was written. It goes; if it was the only one, or is in use, the
+    /// block and all that continues it are forgotten. Says how many, and the slot of its copy in the pool.
+    pub fn distrust_disk(&mut self, block: BlockId) -> (u32, Option<u32>) {
+        let b = self.index.block(block);
+        if let (Some(host_slot), 0) = (b.place(Tier::Host).ready(), b.pins) {
+            let disk_slot = self.index.leave(Tier::Disk, block);
+            self.release_disk(disk_slot);
+            self.collect();
+            return (0, Some(host_slot));
+        }
+        let forgotten = self.index.detach(block);
+        self.collect();
+        (forgotten, None)
+    }
+
+    /// The block that a slot holds, ready and not forgotten, with the use of the slot and, where it was made,
+    /// its checksum.
+    pub fn block_in(&self, tier: Tier, slot: u32) -> Option<(BlockId, u32, Option<u64>)> {
+        let (key, generation, data_crc) = match tier {
+            Tier::Host => {
+                let key = self.host.header(slot)?.key;
+                (key, self.host.grant(slot).generation, self.host.crc(slot))
+            }
+            Tier::Disk => {
+                let disk = self.disk.as_ref()?;
+                (disk.header(slot).key, disk.generation(slot), Some(disk.data_crc(slot)))
+            }
+        };
+        let block = self.index.find(key)?;
+        (self.index.block(block).place(tier) == Place::Ready(slot)).then_some((block, generation, data_crc))
     }
 
     /// A rank will not fill its part: the block is lost. False if the grant is stale.
@@ -515,7 +568,7 @@ impl Cache {
             self.index.detach(block);
         }
         if self.host.is_abandoned(slot) {
-            if !self.host.quarantine(slot) {
+            if planted::has(Bug::QuarantineSkipped) || !self.host.quarantine(slot) {
                 self.host.release(slot);
             }
             self.index.fail(Tier::Host, block);

@@ -42,6 +42,11 @@ pub enum Request {
     Reset,
     /// Stop the server: sessions are closed, writes in flight finish.
     Stop,
+    /// Read what the cache holds and compare it with its checksums; `Stats` says how it goes.
+    Verify {
+        /// Bound on what is read; 0 for none.
+        bytes_per_s: u64,
+    },
     /// Replace the engine process by what the program file is now; the pool stays.
     Upgrade,
 }
@@ -88,6 +93,8 @@ pub enum Reply {
     },
     /// Answer to `Stop`.
     Stopping,
+    /// Answer to `Verify`.
+    Verifying,
     /// Answer to `Upgrade`.
     Upgrading,
 }

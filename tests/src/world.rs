@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvring_engine::cache::Cache;
 use kvring_engine::device::DeviceMemory;
 use kvring_engine::device::sim::{Chance, Faults, Platter, Sim};
-use kvring_engine::index::IndexOptions;
+use kvring_engine::index::{Block, IndexOptions, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::metrics::Metrics;
 use kvring_engine::shard::session::Session as ServerSession;
@@ -121,6 +121,8 @@ struct Client {
     asked: HashMap<Tag, Asked>,
     leases: Vec<(usize, u32, Lease)>,
     filling: Vec<Filling>,
+    /// Grants that it has committed or given back already.
+    old_grants: Vec<Grant>,
     held: Vec<Held>,
     hostile: bool,
 }
@@ -227,12 +229,11 @@ fn mapping(bytes: u64) -> Arc<Mapping> {
     Arc::new(Mapping::new(&fd, bytes as usize).expect("a mapping"))
 }
 
-/// Whether these are a key's bytes; if not, says whose they are.
-fn is_exact(chains: &[Vec<BlockKey>], key: BlockKey, block: &[u8]) -> bool {
-    let Some(at) = bytes::first_difference(key, block) else { return true };
+/// `None` if these are a key's bytes; else where they differ, and whose they are.
+fn difference(chains: &[Vec<BlockKey>], key: BlockKey, block: &[u8]) -> Option<String> {
+    let at = bytes::first_difference(key, block)?;
     let owner = chains.iter().flatten().find(|other| bytes::first_difference(**other, block).is_none());
-    eprintln!("{key} differs at byte {at}; these are the bytes of {owner:?}");
-    false
+    Some(format!("{key} differs at byte {at}; these are the bytes of {owner:?}"))
 }
 
 impl World {
@@ -388,6 +389,7 @@ impl World {
                 asked: HashMap::new(),
                 leases: Vec::new(),
                 filling: Vec::new(),
+                old_grants: Vec::new(),
                 held: Vec::new(),
                 hostile: false,
             };
@@ -399,6 +401,16 @@ impl World {
     pub fn run(&mut self, steps: u64) {
         for _ in 0..steps {
             self.step();
+        }
+        self.finish();
+    }
+
+    /// As [`World::run`]; adds the operations to a count as they are made, should a step panic.
+    pub fn run_counting(&mut self, steps: u64, operations: &std::sync::atomic::AtomicU64) {
+        for _ in 0..steps {
+            let before = self.tally.operations;
+            self.step();
+            operations.fetch_add(self.tally.operations - before, std::sync::atomic::Ordering::Relaxed);
         }
         self.finish();
     }
@@ -420,7 +432,8 @@ impl World {
             480..500 => self.post_prefetch(at),
             500..520 => self.post_cancel(at),
             520..700 => self.post_reserve(at),
-            700..850 => self.commit_or_abort(at),
+            700..705 => self.commit_again(at),
+            705..850 => self.commit_or_abort(at),
             850..930 => self.release(at),
             _ => self.look_again(at),
         }
@@ -459,6 +472,12 @@ impl World {
             self.now_ns += step;
             self.poll_once();
         }
+    }
+
+    /// Somebody who may not writes into a slot of the pool.
+    pub fn scribble(&mut self, slot: u32) {
+        let offset = slot as usize * self.shape.slot_bytes as usize;
+        self.pool.copy_in(offset + 40, b"not what was stored");
     }
 
     /// Slots of the pool that are free.
@@ -669,7 +688,22 @@ impl World {
             self.clients[at].filling.extend(filling);
             return;
         }
+        let client = &mut self.clients[at];
+        client.old_grants.extend(&grants);
+        client.old_grants.drain(..client.old_grants.len().saturating_sub(64));
         self.post(at, posted, Self::asked(op, 0, 0, 0));
+    }
+
+    /// A client that has lost count commits what it had long ago: nobody is to take it for what its slots
+    /// hold now.
+    fn commit_again(&mut self, at: usize) {
+        let client = &mut self.clients[at];
+        if client.old_grants.is_empty() || client.hostile {
+            return;
+        }
+        let old = self.chance.below(client.old_grants.len() as u64) as usize;
+        let posted = client.session.post_commit(&[client.old_grants[old]]);
+        self.post(at, posted, Self::asked(Op::Commit, 0, 0, 0));
     }
 
     fn release(&mut self, at: usize) {
@@ -696,7 +730,8 @@ impl World {
         let mut block = vec![0; slot_bytes];
         for held in &client.held {
             client.session.pool().copy_out(held.grant.slot, 0, &mut block);
-            assert!(is_exact(&self.chains, held.key, &block), "a leased block changed: {held:?} at {now_ns}");
+            let wrong = difference(&self.chains, held.key, &block);
+            assert_eq!(wrong, None, "a leased block changed: {held:?} at {now_ns}");
         }
     }
 
@@ -747,7 +782,8 @@ impl World {
                     }
                     let key = chain[asked.first + index as usize];
                     client.session.pool().copy_out(grant.slot, 0, &mut block);
-                    assert!(is_exact(&self.chains, key, &block), "wrong bytes for {key} in {grant:?} under {lease:?}");
+                    assert_eq!(difference(&self.chains, key, &block), None, "wrong bytes in {grant:?} under {lease:?}");
+                    assert!(self.committed.contains(&key), "{key} was stored before a reset and is loaded after it");
                     self.tally.blocks_loaded += 1;
                     client.held.push(Held { lease, key, grant });
                 }
@@ -873,7 +909,7 @@ impl World {
 
     /// The engine process alone dies at this very moment, and another takes the pool over. Its sessions
     /// end; what they were filling they may write on into, until they say that they do not, or die.
-    fn take_over(&mut self) {
+    pub fn take_over(&mut self) {
         self.tally.takeovers += 1;
         // What was answered before is heard before, or never.
         for at in 0..self.clients.len() {
@@ -881,6 +917,7 @@ impl World {
                 self.collect(at);
             }
         }
+        let kept = self.whole_chains_in_the_pool();
         let devices = self.shard.take().expect("a shard runs").into_devices();
         // Its transfers end before its lock is free: none is under way any more, each may have happened.
         self.platters = devices.into_iter().map(Sim::power_cut).collect();
@@ -896,6 +933,12 @@ impl World {
             self.zombies.push(Zombie { former: true, alive, ..zombie });
         }
         self.start();
+        let index = &self.shard().cache().index;
+        for key in kept {
+            let found = index.find(key).map(|id| index.block(id));
+            let there = found.is_some_and(|block| block.is_visible() && block.place(Tier::Host).ready().is_some());
+            assert!(there, "{key} was in the pool and its chain was too: it is lost with the process");
+        }
         // Whoever is not known to live is dead from now on.
         let now_ns = self.now_ns;
         for id in self.shard().cache().host.suspects() {
@@ -903,6 +946,22 @@ impl World {
                 self.shard().end_former(id, now_ns + GRACE_NS);
             }
         }
+    }
+
+    /// Blocks that the pool holds, with all that come before them.
+    fn whole_chains_in_the_pool(&mut self) -> Vec<BlockKey> {
+        let index = &self.shard().cache().index;
+        let in_pool = |block: &Block| block.is_visible() && block.place(Tier::Host).ready().is_some();
+        let mut kept = Vec::new();
+        for (_, block) in index.blocks() {
+            let (mut at, mut whole) = (block, in_pool(block));
+            while let (true, Some(parent)) = (whole, at.parent()) {
+                at = index.block(parent);
+                whole = in_pool(at);
+            }
+            kept.extend(whole.then_some(block.key));
+        }
+        kept
     }
 
     /// Forgets everything: what was stored before is never resident again, not after a crash either, unless

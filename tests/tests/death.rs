@@ -3,7 +3,7 @@
 
 use kvring_engine::device::sim::{Chance, Faults};
 use kvring_engine::shard::End;
-use kvring_ipc::config::EvictionPolicy;
+use kvring_ipc::config::{EvictionPolicy, Verify};
 use kvring_ipc::wire::Status;
 use kvring_tests::world::{Shape, World};
 
@@ -23,7 +23,7 @@ fn shape(host_slots: u32, disk_slots: u32) -> Shape {
         may_die: false,
         may_lie: false,
         may_crash: false,
-        verify: kvring_ipc::config::Verify::Crash,
+        verify: Verify::Crash,
     }
 }
 
@@ -169,5 +169,63 @@ fn a_rotten_block_is_a_miss_and_takes_its_descendants_along() {
     assert!(answers.iter().all(|(status, _)| *status == Status::Miss), "{answers:?}");
     assert!(world.metrics.ssd_checksum_errors_count.get() > 0);
     assert_eq!(world.match_blocks(1, 0, 8), 0, "forgotten");
+    world.run(0);
+}
+
+#[test]
+fn a_block_that_somebody_scribbled_on_is_a_miss_where_it_is_verified() {
+    for verify in [Verify::Off, Verify::Sampled, Verify::Always] {
+        let mut world = World::with_shape(Shape { verify, ..shape(8, 0) }, Chance::new(3));
+        world.join();
+        let grants = world.reserve(0, 0, 8);
+        assert_eq!(world.fill_and_commit(0, 0, 0, &grants), 8);
+        world.scribble(grants[3].slot);
+        assert_eq!(world.match_blocks(0, 0, 8), 8, "nobody has looked yet");
+        if verify != Verify::Always {
+            continue; // The oracle would find wrong bytes: nothing is promised here.
+        }
+        assert_eq!(world.load(0, 0, 8), [(Status::Ok, 3), (Status::Miss, 5)], "it, and all that continues it");
+        assert_eq!(world.metrics.dram_checksum_errors_count.get(), 1);
+        assert_eq!(world.match_blocks(0, 0, 8), 3);
+        world.run(0);
+    }
+}
+
+#[test]
+fn what_a_dead_engine_process_left_is_verified_once_before_it_is_used() {
+    let mut world = World::with_shape(shape(8, 16), Chance::new(3));
+    world.join();
+    let grants = world.reserve(0, 0, 8);
+    assert_eq!(world.fill_and_commit(0, 0, 0, &grants), 8);
+    world.pass(10_000_000);
+    world.scribble(grants[3].slot);
+    world.take_over();
+    world.join();
+    assert_eq!(world.match_blocks(0, 0, 8), 8);
+    world.load(0, 0, 8);
+    // Seven came from the pool, one from its good copy on the SSD: the oracle has compared all of them.
+    let metric = |world: &World| {
+        let m = &world.metrics;
+        [&m.dram_verified_blocks_count, &m.dram_checksum_errors_count, &m.load_blocks_ssd_count].map(|c| c.get())
+    };
+    assert_eq!(metric(&world), [8, 1, 1]);
+    world.load(0, 0, 8);
+    assert_eq!(metric(&world), [8, 1, 1], "once each");
+    world.run(0);
+}
+
+#[test]
+fn an_engine_process_that_dies_leaves_blocks_writers_and_nothing_else() {
+    let mut world = world(8, 0);
+    let grants = world.reserve(0, 0, 4);
+    assert_eq!(world.fill_and_commit(0, 0, 0, &grants), 4);
+    world.reserve(1, 1, 3);
+    assert_eq!(world.free_slots(), 1);
+    world.take_over();
+    assert_eq!(world.free_slots(), 1, "what somebody was filling waits for him");
+    world.join();
+    assert_eq!(world.match_blocks(0, 0, 8), 4);
+    assert_eq!(world.load(0, 0, 4), [(Status::Ok, 4)]);
+    assert_eq!(world.reserve(0, 1, 8).len(), 1, "nor is it lent to others");
     world.run(0);
 }

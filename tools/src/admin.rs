@@ -1,8 +1,9 @@
-//! `kvring status`, `kvring stop` and `kvring upgrade`: one question to a running server each.
+//! `kvring status`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
 
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
 use kvring_ipc::handshake::{ChannelError, Reply, Request, ask};
 
 use crate::Outcome;
@@ -89,4 +90,66 @@ pub fn upgrade(args: &AdminArgs) -> Outcome {
         return Ok(());
     }
     Err("no other engine process serves after 30 s: see the server's log".into())
+}
+
+/// Arguments of `kvring verify`.
+#[derive(Args)]
+pub struct VerifyArgs {
+    /// Most MB that are read in a second, DRAM and SSD together; 0 for as fast as it goes
+    #[arg(long, default_value_t = 200)]
+    mb_per_s: u64,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Has a running server read what it holds, and shows how it goes.
+pub fn verify(args: &VerifyArgs) -> Outcome {
+    let socket = args.settings.load()?.config.socket;
+    let request = Request::Verify { bytes_per_s: args.mb_per_s * 1_000_000 };
+    match ask(&socket, &request, PATIENCE).map_err(|error| explained(error, &socket))? {
+        Reply::Verifying => {}
+        Reply::Refused { reason, .. } if reason.contains("under way") => {}
+        Reply::Refused { reason, .. } => return Err(reason.into()),
+        reply => return Err(format!("an unexpected answer: {reply:?}").into()),
+    }
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} slots, {msg}");
+    let bar = ProgressBar::no_length().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let state = loop {
+        let Reply::Stats(mut stats) = ask(&socket, &Request::Stats, PATIENCE).map_err(|e| explained(e, &socket))?
+        else {
+            return Err("an unexpected answer".into());
+        };
+        let state = stats["verify"].take();
+        let number = |name: &str| state[name].as_u64().unwrap_or(0);
+        bar.set_length(number("slots_total"));
+        bar.set_position(number("slots_done"));
+        bar.set_message(format!("{} bad", number("bad_dram_blocks") + number("bad_ssd_blocks")));
+        if !state["running"].as_bool().unwrap_or(false) {
+            break state;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    bar.finish_and_clear();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&state)?);
+    }
+    let number = |name: &str| state[name].as_u64().unwrap_or(0);
+    let (bad_dram, bad_ssd) = (number("bad_dram_blocks"), number("bad_ssd_blocks"));
+    if !args.json {
+        println!("{:>10} blocks in DRAM compared, {bad_dram} bad", number("dram_blocks"));
+        println!("{:>10} blocks on the SSD compared, {bad_ssd} bad", number("ssd_blocks"));
+        if number("without_checksum") > 0 {
+            println!(
+                "{:>10} blocks in DRAM have no checksum (yet): it is made with the write to the SSD, or with verify = always",
+                number("without_checksum")
+            );
+        }
+    }
+    match bad_dram + bad_ssd {
+        0 => Ok(()),
+        bad => Err(format!("{bad} copies were not what was stored: they are forgotten, and were served to nobody who verifies; look at the memory and the device").into()),
+    }
 }

@@ -2,6 +2,7 @@
 
 mod admin;
 mod bench;
+mod fsck;
 mod replay;
 mod serve;
 mod settings;
@@ -30,6 +31,10 @@ enum Command {
     Stop(admin::AdminArgs),
     /// Replace a running server's engine process by the program as it is now: the cache stays.
     Upgrade(admin::AdminArgs),
+    /// Read what a running cache holds, at a bounded rate, and forget what is not what was stored.
+    Verify(admin::VerifyArgs),
+    /// Check the SSD tier of a stopped server, and forget what is bad.
+    Fsck(fsck::FsckArgs),
     #[command(hide = true)]
     ReplayInstance(replay::worker::WorkerArgs),
 }
@@ -43,7 +48,9 @@ fn main() -> std::process::ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Fsck(args) => return fsck::run(&args),
         Command::Status(args) => admin::status(&args),
+        Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),
         Command::Upgrade(args) => admin::upgrade(&args),
         Command::ReplayInstance(args) => replay::worker::run(&args),

@@ -17,6 +17,7 @@ use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::segment::SessionState;
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
+use super::verify::{Survey, Surveyed};
 use crate::cache::{Cache, Recovered};
 use crate::device::aio::Aio;
 use crate::device::files::{self, FilesError};
@@ -76,6 +77,10 @@ pub enum ToShard {
     DiskRead(Vec<u32>),
     /// A session of an engine process before this one writes no more: it said so, or its process died.
     EndFormer(SessionId, End),
+    /// Say what lies in some slots.
+    Survey(Survey, Sender<Survey>),
+    /// Look again at a block that does not match its checksum, and say whether it was bad.
+    Distrust(Surveyed, Sender<bool>),
     /// Finish writing and return.
     Stop,
     /// Finish what is under way and return: the pool stays, for another engine process.
@@ -146,6 +151,8 @@ pub struct Engine {
     pub metrics: Arc<Metrics>,
     /// What each device is, for the operator.
     pub devices: Vec<String>,
+    /// Where blocks lie on them.
+    pub geometry: Option<DiskGeometry>,
     /// What the shard hands back.
     pub from_shard: Receiver<FromShard>,
     to_shard: Sender<ToShard>,
@@ -178,7 +185,7 @@ impl Engine {
             .transpose()?;
         check_index(config, &layout, geometry.map_or(0, |geometry| u64::from(geometry.slots_count())))?;
         let opened = match &geometry {
-            Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, layout.fingerprint(), on_mismatch)?,
+            Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, &layout, on_mismatch)?,
             None => Vec::new(),
         };
         let (pool, table, table_fd) = make_pool(config, &layout, kept)?;
@@ -268,6 +275,7 @@ impl Engine {
             events,
             metrics,
             devices: described,
+            geometry,
             from_shard,
             to_shard,
             bell,
@@ -317,6 +325,21 @@ impl Engine {
         // The shard holds its end until it has returned.
         let _ = self.to_shard.send(message);
         doorbells::ring_own(&*self.bell);
+    }
+
+    /// As [`Engine::tell`], for a thread of its own.
+    pub fn teller(&self) -> Box<dyn Fn(ToShard) + Send> {
+        let (to_shard, bell) = (self.to_shard.clone(), self.bell.clone());
+        Box::new(move |message| {
+            let _ = to_shard.send(message);
+            doorbells::ring_own(&*bell);
+        })
+    }
+
+    /// Slots of all tiers.
+    pub fn slots_count(&self) -> u64 {
+        let disk = self.geometry.map_or(0, |geometry| geometry.slots_count());
+        u64::from(self.pool.slots_count) + u64::from(disk)
     }
 
     /// Gives the rest of the pool its pages, in parallel and behind.
@@ -575,6 +598,13 @@ impl Runner {
             ToShard::EndFormer(session, end) => {
                 let grace_ns = if end == End::Goodbye { 0 } else { self.shard.options().writer_grace_ns };
                 self.shard.end_former(session, monotonic_ns().saturating_add(grace_ns));
+            }
+            ToShard::Survey(mut survey, back) => {
+                self.shard.survey(&mut survey);
+                let _ = back.send(survey);
+            }
+            ToShard::Distrust(at, back) => {
+                let _ = back.send(self.shard.distrust(at));
             }
             ToShard::Stop => {
                 self.finish(true);

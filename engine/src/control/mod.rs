@@ -3,9 +3,11 @@
 
 pub mod engine;
 pub mod keeper;
+pub mod verify;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvring_ipc::config::{Config, OnMismatch};
@@ -23,6 +25,7 @@ use crate::tier::host::{SessionId, Writer};
 use crate::tier::table::FormerSession;
 use engine::{BuildError, Engine, FromShard, Kept, ToShard};
 use keeper::{Inheritance, ToEngine, ToKeeper};
+use verify::VerifyState;
 
 /// How long a connection may be silent before it has asked for anything.
 const FIRST_WORD: Duration = Duration::from_secs(2);
@@ -121,6 +124,7 @@ pub struct Server {
     /// A reset came before there was a data plane.
     forget_at_start: bool,
     leaving: Option<Leaving>,
+    verify: Arc<VerifyState>,
 }
 
 /// Why the engine process goes.
@@ -184,6 +188,7 @@ impl Server {
             media_warned: None,
             forget_at_start: false,
             leaving: None,
+            verify: Arc::default(),
         };
         // The data plane before the socket: whoever connects is served at once.
         let kept = kept.and_then(|[pool, table]| match Kept::open(pool, &table) {
@@ -285,6 +290,7 @@ impl Server {
             // Nobody finds us any more; then the sessions there are end.
             let _ = std::fs::remove_file(&self.config.socket);
         }
+        self.verify.stop.store(true, std::sync::atomic::Ordering::Relaxed);
         if let Some(engine) = &mut self.engine {
             engine.stop(if hand_over { ToShard::HandOver } else { ToShard::Stop });
         }
@@ -404,6 +410,18 @@ impl Server {
                 if self.formers.get(&session).is_some_and(|former| Some(former.pid) == pid) {
                     self.end_former(session, End::Goodbye);
                 }
+            }
+            Request::Verify { bytes_per_s } => {
+                let begun = match &self.engine {
+                    _ if !self.is_same_user(number) => Err("only the server's user may have it verified".into()),
+                    Some(engine) => verify::begin(&self.config, engine, &self.verify, bytes_per_s),
+                    None => Err("there is nothing yet: no worker has attached".into()),
+                };
+                match begun {
+                    Ok(()) => self.reply(number, &Reply::Verifying),
+                    Err(why) => self.reply(number, &Refusal::for_now(why).into_reply()),
+                }
+                self.drop_if_no_session(number);
             }
             Request::Stop | Request::Upgrade if !self.is_same_user(number) => {
                 self.reply(number, &Refusal::for_good("only the server's user may stop it".into()).into_reply());
@@ -730,6 +748,7 @@ impl Server {
             stats["slot_bytes"] = engine.pool.slot_bytes.into();
             stats["devices"] = engine.devices.clone().into();
             stats["metrics"] = counters.into();
+            stats["verify"] = self.verify.as_json();
         }
         stats
     }

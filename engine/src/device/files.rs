@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use kvring_ipc::config::OnMismatch;
+use kvring_ipc::layout::Layout;
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use rustix::fs::{FallocateFlags, FlockOperation};
 
@@ -98,7 +99,8 @@ pub fn geometry(
     Ok(geometry)
 }
 
-fn path_of(dir: &Path, file: u32) -> PathBuf {
+/// Which of a directory's files this is.
+pub fn path_of(dir: &Path, file: u32) -> PathBuf {
     dir.join(if file == 0 { "kvring.cache".to_owned() } else { format!("kvring.cache.{file}") })
 }
 
@@ -117,7 +119,7 @@ pub fn flush_headers(dirs: &[PathBuf]) -> std::io::Result<()> {
 pub fn open(
     dirs: &[PathBuf],
     geometry: &DiskGeometry,
-    layout: u64,
+    layout: &Layout,
     on_mismatch: OnMismatch,
 ) -> Result<Vec<DeviceFiles>, FilesError> {
     let locks = dirs.iter().map(|dir| lock(dir)).collect::<Result<Vec<_>, _>>()?;
@@ -130,7 +132,11 @@ pub fn open(
     Ok(devices)
 }
 
-fn lock(dir: &Path) -> Result<File, FilesError> {
+/// Takes a directory for this process.
+///
+/// # Errors
+/// Another server has it, or it cannot be used.
+pub fn lock(dir: &Path) -> Result<File, FilesError> {
     let cannot = |error| FilesError::Directory { dir: dir.display().to_string(), error };
     std::fs::create_dir_all(dir).map_err(cannot)?;
     let path = dir.join("kvring.lock");
@@ -139,7 +145,10 @@ fn lock(dir: &Path) -> Result<File, FilesError> {
     for _ in 0..LOCK_TRIES {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                #[expect(clippy::disallowed_methods, reason = "before there is a shard")]
+                std::thread::sleep(LOCK_PAUSE);
+            }
             Err(errno) => return Err(cannot(errno.into())),
         }
     }
@@ -151,7 +160,7 @@ fn open_device(
     lock: File,
     index: u64,
     geometry: &DiskGeometry,
-    layout: u64,
+    layout: &Layout,
     on_mismatch: OnMismatch,
     cache_id: &mut Option<u64>,
 ) -> Result<DeviceFiles, FilesError> {
@@ -163,7 +172,7 @@ fn open_device(
     };
     let expected = |cache_id| Superblock {
         magic: MAGIC,
-        layout,
+        layout: layout.fingerprint(),
         slot_bytes: geometry.slot_bytes,
         slots_count: u64::from(geometry.slots_per_device),
         slots_per_file: u64::from(geometry.slots_per_file),
@@ -177,7 +186,10 @@ fn open_device(
         Found::Foreign => mismatch(on_mismatch, &name, "it is no kvring cache of this version")?,
         Found::Super(found) => match differs(found, &expected(cache_id.unwrap_or(found.cache_id))) {
             None => true,
-            Some(why) => mismatch(on_mismatch, &name, &why)?,
+            Some(why) => {
+                let words = read_layout(&first).map_or_else(String::new, |theirs| in_words(&theirs, layout));
+                mismatch(on_mismatch, &name, &(why + &words))?
+            }
         },
     };
     if !reuse {
@@ -247,7 +259,7 @@ fn open_device(
         Found::Super(found) if reuse => *cache_id = Some(cache_id.unwrap_or(found.cache_id)),
         _ => {
             let id = *cache_id.get_or_insert_with(|| kvring_ipc::client::monotonic_ns() | 1);
-            write_superblock(&first, geometry, &expected(id).sealed()).map_err(io(&first))?;
+            write_superblock(&first, geometry, &expected(id).sealed(), layout).map_err(io(&first))?;
         }
     }
     let reused = reuse.then_some(first);
@@ -261,13 +273,39 @@ fn mismatch(on_mismatch: OnMismatch, file: &str, why: &str) -> Result<bool, File
     }
 }
 
-enum Found {
+/// What a cache file begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// No file, or one that was never finished.
     Nothing,
+    /// Something else's, another version's, or damaged.
     Foreign,
+    /// A superblock.
     Super(Superblock),
 }
 
-fn read_superblock(path: &Path) -> std::io::Result<Found> {
+/// The layout in words: behind the superblock, for people. What is compared is its fingerprint.
+const LAYOUT_AT: u64 = 64;
+
+/// What the blocks of a cache file look like, if it says so.
+pub fn read_layout(path: &Path) -> Option<Layout> {
+    let mut sector = vec![0; SECTOR_BYTES as usize];
+    File::open(path).ok()?.read_exact_at(&mut sector, 0).ok()?;
+    let text = &sector[LAYOUT_AT as usize..];
+    let end = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
+    serde_json::from_slice(&text[..end]).ok()
+}
+
+fn in_words(theirs: &Layout, ours: &Layout) -> String {
+    let differing = theirs.differences(ours);
+    differing.iter().map(|d| format!("; {}: {} there, {} configured", d.field, d.server, d.instance)).collect()
+}
+
+/// Reads what a cache file begins with.
+///
+/// # Errors
+/// What the system says of opening or reading it.
+pub fn read_superblock(path: &Path) -> std::io::Result<Found> {
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
@@ -288,7 +326,7 @@ fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
     let fields = [
         ("block bytes", found.slot_bytes, expected.slot_bytes),
         ("layout fingerprint", found.layout, expected.layout),
-        ("slots", found.slots_count, expected.slots_count),
+        ("slots (of ssd_cache_gb)", found.slots_count, expected.slots_count),
         ("slots per file", found.slots_per_file, expected.slots_per_file),
         ("device index and count", found.device, expected.device),
         ("cache id", found.cache_id, expected.cache_id),
@@ -306,7 +344,12 @@ fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
 }
 
 /// New files have no headers; those of a new format must not be believed, so zeros are written.
-fn write_superblock(path: &Path, geometry: &DiskGeometry, superblock: &Superblock) -> std::io::Result<()> {
+fn write_superblock(
+    path: &Path,
+    geometry: &DiskGeometry,
+    superblock: &Superblock,
+    layout: &Layout,
+) -> std::io::Result<()> {
     let file = OpenOptions::new().write(true).open(path)?;
     let zeros = vec![0u8; 1 << 20];
     let mut at = 0;
@@ -314,6 +357,10 @@ fn write_superblock(path: &Path, geometry: &DiskGeometry, superblock: &Superbloc
         let bytes = (geometry.data_offset() - at).min(zeros.len() as u64);
         file.write_all_at(&zeros[..bytes as usize], at)?;
         at += bytes;
+    }
+    let text = serde_json::to_vec(layout)?;
+    if text.len() as u64 <= SECTOR_BYTES - LAYOUT_AT {
+        file.write_all_at(&text, LAYOUT_AT)?;
     }
     // The superblock last: a start that is cut short leaves zeros, which are nothing.
     file.sync_data()?;

@@ -15,6 +15,7 @@ pub mod table;
 use kvring_ipc::events::{Event, EventLog};
 use kvring_ipc::key::BlockKey;
 
+use crate::planted::{self, Bug};
 use evict::Evict;
 use table::Table;
 
@@ -241,13 +242,10 @@ impl Index {
         }
     }
 
-    /// Calls `with` for each block that is in the pool and not on the SSD, with its slot.
-    pub fn each_only_in_host(&self, mut with: impl FnMut(BlockId, u32)) {
-        for (id, block) in (0..).zip(&self.blocks).filter(|(_, block)| block.in_use && !block.detached) {
-            if let (Place::Ready(slot), Place::Absent) = (block.place(Tier::Host), block.place(Tier::Disk)) {
-                with(BlockId(id), slot);
-            }
-        }
+    /// Every block that a key finds. O(capacity).
+    pub fn blocks(&self) -> impl Iterator<Item = (BlockId, &Block)> {
+        let known = (0..).zip(&self.blocks).filter(|(_, block)| block.in_use && !block.detached);
+        known.map(|(id, block)| (BlockId(id), block))
     }
 
     /// Adds a block that no key finds yet, after `parent`. `None` if the table is full.
@@ -620,8 +618,8 @@ fn may_leave(block: &Block, tier: Tier) -> bool {
     let elsewhere = block.is_ready(1 - tier as usize);
     block.is_ready(tier as usize)
         && block.pins == 0
-        && block.children[tier as usize] == 0
-        && (elsewhere || (!block.has_children() && block.leases == 0))
+        && (block.children[tier as usize] == 0 || planted::has(Bug::ParentBeforeChild))
+        && (elsewhere || (!block.has_children() && (block.leases == 0 || planted::has(Bug::LeaseIgnored))))
 }
 
 #[cfg(test)]

@@ -23,12 +23,14 @@ use kvring_ipc::wire::{
 
 use crate::cache::{Cache, Found, NoParent, Reserve};
 use crate::checksum;
+use crate::control::verify::{Survey, Surveyed};
 use crate::device::{Device, Direction, Done, Io, Region};
-use crate::index::BlockId;
+use crate::index::{BlockId, Place, Tier};
 use crate::limits::{
     DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, PREFETCH_AHEAD_MAX, SESSION_BUDGET, SESSIONS_MAX,
 };
 use crate::metrics::Metrics;
+use crate::planted::{self, Bug};
 use crate::tier::host::{SessionId, Writer};
 use load::{Asked, Dirty, Loads, Waiter};
 use session::Session;
@@ -185,6 +187,46 @@ impl<D: Device> Shard<D> {
             }
         }
     }
+    /// Says what lies in the slots from `survey.from` on, as many as it has room for.
+    pub fn survey(&self, survey: &mut Survey) {
+        let Survey { tier, from, found, without_checksum, is_last } = survey;
+        let count = match (*tier, &self.cache.disk) {
+            (Tier::Host, _) => self.cache.host.count(),
+            (Tier::Disk, Some(disk)) => disk.geometry().slots_count(),
+            (Tier::Disk, None) => 0,
+        };
+        let end = count.min(from.saturating_add(found.capacity() as u32));
+        for slot in *from..end {
+            let Some((_, generation, data_crc)) = self.cache.block_in(*tier, slot) else { continue };
+            match data_crc {
+                Some(data_crc) => found.push(Surveyed { tier: *tier, slot, generation, data_crc }),
+                None => *without_checksum += 1,
+            }
+        }
+        (*from, *is_last) = (end, end == count);
+    }
+
+    /// Somebody has found that a block does not match its checksum. If that block still is there, its copy
+    /// goes: the pool's after another look, the disk's on his word. Says whether it did.
+    pub fn distrust(&mut self, at: Surveyed) -> bool {
+        let Some((block, generation, _)) = self.cache.block_in(at.tier, at.slot) else { return false };
+        if generation != at.generation {
+            return false;
+        }
+        match at.tier {
+            Tier::Host => !self.verify(at.slot, block, at.data_crc),
+            Tier::Disk => {
+                self.metrics.ssd_checksum_errors_count.add(1);
+                let (forgotten, host_slot) = self.cache.distrust_disk(block);
+                self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
+                if let Some(slot) = host_slot.filter(|_| self.dirty.len() < self.dirty.capacity()) {
+                    self.dirty.push_back(Dirty { grant: self.cache.host.grant(slot), block });
+                }
+                true
+            }
+        }
+    }
+
     /// What waits to be written stays unwritten: the next engine process finds it in the pool.
     pub fn drop_dirty(&mut self) {
         self.dirty.clear();
@@ -337,12 +379,13 @@ impl<D: Device> Shard<D> {
             return count;
         }
         if std::mem::take(&mut self.requeue) && self.cache.disk.is_some() {
-            let (dirty, host) = (&mut self.dirty, &self.cache.host);
-            self.cache.index.each_only_in_host(|block, slot| {
-                if dirty.len() < dirty.capacity() {
-                    dirty.push_back(Dirty { grant: host.grant(slot), block });
+            for (block, b) in self.cache.index.blocks() {
+                if let (Place::Ready(slot), Place::Absent) = (b.place(Tier::Host), b.place(Tier::Disk))
+                    && self.dirty.len() < self.dirty.capacity()
+                {
+                    self.dirty.push_back(Dirty { grant: self.cache.host.grant(slot), block });
                 }
-            });
+            }
         }
         0
     }
@@ -489,7 +532,8 @@ impl<D: Device> Shard<D> {
                 Some(Found::Gone) => (Status::Miss, None),
                 Some(Found::Ready(slot)) => match self.verified(slot, block) {
                     None => break,
-                    Some(false) => (Status::Miss, None),
+                    // Its other copy may be good.
+                    Some(false) => continue,
                     Some(true) => match self.cache.loan(load.lease, load.instance, load.first + index, block) {
                         Some(grant) => (Status::Ok, Some(grant)),
                         None => (Status::Busy, None),
@@ -539,7 +583,7 @@ impl<D: Device> Shard<D> {
         Some(self.verify(slot, block, expected))
     }
 
-    /// Makes the checksum of what a host slot holds; should it not be this one, forgets the block.
+    /// Makes the checksum of what a host slot holds; should it not be this one, lets that copy go.
     fn verify(&mut self, slot: u32, block: BlockId, expected: u64) -> bool {
         let sound = self.checksum_of(slot) == expected;
         self.metrics.dram_verified_blocks_count.add(1);
@@ -557,7 +601,7 @@ impl<D: Device> Shard<D> {
     fn is_verified_always(&self, block: BlockId) -> bool {
         match self.options.verify {
             Verify::Off | Verify::Crash => false,
-            Verify::Sampled => self.cache.index.block(block).key.to_words()[0] % SAMPLE == 0,
+            Verify::Sampled => self.cache.index.block(block).key.to_words()[0].is_multiple_of(SAMPLE),
             Verify::Always => true,
         }
     }
@@ -782,7 +826,10 @@ impl<D: Device> Shard<D> {
             self.metrics.ssd_read_errors_count.add(1);
         }
         let expected = self.cache.disk.as_ref().map_or(0, |disk| disk.data_crc(disk_slot));
-        let sound = !self.options.checksum || !moved || self.checksum_of(host_slot) == expected;
+        let sound = !self.options.checksum
+            || !moved
+            || planted::has(Bug::DiskChecksumSkipped)
+            || self.checksum_of(host_slot) == expected;
         if !sound {
             self.metrics.ssd_checksum_errors_count.add(1);
         }
@@ -797,6 +844,9 @@ impl<D: Device> Shard<D> {
         let forgotten = self.cache.end_read(block, good);
         self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
         while let Some(Waiter { load: at, index }) = self.loads.next_waiter(host_slot) {
+            if planted::has(Bug::WaiterForgotten) && index % 2 == 1 {
+                continue;
+            }
             let load = *self.loads.get(at);
             let grant =
                 if wanted { self.cache.loan(load.lease, load.instance, load.first + index, block) } else { None };

@@ -266,6 +266,11 @@ impl DiskSlots {
         self.slots[slot as usize].data_crc
     }
 
+    /// Which use of the slot this is.
+    pub fn generation(&self, slot: u32) -> u32 {
+        self.slots[slot as usize].generation
+    }
+
     /// The bytes are on the device: their header may follow.
     pub fn describe(&mut self, slot: u32, key: BlockKey, parent: BlockKey, depth: u32) {
         let Slot { generation, data_crc } = self.slots[slot as usize];

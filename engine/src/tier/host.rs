@@ -7,6 +7,7 @@ use kvring_ipc::wire::Grant;
 use super::header::{CRC_UNKNOWN, Header};
 use super::table::SlotTable;
 use crate::index::BlockId;
+use crate::planted::{self, Bug};
 
 /// A session, as slots and leases know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -188,6 +189,11 @@ impl HostSlots {
         table.describe(slot, Header { key, parent, data_crc, generation, depth, slot, flags, crc: 0 });
     }
 
+    /// What the table says that a slot holds.
+    pub fn header(&self, slot: u32) -> Option<Header> {
+        self.table.as_ref()?.header(slot)
+    }
+
     /// Nothing that the slots hold is found again by the next engine process.
     pub fn forget_all(&mut self) {
         if let Some(table) = &self.table {
@@ -275,7 +281,9 @@ impl HostSlots {
         s.generation = s.generation.checked_add(1).unwrap_or(1);
         (s.crc_known, s.doubted) = (false, false);
         // Before anything writes into it.
-        self.forget(slot);
+        if !planted::has(Bug::TableKeepsHeader) {
+            self.forget(slot);
+        }
         Some(slot)
     }
 
@@ -300,7 +308,8 @@ impl HostSlots {
         if let Some(session) = session {
             self.writers[(slot * self.tp_size + rank) as usize] = session.0;
         }
-        if let Some(table) = &self.table {
+        let silent = if session.is_some() { Bug::WriterNotTabled } else { Bug::WriterNotCleared };
+        if let Some(table) = self.table.as_ref().filter(|_| !planted::has(silent)) {
             table.set_writer(slot, rank, session);
         }
     }
@@ -323,7 +332,8 @@ impl HostSlots {
         let s = self.slots.get_mut(grant.slot as usize)?;
         let bit = 1 << writer.rank;
         let theirs = self.writers.get((grant.slot * self.tp_size + writer.rank) as usize) == Some(&writer.session.0);
-        if s.state != State::Filling || s.generation != grant.generation || !theirs || s.joined & !s.done & bit == 0 {
+        let current = s.generation == grant.generation || planted::has(Bug::GenerationIgnored);
+        if s.state != State::Filling || !current || !theirs || s.joined & !s.done & bit == 0 {
             return None;
         }
         s.done |= bit;
@@ -334,7 +344,7 @@ impl HostSlots {
             return Some(RankDone::Lost(block));
         }
         let all = u32::MAX >> (32 - self.tp_size);
-        if done != all {
+        if done != all && !planted::has(Bug::FirstRankIsAll) {
             return Some(RankDone::Waiting);
         }
         let s = &mut self.slots[grant.slot as usize];
@@ -439,7 +449,8 @@ impl HostSlots {
         let mut at = 0;
         while let Some(slot) = self.quarantined.get(at).copied() {
             let s = &self.slots[slot as usize];
-            if s.suspects == 0 && s.free_at_ns <= now_ns {
+            let graced = s.free_at_ns <= now_ns || planted::has(Bug::GraceSkipped);
+            if s.suspects == 0 && graced && !planted::has(Bug::QuarantineLeaks) {
                 self.quarantined.swap_remove(at);
                 self.release(slot);
             } else {

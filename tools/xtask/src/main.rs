@@ -1,5 +1,7 @@
 //! `cargo xtask`: what the project does to itself. `ci` is the one command that CI calls.
 
+#[cfg(planted)]
+mod bugs;
 mod python;
 
 use std::num::NonZero;
@@ -17,6 +19,7 @@ cargo xtask e2e [ARGS]  real vLLMs from PyPI on this tree's wheels; ARGS go to p
 cargo xtask wheel       build target/wheels/kvring-*.whl and kvring_flexkv-*.whl
 cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
+cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
 cargo xtask docs        write docs/CONFIG.md anew from the code";
 
 fn main() -> ExitCode {
@@ -31,6 +34,9 @@ fn main() -> ExitCode {
             seconds.parse().map_or_else(|_| usage(), |s| simulate_for(Duration::from_secs(s)))
         }
         ["sim", seed] => parse_seed(seed).map_or_else(usage, |seed| simulate(seed).map(drop)),
+        ["bugs"] => step("planted bugs", &mut with_bugs()),
+        #[cfg(planted)]
+        ["find-planted"] => bugs::find_all(),
         ["docs"] => write_docs(),
         _ => usage(),
     };
@@ -163,6 +169,14 @@ fn simulate_for(time: Duration) -> Outcome {
     println!("{worlds} worlds from seed {base}, {million:.1} million operations a minute: {total}");
     println!("no wrong byte, nothing unanswered, nothing leaked");
     Ok(())
+}
+
+/// This program again, with bugs to plant.
+fn with_bugs() -> Command {
+    let mut command =
+        cargo(&["run", "--release", "--package", "xtask", "--target-dir", "target/planted", "--", "find-planted"]);
+    command.env("RUSTFLAGS", "--cfg planted");
+    command
 }
 
 fn write_docs() -> Outcome {

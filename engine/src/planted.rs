@@ -1,0 +1,63 @@
+//! Bugs that the simulation must find, to know that it would (`cargo xtask bugs`).
+//!
+//! Built in only with `RUSTFLAGS="--cfg planted"`; else every question here is a constant no.
+
+macro_rules! bugs {
+    ($($name:ident: $doc:literal),* $(,)?) => {
+        /// One of them.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum Bug { $(#[doc = $doc] $name,)* }
+
+        impl Bug {
+            /// Each with what it does.
+            pub const ALL: &[(Bug, &str)] = &[$((Bug::$name, $doc),)*];
+        }
+    };
+}
+
+bugs! {
+    DiskChecksumSkipped: "a block from the SSD is not compared with its checksum",
+    QuarantineSkipped: "the slot of a dead writer is used again at once",
+    GraceSkipped: "the slot of a dead writer is used again without its grace",
+    GenerationIgnored: "a commit of an earlier use of a slot is taken",
+    LoanUnpinned: "a slot on loan may be evicted",
+    LeaseIgnored: "a leased block may be evicted",
+    ParentBeforeChild: "a block may be evicted before its children",
+    ReadNotAwaited: "a slot that is being read is granted before the read has ended",
+    FirstRankIsAll: "a block is complete when one rank has committed",
+    WaiterForgotten: "a load that waits for another's read is not answered",
+    DetachedServed: "a forgotten block is served to those who hold a lease",
+    ResetKeepsHeaders: "a reset leaves the headers on the SSD",
+    ResetKeepsTable: "a reset leaves the slot table",
+    TableKeepsHeader: "a slot's header stays in the table while the slot is filled anew",
+    TableBeforeBytes: "a slot's header is in the table before its block is committed",
+    WriterNotTabled: "the table does not say who is filling a slot",
+    WriterNotCleared: "the table says for ever that a slot is being filled",
+    QuarantineLeaks: "a quarantined slot is never free again",
+    OrphanLeaks: "a recovered slot whose block has no parent is never free again",
+    HeaderAnywhere: "a header that was written to another slot's place is believed",
+}
+
+#[cfg(planted)]
+static PLANTED: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(u32::MAX);
+
+/// From now on the engine has this bug and no other.
+#[cfg(planted)]
+pub fn plant(bug: Bug) {
+    PLANTED.store(bug as u32, std::sync::atomic::Ordering::SeqCst);
+}
+
+/// Whether the engine has this bug.
+#[cfg(planted)]
+#[inline]
+pub fn has(bug: Bug) -> bool {
+    PLANTED.load(std::sync::atomic::Ordering::Relaxed) == bug as u32
+}
+
+/// Whether the engine has this bug: it has not.
+#[cfg(not(planted))]
+#[inline]
+pub const fn has(_bug: Bug) -> bool {
+    false
+}
