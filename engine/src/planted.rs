@@ -36,7 +36,6 @@ bugs! {
     WriterNotCleared: "the table says for ever that a slot is being filled",
     QuarantineLeaks: "a quarantined slot is never free again",
     OrphanLeaks: "a recovered slot whose block has no parent is never free again",
-    HeaderAnywhere: "a header that was written to another slot's place is believed",
 }
 
 #[cfg(planted)]

@@ -1,6 +1,7 @@
 //! Real processes, real sockets, real files, real signals: the program as its users meet it.
 
 mod bad_input;
+mod chaos;
 mod integrity;
 mod lifecycle;
 mod replay;

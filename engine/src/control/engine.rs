@@ -29,7 +29,8 @@ use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
 use crate::metrics::Metrics;
 use crate::shard::session::Session;
 use crate::shard::{End, Shard, ShardOptions};
-use crate::tier::disk::{DiskGeometry, DiskSlots, sound_headers};
+use crate::tier::disk::{DiskGeometry, DiskSlots, SoundHeaders};
+use crate::tier::header::HEADER_BYTES;
 use crate::tier::host::{HostSlots, SessionId};
 use crate::tier::table::{SlotTable, TableShape};
 
@@ -301,17 +302,27 @@ impl Engine {
     ) {
         let (to_shard, bell) = (self.to_shard.clone(), self.bell.clone());
         let read = move || {
-            for (image, path) in images.iter().zip(&to_read) {
-                let Some(path) = path else { continue };
-                if let Err(error) = files::read_headers(path, image) {
-                    tracing::error!(
-                        "{}: headers cannot be read ({error}): what they name is forgotten",
-                        path.display()
-                    );
+            let mut sound = SoundHeaders::new(geometry, layout);
+            let (sender, pieces) = crossbeam_channel::unbounded();
+            std::thread::scope(|scope| {
+                // What is read is looked at while the next piece is read.
+                for (device, (image, path)) in (0..).zip(images.iter().zip(&to_read)) {
+                    let (Some(path), sender) = (path, sender.clone()) else { continue };
+                    scope.spawn(move || {
+                        let read = files::read_headers(path, image, |piece| drop(sender.send((device, piece))));
+                        if let Err(error) = read {
+                            let path = path.display();
+                            tracing::error!("{path}: headers cannot be read ({error}): what they name is forgotten");
+                        }
+                    });
                 }
-            }
-            let order = if take { sound_headers(&geometry, layout, &images) } else { Vec::new() };
-            let _ = to_shard.send(ToShard::DiskRead(order));
+                drop(sender);
+                for (device, piece) in pieces.into_iter().filter(|_| take) {
+                    let header = |at: usize| (at as u64 / HEADER_BYTES) as u32;
+                    sound.look(device, &images[device as usize], header(piece.start)..header(piece.end));
+                }
+            });
+            let _ = to_shard.send(ToShard::DiskRead(sound.sorted()));
             doorbells::ring_own(&*bell);
         };
         if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {

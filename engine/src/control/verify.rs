@@ -151,7 +151,7 @@ impl Scrub {
                 let offset = at.slot as usize * self.slot_bytes;
                 Some(checksum::of_mapping(&self.pool, offset, self.slot_bytes, &mut scratch))
             }
-            Tier::Disk => self.read(at.slot, files, block).map(|block| checksum::of_bytes(block)),
+            Tier::Disk => self.read(at.slot, files, block).map(checksum::of_bytes),
         };
         let files = self.open();
         // O_DIRECT wants aligned memory: a part of a larger piece is.

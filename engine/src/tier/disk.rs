@@ -109,36 +109,62 @@ pub struct DiskSlots {
     clear_when_read: bool,
 }
 
-/// Every sound header of the images, parents before their children, as slots. O(slots), and touches only
-/// the images: for a thread of its own.
-pub fn sound_headers(geometry: &DiskGeometry, layout: u64, images: &[Arc<Mapping>]) -> Vec<u32> {
-    let mut depths: Vec<u32> = Vec::new();
-    let mut found: Vec<(u32, u32)> = Vec::new();
-    for (device, image) in (0..).zip(images) {
-        for local in 0..geometry.slots_per_device {
+/// The sound headers of images, as they are found. Touches only the images: for a thread of its own.
+#[derive(Debug)]
+pub struct SoundHeaders {
+    geometry: DiskGeometry,
+    layout: u64,
+    /// How many of each depth.
+    depths: Vec<u32>,
+    /// (depth, slot).
+    found: Vec<(u32, u32)>,
+}
+
+impl SoundHeaders {
+    /// None yet.
+    pub fn new(geometry: DiskGeometry, layout: u64) -> Self {
+        Self { geometry, layout, depths: Vec::new(), found: Vec::new() }
+    }
+
+    /// Looks at these slots of a device.
+    pub fn look(&mut self, device: u32, image: &Mapping, locals: std::ops::Range<u32>) {
+        for local in locals.start..locals.end.min(self.geometry.slots_per_device) {
             let header = header_at(image, local);
-            if header.is_sound(local * geometry.devices_count + device, layout) {
+            if header.is_sound(local * self.geometry.devices_count + device, self.layout) {
                 let depth = header.depth.min(MATCH_BLOCKS_MAX);
-                if depths.len() <= depth as usize {
-                    depths.resize(depth as usize + 1, 0);
+                if self.depths.len() <= depth as usize {
+                    self.depths.resize(depth as usize + 1, 0);
                 }
-                depths[depth as usize] += 1;
-                found.push((depth, header.slot));
+                self.depths[depth as usize] += 1;
+                self.found.push((depth, header.slot));
             }
         }
     }
-    // Counting sort: depths are few, slots are many.
-    let mut next = 0;
-    for depth in &mut depths {
-        next += std::mem::replace(depth, next);
+
+    /// Parents before their children, as slots.
+    pub fn sorted(mut self) -> Vec<u32> {
+        // Counting sort: depths are few, slots are many.
+        let mut next = 0;
+        for depth in &mut self.depths {
+            next += std::mem::replace(depth, next);
+        }
+        let mut sorted = vec![0; self.found.len()];
+        for (depth, slot) in self.found {
+            let place = &mut self.depths[depth as usize];
+            sorted[*place as usize] = slot;
+            *place += 1;
+        }
+        sorted
     }
-    let mut sorted = vec![0; found.len()];
-    for (depth, slot) in found {
-        let place = &mut depths[depth as usize];
-        sorted[*place as usize] = slot;
-        *place += 1;
+}
+
+/// Every sound header of the images, parents before their children, as slots.
+pub fn sound_headers(geometry: &DiskGeometry, layout: u64, images: &[Arc<Mapping>]) -> Vec<u32> {
+    let mut sound = SoundHeaders::new(*geometry, layout);
+    for (device, image) in (0..).zip(images) {
+        sound.look(device, image, 0..geometry.slots_per_device);
     }
-    sorted
+    sound.sorted()
 }
 
 fn header_at(image: &Mapping, local: u32) -> Header {

@@ -5,7 +5,6 @@ use kvring_ipc::key::BlockKey;
 
 use crate::checksum;
 use crate::limits::SECTOR_BYTES;
-use crate::planted::{self, Bug};
 
 /// "KVRING" and the format's version: an old file is never reinterpreted.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"KVRING\x01\x00");
@@ -89,9 +88,7 @@ impl Header {
     }
     /// Whether it is what was written for this slot under this layout.
     pub fn is_sound(&self, slot: u32, layout: u64) -> bool {
-        (self.slot == slot || planted::has(Bug::HeaderAnywhere))
-            && self.crc == self.own_crc(layout)
-            && self.generation != 0
+        self.slot == slot && self.crc == self.own_crc(layout) && self.generation != 0
     }
     fn own_crc(&self, layout: u64) -> u64 {
         checksum::of_bytes(&bytemuck::bytes_of(self)[..56]) ^ layout

@@ -89,6 +89,7 @@ fn ci() -> Outcome {
     step("release build", &mut cargo(&["build", "--release", "--workspace"]))?;
     println!("── simulation");
     simulate_for(Duration::from_secs(30))?;
+    step("planted bugs", &mut with_bugs())?;
     // The real trace, wherever it is beside the project; else the generator.
     let trace = root().join("../shared/data/mooncake_conversation_trace.jsonl");
     let kvring = root().join("target/release/kvring");
