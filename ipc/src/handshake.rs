@@ -263,13 +263,19 @@ impl Channel {
         if bytes == 0 {
             return Err(ChannelError::Closed);
         }
-        if bytes > MESSAGE_BYTES_MAX {
-            return Err(ChannelError::Malformed(format!("longer than {MESSAGE_BYTES_MAX} bytes")));
-        }
-        let message =
-            serde_json::from_slice(&text[..bytes]).map_err(|error| ChannelError::Malformed(error.to_string()))?;
-        Ok((message, fds))
+        Ok((parse(&text[..bytes])?, fds))
     }
+}
+
+/// The message that a datagram holds.
+///
+/// # Errors
+/// [`ChannelError::Malformed`].
+pub fn parse<T: DeserializeOwned>(datagram: &[u8]) -> Result<T, ChannelError> {
+    if datagram.len() > MESSAGE_BYTES_MAX {
+        return Err(ChannelError::Malformed(format!("longer than {MESSAGE_BYTES_MAX} bytes")));
+    }
+    serde_json::from_slice(datagram).map_err(|error| ChannelError::Malformed(error.to_string()))
 }
 
 /// Asks a server one thing that opens no session.
