@@ -33,6 +33,20 @@ def head(op: int, count: int = 0, first: int = 0) -> int:
     return op | count << 16 | first << 32
 
 
+def slot_table() -> dict[str, bytes]:
+    described = b"".join(bytes([0x41, name, name - 1 if name > 1 else 0, name - 1, 3]) for name in range(1, 13))
+    return {
+        "empty": b"\0" + bytes(12),
+        "a_chain": b"\0" + described,
+        "writers": b"\1" + bytes([2, 7] * 12),
+        "blocks_and_writers": b"\2" + b"".join(bytes([0x43, name, 0, 0, 1, name]) for name in range(1, 13)),
+        "a_damaged_head": b"\0" + bytes(12) + struct.pack("<HB", 8, 8) + b"\xff" * 8,
+        "torn_headers": b"\0" + described + struct.pack("<HB", 129, 64) + b"\x5a" * 64,
+        "the_same_key_twice": b"\0" + bytes([0x41, 1, 0, 0, 3] * 12),
+        "no_parent": b"\0" + bytes([0x41, 9, 8, 4, 3] * 12),
+    }
+
+
 def wire() -> dict[str, bytes]:
     stories = {
         "ping": entry(1, head(PING)),
@@ -359,5 +373,5 @@ def ring_entries() -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    for target in (wire, handshake, superblock_and_headers, config, ring_entries):
+    for target in (wire, handshake, superblock_and_headers, slot_table, config, ring_entries):
         save(target.__name__, target())

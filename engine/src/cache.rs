@@ -1,16 +1,14 @@
 //! The cache without its I/O: index, slots of both tiers and leases, kept consistent with each other.
 //! Pure: everything that takes time is begun here and ended here, and done by the shard between.
 
-use std::collections::VecDeque;
-
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::wire::{Grant, LeaseId, Status};
 
 use crate::index::{BlockId, Index, IndexOptions, Place, Tier};
 use crate::lease::{Cover, Leases};
 use crate::planted::{self, Bug};
+use crate::recovery::Recovery;
 use crate::tier::disk::DiskSlots;
-use crate::tier::header::Header;
 use crate::tier::host::{HostSlots, RankDone, SessionId, Writer};
 
 /// What a reserve says of one block.
@@ -63,25 +61,6 @@ pub struct Evicted {
     pub disk: u64,
 }
 
-/// Blocks that an earlier process's cache has left.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Recovered {
-    /// In the pool.
-    pub host: u32,
-    /// On the SSD.
-    pub disk: u32,
-}
-
-/// What became of a recovered header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Adopted {
-    Yes,
-    /// The block is there already, or there is no room.
-    No,
-    /// The block before it is not there, or not yet.
-    NoParent,
-}
-
 /// The cache.
 #[derive(Debug)]
 pub struct Cache {
@@ -95,13 +74,8 @@ pub struct Cache {
     pub leases: Leases,
     /// What had to go.
     pub evicted: Evicted,
-    /// What came back.
-    pub recovered: Recovered,
-    /// Sound headers on the disk that are yet to be taken back, as slots, and how far that is.
-    found_on_disk: Vec<u32>,
-    next_found: usize,
-    /// Blocks in the pool whose parent may be on the disk, by depth.
-    orphans: VecDeque<Header>,
+    /// What an earlier process has left, and how far it was taken back.
+    pub recovery: Recovery,
 }
 
 impl Cache {
@@ -116,138 +90,8 @@ impl Cache {
             disk,
             leases,
             evicted: Evicted::default(),
-            recovered: Recovered::default(),
-            found_on_disk: Vec::new(),
-            next_found: usize::MAX,
-            orphans: VecDeque::new(),
+            recovery: Recovery::default(),
         }
-    }
-
-    /// Rebuilds the index from what the pool's table and the disk's headers say, at once. A block whose
-    /// parent is nowhere is forgotten.
-    pub fn recover(&mut self) -> Recovered {
-        self.begin_recovery(self.disk.is_some());
-        if let Some(disk) = &self.disk {
-            let order = disk.sound_headers();
-            self.disk_was_read(order);
-        }
-        while self.recover_some(u32::MAX) > 0 {}
-        self.recovered
-    }
-
-    /// Rebuilds the index from what the pool's table says: blocks that were in the pool are resident again
-    /// when this returns. With `with_disk` the others follow, once [`Cache::disk_was_read`].
-    pub fn begin_recovery(&mut self, with_disk: bool) {
-        let mut found = self.host.recover();
-        found.sort_unstable_by_key(|header| (header.depth, header.slot));
-        let disk = self.disk.as_mut().filter(|_| with_disk);
-        let has_disk = disk.map(DiskSlots::begin_recovery).is_some();
-        for header in found {
-            match self.adopt(Tier::Host, &header) {
-                Adopted::Yes => {}
-                // Its parent may be on the disk.
-                Adopted::NoParent if has_disk => self.orphans.push_back(header),
-                Adopted::No | Adopted::NoParent => self.host.release(header.slot),
-            }
-        }
-    }
-
-    /// What the disk holds was read: its sound headers, parents first.
-    pub fn disk_was_read(&mut self, order: Vec<u32>) {
-        self.found_on_disk = order;
-        self.next_found = 0;
-    }
-
-    /// Takes back up to `budget` more blocks of what the disk holds. Says how many headers were looked at:
-    /// none when it is over, or not read yet.
-    pub fn recover_some(&mut self, budget: u32) -> u32 {
-        /// How many headers ahead each step of a lookup is fetched.
-        const AHEAD: usize = 8;
-        let Some(disk) = &self.disk else { return 0 };
-        if !disk.is_recovering() || self.next_found == usize::MAX {
-            return 0;
-        }
-        let forgotten = disk.is_forgotten();
-        let mut count = 0;
-        while count < budget && self.next_found < self.found_on_disk.len() && !forgotten {
-            let at = self.next_found;
-            // Every lookup of a big index misses the caches: several are under way at a time.
-            if let (Some(disk), Some(slot)) = (&self.disk, self.found_on_disk.get(at + 2 * AHEAD)) {
-                disk.prefetch_header(*slot);
-            }
-            if let (Some(disk), Some(slot)) = (&self.disk, self.found_on_disk.get(at + AHEAD)) {
-                let header = disk.header(*slot);
-                self.index.prefetch(header.key);
-                self.index.prefetch(header.parent);
-            }
-            let Some(header) = self.disk.as_ref().map(|disk| disk.header(self.found_on_disk[at])) else { break };
-            while let Some(orphan) = self.orphans.front().filter(|orphan| orphan.depth <= header.depth).copied() {
-                self.orphans.pop_front();
-                self.adopt_orphan(&orphan, false);
-            }
-            let taken = self.adopt(Tier::Disk, &header) == Adopted::Yes;
-            if let Some(disk) = &mut self.disk {
-                disk.recovered(&header, taken);
-            }
-            self.next_found += 1;
-            count += 1;
-        }
-        if forgotten || self.next_found == self.found_on_disk.len() {
-            for orphan in std::mem::take(&mut self.orphans) {
-                self.adopt_orphan(&orphan, forgotten);
-            }
-            self.found_on_disk = Vec::new();
-            self.next_found = usize::MAX;
-            if let Some(disk) = &mut self.disk {
-                disk.end_recovery();
-            }
-            count += 1;
-        }
-        count
-    }
-
-    /// Whether what the disk held is still being taken back.
-    pub fn is_recovering(&self) -> bool {
-        self.disk.as_ref().is_some_and(DiskSlots::is_recovering)
-    }
-
-    fn adopt_orphan(&mut self, orphan: &Header, forgotten: bool) {
-        if (forgotten || self.adopt(Tier::Host, orphan) != Adopted::Yes) && !planted::has(Bug::OrphanLeaks) {
-            self.host.release(orphan.slot);
-        }
-    }
-
-    fn adopt(&mut self, tier: Tier, header: &Header) -> Adopted {
-        let id = match self.index.find(header.key) {
-            Some(id) => {
-                let block = self.index.block(id);
-                // Somebody stores it anew meanwhile: that is the better copy.
-                let filling = matches!(block.place(Tier::Host), Place::Filling(_));
-                if block.depth != header.depth || block.place(tier) != Place::Absent || filling {
-                    return Adopted::No;
-                }
-                id
-            }
-            None => {
-                let parent = match header.depth {
-                    0 => None,
-                    depth => match self.index.find(header.parent) {
-                        Some(id) if self.index.block(id).depth + 1 == depth => Some(id),
-                        _ => return Adopted::NoParent,
-                    },
-                };
-                let Some(id) = self.index.insert(header.key, parent, header.depth) else { return Adopted::No };
-                id
-            }
-        };
-        match tier {
-            Tier::Host => self.recovered.host += 1,
-            Tier::Disk => self.recovered.disk += 1,
-        }
-        self.index.begin(tier, id, header.slot);
-        self.index.finish(tier, id);
-        self.index.show(id);
-        Adopted::Yes
     }
 
     /// Slots of blocks that were let go come home.
@@ -343,9 +187,7 @@ impl Cache {
         if !planted::has(Bug::ResetKeepsTable) {
             self.host.forget_all();
         }
-        for orphan in std::mem::take(&mut self.orphans) {
-            self.host.release(orphan.slot);
-        }
+        self.forget_orphans();
         if let Some(disk) = &mut self.disk
             && !planted::has(Bug::ResetKeepsHeaders)
         {

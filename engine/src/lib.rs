@@ -16,5 +16,6 @@ pub mod lease;
 pub mod limits;
 pub mod metrics;
 pub mod planted;
+pub mod recovery;
 pub mod shard;
 pub mod tier;

@@ -46,6 +46,8 @@ pub const GAUGES: &[&str] = &[
     "ssd_slots_count",
     "ssd_slots_free_count",
     "blocks_count",
+    "ssd_recovered_blocks_count",
+    "ssd_recovery_us",
 ];
 
 metrics! {
@@ -86,6 +88,7 @@ metrics! {
     ssd_slots_free_count: "Slots of the SSD tier that are free now.",
     blocks_count: "Blocks known now.",
     ssd_recovered_blocks_count: "Blocks found on the SSD at start, so far.",
+    ssd_recovery_us: "Microseconds from the start until what the SSD held was resident again; 0 until then.",
     dram_recovered_blocks_count: "Blocks that an engine process that died had left in the pool.",
     sleeps_count: "Times the shard went to sleep.",
 }

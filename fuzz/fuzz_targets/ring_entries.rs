@@ -18,7 +18,7 @@ use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
 use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
 use kvring_fuzz::{Input, mapping};
 use kvring_ipc::client::{Matched, Pool, Session};
-use kvring_ipc::config::EVICTION_POLICIES;
+use kvring_ipc::config::{EVICTION_POLICIES, Verify};
 use kvring_ipc::key::{BlockKey, Namespace};
 use kvring_ipc::mapping::Mapping;
 use kvring_ipc::segment::Segment;
@@ -130,6 +130,7 @@ impl World {
             read_depth: 4,
             write_depth: 2,
             checksum: true,
+            verify: Verify::Sampled,
             clock: || 0,
         };
         let mut shard = Shard::new(cache, pool.clone(), devices, options, Arc::default());

@@ -777,7 +777,7 @@ impl Config {
             }
         }
         for (name, value) in ours {
-            let field = name.trim_start_matches("KVRING_").to_ascii_lowercase();
+            let field = name.strip_prefix("KVRING_").unwrap_or(&name).to_ascii_lowercase();
             let Some(setting) = SETTINGS.iter().find(|s| s.name == field) else {
                 return Err(unknown(&field, &value, &name, SETTINGS.iter().map(|s| s.name)));
             };
@@ -835,13 +835,15 @@ impl Config {
             origin: "the configuration file".into(),
             problem,
         };
-        let text = std::fs::read_to_string(path).map_err(|error| broken(format!("cannot be read: {error}")))?;
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+        if !["yml", "yaml", "json", "toml"].contains(&extension.as_str()) {
+            return Err(broken("must end in .yml, .yaml, .json or .toml".into()));
+        }
+        let text = std::fs::read_to_string(path).map_err(|error| broken(format!("cannot be read: {error}")))?;
         let parsed: Result<serde_json::Value, String> = match extension.as_str() {
             "json" => serde_json::from_str(&text).map_err(|e| e.to_string()),
             "yml" | "yaml" => serde_saphyr::from_str(&text).map_err(|e| e.to_string()),
-            "toml" => toml::from_str(&text).map_err(|e| e.to_string()),
-            _ => return Err(broken("must end in .yml, .yaml, .json or .toml".into())),
+            _ => toml::from_str(&text).map_err(|e| e.to_string()),
         };
         let entries = match parsed.map_err(|error| broken(format!("is not valid {extension}: {error}")))? {
             serde_json::Value::Object(entries) => entries,
@@ -851,7 +853,7 @@ impl Config {
         for (key, value) in entries {
             // In a file as in the environment, or in lower case without the prefix.
             let lower = key.to_ascii_lowercase();
-            let key = lower.trim_start_matches("flexkv_").trim_start_matches("kvring_").to_owned();
+            let key = lower.strip_prefix("flexkv_").or(lower.strip_prefix("kvring_")).unwrap_or(&lower).to_owned();
             let as_flexkv = format!("FLEXKV_{}", key.to_ascii_uppercase());
             let setting = SETTINGS.iter().find(|s| s.name == key || s.flexkv == Some(as_flexkv.as_str()));
             let instead = NOT_APPLICABLE.iter().find(|(name, _)| *name == as_flexkv).map(|(_, instead)| *instead);

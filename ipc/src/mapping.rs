@@ -76,7 +76,7 @@ pub fn is_sealed(fd: impl AsFd, bytes: u64) -> Result<bool> {
     Ok(seals.contains(SealFlags::SHRINK) && size >= bytes)
 }
 
-/// An owned `MAP_SHARED` mapping, unmapped when dropped.
+/// An owned mapping, shared or not, unmapped when dropped.
 #[derive(Debug)]
 pub struct Mapping {
     base: NonNull<u8>,
@@ -104,6 +104,26 @@ impl Mapping {
     /// What mmap says.
     pub fn new_read_only(fd: impl AsFd, bytes: usize) -> Result<Self> {
         Self::with(fd, bytes, ProtFlags::READ)
+    }
+
+    /// Memory of this process alone, zeroed, on transparent hugepages where the kernel grants them.
+    ///
+    /// # Errors
+    /// What mmap says.
+    pub fn private(bytes: usize) -> Result<Self> {
+        // SAFETY: as in `with`.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )?
+        };
+        let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
+        let mapping = Self { base, bytes };
+        mapping.advise_hugepages();
+        Ok(mapping)
     }
 
     fn with(fd: impl AsFd, bytes: usize, protection: ProtFlags) -> Result<Self> {

@@ -338,7 +338,7 @@ impl World {
         host.keep_in(table);
         let mut cache = Cache::new(&options, host, disk);
         cache.begin_recovery(with_disk);
-        self.tally.blocks_recovered += u64::from(cache.recovered.host);
+        self.tally.blocks_recovered += u64::from(cache.recovery.recovered.host);
         // Reading what the disks hold takes its time, and serving does not wait for it.
         self.disk_read_at_ns = with_disk.then(|| self.now_ns + self.chance.below(3_000_000));
         cache.check();
@@ -454,8 +454,13 @@ impl World {
     pub fn poll_once(&mut self) {
         if self.disk_read_at_ns.is_some_and(|at| at <= self.now_ns) {
             self.disk_read_at_ns = None;
-            let order = self.shard().cache().disk.as_ref().map(DiskSlots::sound_headers).unwrap_or_default();
-            self.shard().disk_was_read(order);
+            let mut found = self.shard().cache().disk.as_ref().map(DiskSlots::sound_headers).unwrap_or_default();
+            // In pieces, as several readers find them.
+            while !found.is_empty() {
+                let rest = found.split_off(1 + self.chance.below(found.len() as u64) as usize);
+                self.shard().found_on_disk(std::mem::replace(&mut found, rest));
+            }
+            self.shard().disk_was_read();
         }
         let (now_ns, before, after) = (self.now_ns, self.before_poll, self.after_poll);
         self.polls_count += 1;

@@ -18,7 +18,7 @@ use kvring_ipc::segment::SessionState;
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
 use super::verify::{Survey, Surveyed};
-use crate::cache::{Cache, Recovered};
+use crate::cache::Cache;
 use crate::device::aio::Aio;
 use crate::device::files::{self, FilesError};
 use crate::device::uring::{self, Uring, UringError};
@@ -27,9 +27,10 @@ use crate::dma::{self, PoolError, PoolMemory};
 use crate::index::IndexOptions;
 use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
 use crate::metrics::Metrics;
+use crate::recovery::Recovered;
 use crate::shard::session::Session;
 use crate::shard::{End, Shard, ShardOptions};
-use crate::tier::disk::{DiskGeometry, DiskSlots, SoundHeaders};
+use crate::tier::disk::{DiskGeometry, DiskSlots, sound_headers};
 use crate::tier::header::HEADER_BYTES;
 use crate::tier::host::{HostSlots, SessionId};
 use crate::tier::table::{SlotTable, TableShape};
@@ -74,8 +75,10 @@ pub enum ToShard {
     Bear(u32, std::ops::Range<u32>),
     /// Forget every block; the number names whoever asked.
     Reset(u64),
-    /// What the SSD holds was read: its sound headers, parents first.
-    DiskRead(Vec<u32>),
+    /// Slots of the SSD that have sound headers.
+    FoundOnDisk(Vec<u32>),
+    /// All headers of the SSD were read.
+    DiskRead,
     /// A session of an engine process before this one writes no more: it said so, or its process died.
     EndFormer(SessionId, End),
     /// Say what lies in some slots.
@@ -156,8 +159,7 @@ pub struct Engine {
     pub geometry: Option<DiskGeometry>,
     /// What the shard hands back.
     pub from_shard: Receiver<FromShard>,
-    to_shard: Sender<ToShard>,
-    bell: Arc<OwnedFd>,
+    teller: Teller,
     stop_touching: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -189,12 +191,17 @@ impl Engine {
             Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, &layout, on_mismatch)?,
             None => Vec::new(),
         };
+        let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
+        let (to_shard, for_shard) = crossbeam_channel::unbounded();
+        let teller = Teller { to_shard, bell };
+        let images: Vec<_> = opened.iter().map(|device| device.headers.clone()).collect();
+        let to_read: Vec<_> = opened.iter().map(|device| device.reused.clone()).collect();
+        let fingerprint = layout.fingerprint();
         let (pool, table, table_fd) = make_pool(config, &layout, kept)?;
         if let Some(warning) = &pool.warning {
             tracing::warn!("{warning}");
         }
-        let images: Vec<_> = opened.iter().map(|device| device.headers.clone()).collect();
-        let to_read: Vec<_> = opened.iter().map(|device| device.reused.clone()).collect();
         let mut host = HostSlots::new(pool.slots_count, layout.tp_size);
         host.keep_in(table.clone());
         let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images.clone()));
@@ -212,10 +219,13 @@ impl Engine {
         let metrics = Arc::new(Metrics::default());
         cache.begin_recovery(with_disk);
         let suspects = cache.host.suspects();
-        metrics.dram_recovered_blocks_count.add(u64::from(cache.recovered.host));
-        if cache.recovered.host > 0 || !suspects.is_empty() {
+        metrics.dram_recovered_blocks_count.add(u64::from(cache.recovery.recovered.host));
+        if cache.recovery.recovered.host > 0 || !suspects.is_empty() {
             let waiting = cache.host.quarantined_count();
-            tracing::info!("{} blocks found in the pool; {waiting} slots wait for their writers", cache.recovered.host);
+            tracing::info!(
+                "{} blocks found in the pool; {waiting} slots wait for their writers",
+                cache.recovery.recovered.host
+            );
         }
         if forget {
             cache.reset();
@@ -242,20 +252,17 @@ impl Engine {
         pool.touch(0).map_err(|errno| BuildError::System { what: "touch the pool", errno: errno.into() })?;
         shard.bear(0, pool.slots_of(0)).map_err(BuildError::Register)?;
 
-        let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
-        let (to_shard, for_shard) = crossbeam_channel::unbounded();
         let (to_control, from_shard) = crossbeam_channel::unbounded();
         let runner = Runner {
             shard,
             for_shard,
             to_control,
-            bell: bell.clone(),
+            bell: teller.bell.clone(),
             metrics: metrics.clone(),
             polling: config.polling,
             spin_ns: config.spin.as_nanos() as u64,
             resets: Vec::new(),
-            is_recovering: with_disk,
+            recovery_began_ns: with_disk.then(monotonic_ns),
             _locks: locks,
         };
         let cpu = config.server_cpu;
@@ -266,7 +273,6 @@ impl Engine {
             runner.run();
         });
         let thread = Some(spawn.map_err(|errno| BuildError::System { what: "start the shard's thread", errno })?);
-        let fingerprint = layout.fingerprint();
         let engine = Self {
             layout,
             pool,
@@ -278,73 +284,26 @@ impl Engine {
             devices: described,
             geometry,
             from_shard,
-            to_shard,
-            bell,
+            teller,
             stop_touching: Arc::new(AtomicBool::new(false)),
             thread,
         };
-        engine.touch_the_rest();
         if let Some(geometry) = geometry {
-            // Without checksums a header may name a block whose slot was written anew since: start cold.
-            engine.read_the_disk(geometry, fingerprint, images, to_read, config.checksum);
+            read_the_disk(engine.teller.clone(), geometry, fingerprint, images, to_read, config.checksum);
         }
+        engine.touch_the_rest();
         Ok(engine)
-    }
-
-    /// Reads what the SSD holds, behind: serving does not wait for it.
-    fn read_the_disk(
-        &self,
-        geometry: DiskGeometry,
-        layout: u64,
-        images: Vec<Arc<Mapping>>,
-        to_read: Vec<Option<PathBuf>>,
-        take: bool,
-    ) {
-        let (to_shard, bell) = (self.to_shard.clone(), self.bell.clone());
-        let read = move || {
-            let mut sound = SoundHeaders::new(geometry, layout);
-            let (sender, pieces) = crossbeam_channel::unbounded();
-            std::thread::scope(|scope| {
-                // What is read is looked at while the next piece is read.
-                for (device, (image, path)) in (0..).zip(images.iter().zip(&to_read)) {
-                    let (Some(path), sender) = (path, sender.clone()) else { continue };
-                    scope.spawn(move || {
-                        let read = files::read_headers(path, image, |piece| drop(sender.send((device, piece))));
-                        if let Err(error) = read {
-                            let path = path.display();
-                            tracing::error!("{path}: headers cannot be read ({error}): what they name is forgotten");
-                        }
-                    });
-                }
-                drop(sender);
-                for (device, piece) in pieces.into_iter().filter(|_| take) {
-                    let header = |at: usize| (at as u64 / HEADER_BYTES) as u32;
-                    sound.look(device, &images[device as usize], header(piece.start)..header(piece.end));
-                }
-            });
-            let _ = to_shard.send(ToShard::DiskRead(sound.sorted()));
-            doorbells::ring_own(&*bell);
-        };
-        if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {
-            tracing::error!("cannot start a thread to read what the SSD holds: {error}: it is forgotten");
-            self.tell(ToShard::DiskRead(Vec::new()));
-        }
     }
 
     /// Tells the shard, and wakes it.
     pub fn tell(&self, message: ToShard) {
-        // The shard holds its end until it has returned.
-        let _ = self.to_shard.send(message);
-        doorbells::ring_own(&*self.bell);
+        self.teller.tell(message);
     }
 
     /// As [`Engine::tell`], for a thread of its own.
     pub fn teller(&self) -> Box<dyn Fn(ToShard) + Send> {
-        let (to_shard, bell) = (self.to_shard.clone(), self.bell.clone());
-        Box::new(move |message| {
-            let _ = to_shard.send(message);
-            doorbells::ring_own(&*bell);
-        })
+        let teller = self.teller.clone();
+        Box::new(move |message| teller.tell(message))
     }
 
     /// Slots of all tiers.
@@ -359,7 +318,7 @@ impl Engine {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
         for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(1) as usize) {
             let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_touching.clone());
-            let (to_shard, bell) = (self.to_shard.clone(), self.bell.clone());
+            let teller = self.teller.clone();
             let touch = move || {
                 loop {
                     let piece = next.fetch_add(1, Ordering::Relaxed);
@@ -370,8 +329,7 @@ impl Engine {
                         tracing::error!("piece {piece} of the pool has no memory ({errno}): its slots are not used");
                         continue;
                     }
-                    let _ = to_shard.send(ToShard::Bear(piece, pool.slots_of(piece)));
-                    doorbells::ring_own(&*bell);
+                    teller.tell(ToShard::Bear(piece, pool.slots_of(piece)));
                 }
             };
             if let Err(error) = std::thread::Builder::new().name("kvring-touch".into()).spawn(touch) {
@@ -393,6 +351,63 @@ impl Engine {
     /// Whether the shard's thread is gone without having been told to stop.
     pub fn has_failed(&self) -> bool {
         self.thread.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+}
+
+/// How the shard is told something: a message, and a ring.
+#[derive(Clone)]
+struct Teller {
+    to_shard: Sender<ToShard>,
+    bell: Arc<OwnedFd>,
+}
+
+impl Teller {
+    fn tell(&self, message: ToShard) {
+        // Without a shard, nobody has to be told.
+        let _ = self.to_shard.send(message);
+        doorbells::ring_own(&*self.bell);
+    }
+}
+
+/// Reads what the SSD holds, behind: serving does not wait for it.
+fn read_the_disk(
+    teller: Teller,
+    geometry: DiskGeometry,
+    layout: u64,
+    images: Vec<Arc<Mapping>>,
+    to_read: Vec<Option<PathBuf>>,
+    take: bool,
+) {
+    let behind = teller.clone();
+    let read = move || {
+        std::thread::scope(|scope| {
+            for (device, (image, path)) in (0..).zip(images.iter().zip(&to_read)) {
+                let Some(path) = path else { continue };
+                let (teller, geometry) = (&behind, &geometry);
+                let found = move |piece: std::ops::Range<usize>| {
+                    let header = |at: usize| (at as u64 / HEADER_BYTES) as u32;
+                    let locals = header(piece.start)..header(piece.end);
+                    teller.tell(ToShard::FoundOnDisk(sound_headers(geometry, layout, device, image, locals)));
+                };
+                scope.spawn(move || {
+                    // Without checksums a header may name a block whose slot was written anew since.
+                    let read = files::read_headers(path, image, |piece| {
+                        if take {
+                            found(piece)
+                        }
+                    });
+                    if let Err(error) = read {
+                        let path = path.display();
+                        tracing::error!("{path}: headers cannot be read ({error}): what they name is forgotten");
+                    }
+                });
+            }
+        });
+        behind.tell(ToShard::DiskRead);
+    };
+    if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {
+        tracing::error!("cannot start a thread to read what the SSD holds: {error}: it is forgotten");
+        teller.tell(ToShard::DiskRead);
     }
 }
 
@@ -535,7 +550,7 @@ struct Runner {
     spin_ns: u64,
     /// Resets whose headers are being written: who asked, how many blocks, until when they wait.
     resets: Vec<(u64, u32, u64)>,
-    is_recovering: bool,
+    recovery_began_ns: Option<u64>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -555,9 +570,10 @@ impl Runner {
             }
             let now_ns = monotonic_ns();
             self.answer_resets(now_ns);
-            if self.is_recovering && !self.shard.cache().is_recovering() {
-                self.is_recovering = false;
-                let _ = self.to_control.send(FromShard::Recovered(self.shard.cache().recovered));
+            if let Some(began_ns) = self.recovery_began_ns.filter(|_| !self.shard.cache().is_recovering()) {
+                self.recovery_began_ns = None;
+                self.metrics.ssd_recovery_us.set(now_ns.saturating_sub(began_ns) / 1000);
+                let _ = self.to_control.send(FromShard::Recovered(self.shard.cache().recovery.recovered));
             }
             if self.shard.poll(now_ns) > 0 {
                 last_work_ns = now_ns;
@@ -605,7 +621,8 @@ impl Runner {
                 let blocks = self.shard.reset();
                 self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
             }
-            ToShard::DiskRead(order) => self.shard.disk_was_read(order),
+            ToShard::FoundOnDisk(slots) => self.shard.found_on_disk(slots),
+            ToShard::DiskRead => self.shard.disk_was_read(),
             ToShard::EndFormer(session, end) => {
                 let grace_ns = if end == End::Goodbye { 0 } else { self.shard.options().writer_grace_ns };
                 self.shard.end_former(session, monotonic_ns().saturating_add(grace_ns));

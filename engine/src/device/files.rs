@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use kvring_ipc::config::OnMismatch;
 use kvring_ipc::layout::Layout;
-use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
+use kvring_ipc::mapping::Mapping;
 use rustix::fs::{FallocateFlags, FlockOperation};
 
 use crate::limits::SECTOR_BYTES;
@@ -252,8 +252,7 @@ fn open_device(
         }
         files.push(OwnedFd::from(direct));
     }
-    let bytes = (geometry.header_sectors() * SECTOR_BYTES) as usize;
-    let headers = sealed_memfd("kvring-headers", bytes as u64, Pages::Small).and_then(|fd| Mapping::new(&fd, bytes));
+    let headers = Mapping::private((geometry.header_sectors() * SECTOR_BYTES) as usize);
     let headers = Arc::new(headers.map_err(|errno| io(&first)(errno.into()))?);
     match found {
         Found::Super(found) if reuse => *cache_id = Some(cache_id.unwrap_or(found.cache_id)),

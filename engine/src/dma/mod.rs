@@ -10,7 +10,7 @@ use std::sync::Arc;
 use kvring_ipc::config::{Config, Hugepages};
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 
-pub use advice::{advise_hugepages, prefetch};
+pub use advice::{prefetch, table};
 
 /// Pieces of the pool are touched and registered one by one, so that serving starts with the first.
 /// io_uring takes 16,384 buffers of at most 1 GiB (io_uring/rsrc.c).

@@ -60,8 +60,7 @@ impl Evict {
         };
         let ghosts = if policy == EvictionPolicy::S3Fifo { (slots_count as usize).next_power_of_two() } else { 0 };
         let link = Link { prev: NONE, next: NONE, hits: 0, list: PARKED, home: 0 };
-        let links = vec![link; blocks].into_boxed_slice();
-        crate::dma::advise_hugepages(&links);
+        let links = crate::dma::table(link, blocks);
         Self {
             policy,
             protected_hits,

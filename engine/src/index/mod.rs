@@ -177,8 +177,7 @@ impl Index {
         // A block has a slot in some tier, or it is detached and held by a lease.
         let capacity = options.host_slots as usize + options.disk_slots as usize + crate::limits::LEASES_MAX;
         let evict = |slots| Evict::new(options.policy, options.protected_hits, capacity, slots);
-        let blocks = vec![VACANT; capacity].into_boxed_slice();
-        crate::dma::advise_hugepages(&blocks);
+        let blocks = crate::dma::table(VACANT, capacity);
         Self {
             blocks,
             free: (0..capacity as u32).rev().collect(),

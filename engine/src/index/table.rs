@@ -26,8 +26,7 @@ impl Table {
         // The home of a place is in 32 bits of its hash.
         assert!(capacity < 1 << 31);
         let places = (capacity * 2).next_power_of_two().max(16);
-        let places = vec![EMPTY; places].into_boxed_slice();
-        dma::advise_hugepages(&places);
+        let places = dma::table(EMPTY, places);
         Self { mask: places.len() - 1, places, secret: [secret[0] | 1, secret[1] | 1] }
     }
 

@@ -245,9 +245,13 @@ impl<D: Device> Shard<D> {
     pub fn is_reset(&self) -> bool {
         self.cache.disk.as_ref().is_none_or(crate::tier::disk::DiskSlots::is_cleared)
     }
-    /// What the disk holds was read: its sound headers, parents first. Taken back bit by bit.
-    pub fn disk_was_read(&mut self, order: Vec<u32>) {
-        self.cache.disk_was_read(order);
+    /// These slots of the disk have sound headers: their blocks are taken back bit by bit.
+    pub fn found_on_disk(&mut self, slots: Vec<u32>) {
+        self.cache.found_on_disk(slots);
+    }
+    /// No more will be found on the disk.
+    pub fn disk_was_read(&mut self) {
+        self.cache.disk_was_read();
     }
     /// A session of an engine process that is gone writes no more, from `free_at_ns` on: the slots that it
     /// was granted may be used again.
@@ -375,7 +379,7 @@ impl<D: Device> Shard<D> {
     fn recover(&mut self) -> u32 {
         if self.cache.is_recovering() {
             let count = self.cache.recover_some(RECOVERY_BUDGET);
-            self.metrics.ssd_recovered_blocks_count.set(u64::from(self.cache.recovered.disk));
+            self.metrics.ssd_recovered_blocks_count.set(u64::from(self.cache.recovery.recovered.disk));
             return count;
         }
         if std::mem::take(&mut self.requeue) && self.cache.disk.is_some() {

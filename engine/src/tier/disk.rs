@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
-use kvring_ipc::wire::MATCH_BLOCKS_MAX;
+use kvring_ipc::sync::Ordering;
 
 use super::header::{HEADER_BYTES, HEADERS_PER_SECTOR, Header};
 use crate::limits::SECTOR_BYTES;
@@ -109,68 +109,23 @@ pub struct DiskSlots {
     clear_when_read: bool,
 }
 
-/// The sound headers of images, as they are found. Touches only the images: for a thread of its own.
-#[derive(Debug)]
-pub struct SoundHeaders {
-    geometry: DiskGeometry,
+/// The slots among these of a device that have sound headers. Touches only the image.
+pub fn sound_headers(
+    geometry: &DiskGeometry,
     layout: u64,
-    /// How many of each depth.
-    depths: Vec<u32>,
-    /// (depth, slot).
-    found: Vec<(u32, u32)>,
-}
-
-impl SoundHeaders {
-    /// None yet.
-    pub fn new(geometry: DiskGeometry, layout: u64) -> Self {
-        Self { geometry, layout, depths: Vec::new(), found: Vec::new() }
-    }
-
-    /// Looks at these slots of a device.
-    pub fn look(&mut self, device: u32, image: &Mapping, locals: std::ops::Range<u32>) {
-        for local in locals.start..locals.end.min(self.geometry.slots_per_device) {
-            let header = header_at(image, local);
-            if header.is_sound(local * self.geometry.devices_count + device, self.layout) {
-                let depth = header.depth.min(MATCH_BLOCKS_MAX);
-                if self.depths.len() <= depth as usize {
-                    self.depths.resize(depth as usize + 1, 0);
-                }
-                self.depths[depth as usize] += 1;
-                self.found.push((depth, header.slot));
-            }
-        }
-    }
-
-    /// Parents before their children, as slots.
-    pub fn sorted(mut self) -> Vec<u32> {
-        // Counting sort: depths are few, slots are many.
-        let mut next = 0;
-        for depth in &mut self.depths {
-            next += std::mem::replace(depth, next);
-        }
-        let mut sorted = vec![0; self.found.len()];
-        for (depth, slot) in self.found {
-            let place = &mut self.depths[depth as usize];
-            sorted[*place as usize] = slot;
-            *place += 1;
-        }
-        sorted
-    }
-}
-
-/// Every sound header of the images, parents before their children, as slots.
-pub fn sound_headers(geometry: &DiskGeometry, layout: u64, images: &[Arc<Mapping>]) -> Vec<u32> {
-    let mut sound = SoundHeaders::new(*geometry, layout);
-    for (device, image) in (0..).zip(images) {
-        sound.look(device, image, 0..geometry.slots_per_device);
-    }
-    sound.sorted()
+    device: u32,
+    image: &Mapping,
+    locals: std::ops::Range<u32>,
+) -> Vec<u32> {
+    let locals = locals.start..locals.end.min(geometry.slots_per_device);
+    let slot_of = |local: u32| local * geometry.devices_count + device;
+    locals.filter(|local| header_at(image, *local).is_sound(slot_of(*local), layout)).map(slot_of).collect()
 }
 
 fn header_at(image: &Mapping, local: u32) -> Header {
-    let mut bytes = [0u8; HEADER_BYTES as usize];
-    image.copy_out((u64::from(local) * HEADER_BYTES) as usize, &mut bytes);
-    bytemuck::cast(bytes)
+    let words = image.words64((u64::from(local) * HEADER_BYTES) as usize, 8);
+    let words: [u64; 8] = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
+    bytemuck::cast(words)
 }
 
 impl DiskSlots {
@@ -214,6 +169,12 @@ impl DiskSlots {
     pub fn header(&self, slot: u32) -> Header {
         header_at(&self.headers[self.geometry.device_of(slot)].image, self.geometry.local_of(slot))
     }
+    /// The key in the header of a slot.
+    pub fn key(&self, slot: u32) -> BlockKey {
+        let image = &self.headers[self.geometry.device_of(slot)].image;
+        let words = image.words64((u64::from(self.geometry.local_of(slot)) * HEADER_BYTES) as usize, 2);
+        BlockKey::from_words(std::array::from_fn(|i| words[i].load(Ordering::Relaxed)))
+    }
     /// Brings a slot's header closer.
     pub fn prefetch_header(&self, slot: u32) {
         let image = &self.headers[self.geometry.device_of(slot)].image;
@@ -238,10 +199,13 @@ impl DiskSlots {
             self.clear_headers();
         }
     }
-    /// Every sound header, parents before their children, as slots.
+    /// Every slot that has a sound header.
     pub fn sound_headers(&self) -> Vec<u32> {
-        let images: Vec<_> = self.headers.iter().map(|headers| headers.image.clone()).collect();
-        sound_headers(&self.geometry, self.layout, &images)
+        let all = 0..self.geometry.slots_per_device;
+        let of = |(device, headers): (u32, &Headers)| {
+            sound_headers(&self.geometry, self.layout, device, &headers.image, all.clone())
+        };
+        (0..).zip(&self.headers).flat_map(of).collect()
     }
     /// Whether a reset came while the images were being read: none of it is to be taken.
     pub fn is_forgotten(&self) -> bool {
@@ -424,8 +388,8 @@ mod test {
 
         let mut again = DiskSlots::new(geometry, 1, images.clone());
         again.begin_recovery();
-        let order = sound_headers(&geometry, 1, &images);
-        assert_eq!(order, [first, second], "parents first");
+        let order = again.sound_headers();
+        assert_eq!(order, [first, second]);
         assert_eq!(again.acquire(), None, "which slots are free is not known yet");
         for slot in order {
             let header = again.header(slot);
@@ -434,6 +398,9 @@ mod test {
         again.release(second);
         again.end_recovery();
         assert_eq!((again.free_count(), again.data_crc(first)), (99, 77));
-        assert!(sound_headers(&geometry, 2, &images).is_empty(), "another layout's headers are no headers");
+        assert!(
+            DiskSlots::new(geometry, 2, images).sound_headers().is_empty(),
+            "another layout's headers are no headers"
+        );
     }
 }

@@ -109,10 +109,8 @@ impl HostSlots {
             crc_known: false,
             doubted: false,
         };
-        let slots = vec![slot; count as usize].into_boxed_slice();
-        crate::dma::advise_hugepages(&slots);
-        let writers = vec![NOBODY; count as usize * tp_size as usize].into_boxed_slice();
-        crate::dma::advise_hugepages(&writers);
+        let slots = crate::dma::table(slot, count as usize);
+        let writers = crate::dma::table(NOBODY, count as usize * tp_size as usize);
         Self {
             slots,
             writers,

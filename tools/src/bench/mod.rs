@@ -3,6 +3,7 @@
 
 mod dram;
 mod evict;
+mod recover;
 pub mod ring;
 mod ssd;
 
@@ -38,6 +39,8 @@ enum What {
     Ssd(ssd::SsdArgs),
     /// Eviction, from ten thousand to a million blocks.
     Evict,
+    /// A start over a full SSD tier, beside dd and fio reading the same bytes.
+    Recover(recover::RecoverArgs),
 }
 
 /// What every benchmark is told.
@@ -62,6 +65,7 @@ pub fn run(args: BenchArgs) -> Outcome {
         Some(What::Dram) => dram::measure(&mut run)?,
         Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
         Some(What::Evict) => evict::measure(&mut run)?,
+        Some(What::Recover(recover)) => recover::measure(&mut run, &recover)?,
         None => json!({
             "ring": ring::measure(&mut run)?,
             "dram": dram::measure(&mut run)?,

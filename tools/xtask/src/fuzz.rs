@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::{Outcome, cargo, root, seed_of_commit, step};
 
 /// Every target, as in `fuzz/Cargo.toml`.
-const TARGETS: [&str; 5] = ["ring_entries", "wire", "handshake", "superblock_and_headers", "config"];
+const TARGETS: [&str; 6] = ["ring_entries", "wire", "handshake", "superblock_and_headers", "slot_table", "config"];
 
 /// What makes libFuzzer see which branches an input takes (cargo-fuzz's own, less the sanitizer, which
 /// needs nightly). Overflows and debug assertions are findings.

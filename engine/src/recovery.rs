@@ -1,0 +1,248 @@
+//! Taking back what an earlier process has left: the pool's blocks at once, the SSD's bit by bit while the
+//! cache serves.
+//!
+//! Headers come as they are read, in the order of slots. A block whose parent is not there yet waits until
+//! all were read; those are then taken in the order of depth, so a parent comes before its children.
+
+use std::collections::VecDeque;
+
+use kvring_ipc::wire::MATCH_BLOCKS_MAX;
+
+use crate::cache::Cache;
+use crate::index::{Place, Tier};
+use crate::planted::{self, Bug};
+use crate::tier::disk::DiskSlots;
+use crate::tier::header::Header;
+
+/// Blocks that an earlier process's cache has left, as far as they were taken back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// In the pool.
+    pub host: u32,
+    /// On the SSD.
+    pub disk: u32,
+}
+
+/// A recovery under way.
+#[derive(Debug, Default)]
+pub struct Recovery {
+    /// What came back.
+    pub recovered: Recovered,
+    /// Slots of the disk with sound headers, as they were found.
+    pieces: VecDeque<Vec<u32>>,
+    /// The next of the first piece.
+    next: usize,
+    all_read: bool,
+    /// Slots whose block waits for its parent: first of each depth, and next of each slot.
+    late_first: Box<[u32]>,
+    late_next: Box<[u32]>,
+    /// How deep the late ones were taken.
+    late_depth: usize,
+    /// Blocks in the pool whose parent may be on the disk, by depth.
+    orphans: VecDeque<Header>,
+}
+
+const NONE: u32 = u32::MAX;
+const DEPTHS: usize = MATCH_BLOCKS_MAX as usize + 1;
+
+/// What became of a recovered header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Adopted {
+    Yes,
+    /// The block is there already, or there is no room.
+    No,
+    /// The block before it is not there, or not yet.
+    NoParent,
+}
+
+impl Recovery {
+    fn wait_for_parent(&mut self, header: &Header) {
+        let Some(first) = self.late_first.get_mut(header.depth as usize) else { return };
+        self.late_next[header.slot as usize] = std::mem::replace(first, header.slot);
+    }
+
+    fn next_late(&mut self) -> Option<u32> {
+        let first = self.late_first.get_mut(self.late_depth)?;
+        let slot = *first;
+        if slot == NONE {
+            return None;
+        }
+        *first = self.late_next[slot as usize];
+        Some(slot)
+    }
+
+    fn next_found(&mut self) -> Option<u32> {
+        while let Some(piece) = self.pieces.front() {
+            if let Some(slot) = piece.get(self.next) {
+                self.next += 1;
+                return Some(*slot);
+            }
+            self.pieces.pop_front();
+            self.next = 0;
+        }
+        None
+    }
+}
+
+impl Cache {
+    /// Takes back what the pool's table and the disk's headers say, at once.
+    pub fn recover(&mut self) -> Recovered {
+        self.begin_recovery(self.disk.is_some());
+        if let Some(disk) = &self.disk {
+            let found = disk.sound_headers();
+            self.found_on_disk(found);
+        }
+        self.disk_was_read();
+        while self.recover_some(u32::MAX) > 0 {}
+        self.recovery.recovered
+    }
+
+    /// Takes back what the pool's table says: blocks that were in the pool, with all that come before
+    /// them, are resident again when this returns. With `with_disk` the others follow, as they are found.
+    pub fn begin_recovery(&mut self, with_disk: bool) {
+        let mut found = self.host.recover();
+        found.sort_unstable_by_key(|header| (header.depth, header.slot));
+        let disk = self.disk.as_mut().filter(|_| with_disk);
+        if let Some(disk) = disk {
+            disk.begin_recovery();
+            self.recovery.late_first = vec![NONE; DEPTHS].into_boxed_slice();
+            self.recovery.late_next = vec![NONE; disk.geometry().slots_count() as usize].into_boxed_slice();
+        }
+        for header in found {
+            match self.adopt(Tier::Host, &header) {
+                Adopted::Yes => {}
+                // Its parent may be on the disk.
+                Adopted::NoParent if self.is_recovering() => self.recovery.orphans.push_back(header),
+                Adopted::No | Adopted::NoParent => self.host.release(header.slot),
+            }
+        }
+    }
+
+    /// These slots of the disk have sound headers.
+    pub fn found_on_disk(&mut self, slots: Vec<u32>) {
+        self.recovery.pieces.push_back(slots);
+    }
+
+    /// No more will be found on the disk.
+    pub fn disk_was_read(&mut self) {
+        self.recovery.all_read = true;
+    }
+
+    /// Whether what the disk held is still being taken back.
+    pub fn is_recovering(&self) -> bool {
+        self.disk.as_ref().is_some_and(DiskSlots::is_recovering)
+    }
+
+    /// Takes back up to `budget` more blocks of what was found. Says how many headers were looked at: none
+    /// when it is over, or there is none yet.
+    pub fn recover_some(&mut self, budget: u32) -> u32 {
+        if !self.is_recovering() {
+            return 0;
+        }
+        let forgotten = self.disk.as_ref().is_some_and(DiskSlots::is_forgotten);
+        let mut count = 0;
+        while count < budget {
+            if forgotten {
+                // A reset: nothing of it is wanted, and its headers go as soon as all are here.
+                self.recovery.pieces.clear();
+                self.recovery.next = 0;
+            }
+            if let Some(slot) = self.recovery.next_found() {
+                self.fetch_ahead();
+                self.take(slot, true);
+            } else if !self.recovery.all_read {
+                break;
+            } else if !forgotten && self.recovery.late_depth < DEPTHS {
+                self.adopt_orphans(self.recovery.late_depth as u32);
+                match self.recovery.next_late() {
+                    Some(slot) => self.take(slot, false),
+                    None => self.recovery.late_depth += 1,
+                }
+            } else {
+                for orphan in std::mem::take(&mut self.recovery.orphans) {
+                    self.host.release(orphan.slot);
+                }
+                self.recovery = Recovery { recovered: self.recovery.recovered, ..Recovery::default() };
+                if let Some(disk) = &mut self.disk {
+                    disk.end_recovery();
+                }
+                return count + 1;
+            }
+            count += 1;
+        }
+        count
+    }
+
+    /// Every lookup of a big index misses the caches: several are under way at a time.
+    fn fetch_ahead(&self) {
+        const AHEAD: usize = 16;
+        let (Some(disk), Some(piece)) = (&self.disk, self.recovery.pieces.front()) else { return };
+        if let Some(slot) = piece.get(self.recovery.next + 2 * AHEAD) {
+            disk.prefetch_header(*slot);
+        }
+        if let Some(slot) = piece.get(self.recovery.next + AHEAD) {
+            self.index.prefetch(disk.key(*slot));
+        }
+    }
+
+    fn take(&mut self, slot: u32, parent_may_follow: bool) {
+        let Some(header) = self.disk.as_ref().map(|disk| disk.header(slot)) else { return };
+        let adopted = self.adopt(Tier::Disk, &header);
+        if adopted == Adopted::NoParent && parent_may_follow {
+            self.recovery.wait_for_parent(&header);
+        }
+        if let Some(disk) = &mut self.disk {
+            disk.recovered(&header, adopted == Adopted::Yes);
+        }
+    }
+
+    /// Blocks of the pool up to this depth whose parent was not there when it was asked.
+    fn adopt_orphans(&mut self, depth: u32) {
+        while let Some(orphan) = self.recovery.orphans.front().filter(|orphan| orphan.depth <= depth).copied() {
+            self.recovery.orphans.pop_front();
+            if self.adopt(Tier::Host, &orphan) != Adopted::Yes && !planted::has(Bug::OrphanLeaks) {
+                self.host.release(orphan.slot);
+            }
+        }
+    }
+
+    /// The slots that are kept for blocks whose parent may yet come are free: those blocks are forgotten.
+    pub(crate) fn forget_orphans(&mut self) {
+        for orphan in std::mem::take(&mut self.recovery.orphans) {
+            self.host.release(orphan.slot);
+        }
+    }
+
+    fn adopt(&mut self, tier: Tier, header: &Header) -> Adopted {
+        let id = match self.index.find(header.key) {
+            Some(id) => {
+                let block = self.index.block(id);
+                // Somebody stores it anew meanwhile: that is the better copy.
+                let filling = matches!(block.place(Tier::Host), Place::Filling(_));
+                if block.depth != header.depth || block.place(tier) != Place::Absent || filling {
+                    return Adopted::No;
+                }
+                id
+            }
+            None => {
+                let parent = match header.depth {
+                    0 => None,
+                    depth => match self.index.find(header.parent) {
+                        Some(id) if self.index.block(id).depth + 1 == depth => Some(id),
+                        _ => return Adopted::NoParent,
+                    },
+                };
+                let Some(id) = self.index.insert(header.key, parent, header.depth) else { return Adopted::No };
+                id
+            }
+        };
+        match tier {
+            Tier::Host => self.recovery.recovered.host += 1,
+            Tier::Disk => self.recovery.recovered.disk += 1,
+        }
+        self.index.begin(tier, id, header.slot);
+        self.index.finish(tier, id);
+        self.index.show(id);
+        Adopted::Yes
+    }
+}
