@@ -245,14 +245,15 @@ impl Cache {
         self.disk.as_mut()?.acquire()
     }
 
-    /// Reserves a slot for the block with this key after `parent`. Says what became of it, and the
-    /// block, which is the next one's parent.
+    /// Reserves a slot for the block with this key after `parent`, if the writer `may_take` another. Says what
+    /// became of it, and the block, which is the next one's parent.
     pub fn reserve(
         &mut self,
         key: BlockKey,
         parent: Option<BlockId>,
         depth: u32,
         writer: Writer,
+        may_take: bool,
     ) -> (Reserve, Option<BlockId>) {
         if let Some(id) = self.index.find(key) {
             let block = self.index.block(id);
@@ -260,10 +261,13 @@ impl Cache {
                 return (Reserve::Dropped, None);
             }
             let joined = match block.place(Tier::Host) {
-                Place::Filling(slot) => self.host.join(slot, writer),
+                Place::Filling(slot) if may_take => self.host.join(slot, writer),
                 _ => None,
             };
             return (joined.map_or(Reserve::Present, Reserve::Slot), Some(id));
+        }
+        if !may_take {
+            return (Reserve::Dropped, None);
         }
         // Eviction must not take the parent from under us.
         if parent.is_some_and(|parent| !self.index.pin(parent)) {

@@ -39,6 +39,8 @@ pub struct Leases {
     free: Vec<u32>,
     /// Held by each session, by its id modulo the limit.
     held: Box<[u32]>,
+    /// Slots on loan under them.
+    loaned: Box<[u32]>,
 }
 
 impl Default for Leases {
@@ -57,6 +59,7 @@ impl Default for Leases {
             loans: vec![[0; LOAN_WORDS]; LEASES_MAX].into_boxed_slice(),
             free: (0..LEASES_MAX as u32).rev().collect(),
             held: vec![0; SESSIONS_MAX].into_boxed_slice(),
+            loaned: vec![0; SESSIONS_MAX].into_boxed_slice(),
         }
     }
 }
@@ -65,6 +68,11 @@ impl Leases {
     /// Generations begin at this number: leases of another server's life are worthless here.
     pub fn begin_generations_at(&mut self, generation: u32) {
         self.leases.iter_mut().for_each(|lease| lease.generation = generation);
+    }
+
+    /// Slots on loan under a session's leases; a slot under two leases counts twice.
+    pub fn loaned(&self, session: SessionId) -> u32 {
+        self.loaned[session.0 as usize % SESSIONS_MAX]
     }
 
     /// Leases held now.
@@ -137,6 +145,9 @@ impl Leases {
             }
             *word |= bit;
             lease.loans_count += 1;
+            if let Some(session) = lease.session {
+                self.loaned[session.0 as usize % SESSIONS_MAX] += 1;
+            }
         }
         true
     }
@@ -153,6 +164,7 @@ impl Leases {
         let (leaf, mut at, mut depth) = (lease.leaf, lease.leaf, lease.count - 1);
         if let Some(session) = lease.session.take() {
             self.held[session.0 as usize % SESSIONS_MAX] -= 1;
+            self.loaned[session.0 as usize % SESSIONS_MAX] -= lease.loans_count;
         }
         // Up from the leaf, until the last loan has been found. The leaf's lease holds the chain.
         let loans = &mut self.loans[place as usize];
@@ -188,6 +200,8 @@ impl Leases {
                     lease.session = Some(heir);
                     self.held[session.0 as usize % SESSIONS_MAX] -= 1;
                     self.held[heir.0 as usize % SESSIONS_MAX] += 1;
+                    self.loaned[session.0 as usize % SESSIONS_MAX] -= lease.loans_count;
+                    self.loaned[heir.0 as usize % SESSIONS_MAX] += lease.loans_count;
                 }
             }
         }

@@ -9,6 +9,12 @@ pub const SESSIONS_MAX: usize = 576;
 pub const LEASES_MAX: usize = 4096;
 /// Most leases of one session: none may take them all.
 pub const LEASES_PER_SESSION_MAX: u32 = 1024;
+/// Sessions of one process, and of one instance: 32 ranks, a scheduler, and as many that are on their way out.
+pub const SESSIONS_PER_PEER_MAX: usize = 66;
+/// Connections of one process that have no session.
+pub const ASKERS_PER_PEER_MAX: usize = 16;
+/// Slots that an instance may fill or have on loan at once, however many share the pool: else its part of it.
+pub const SHARE_SLOTS_MIN: u32 = 64;
 /// Loads in flight at once, over all sessions; each costs about 1.2 KiB.
 pub const LOADS_MAX: usize = 512;
 /// Loads in flight of one session: four full batches fill the completion ring.

@@ -127,6 +127,7 @@ pub struct Config {
     pub lease_ttl: Duration,
     pub load_wait: Duration,
     pub writer_grace: Duration,
+    pub allowed_groups: Vec<u32>,
     pub crash_limit: u32,
     pub crash_window: Duration,
     pub client_wait: Duration,
@@ -495,6 +496,18 @@ pub const SETTINGS: &[Setting] = &[
         }
     ),
     setting!(
+        "allowed_groups",
+        None,
+        "none",
+        "groups by name or number, separated by ';', or none",
+        "Who may attach beside the server's own user and root: members of these groups, as SO_PEERCRED and /proc say. They share every byte of the pool; only the server's user may stop, reset, upgrade or verify.",
+        |c, v| {
+            c.allowed_groups =
+                if v == "none" { Vec::new() } else { v.split(';').map(group_of).collect::<Option<_>>()? };
+            Some(())
+        }
+    ),
+    setting!(
         "crash_limit",
         None,
         "3",
@@ -703,6 +716,7 @@ impl Default for Config {
             lease_ttl: Duration::ZERO,
             load_wait: Duration::ZERO,
             writer_grace: Duration::ZERO,
+            allowed_groups: Vec::new(),
             crash_limit: 0,
             crash_window: Duration::ZERO,
             client_wait: Duration::ZERO,
@@ -958,6 +972,14 @@ fn plain_text(key: &str, value: &serde_json::Value, origin: &str) -> Result<Stri
 fn pick<T: Copy>(text: &str, choices: &[(&str, T)]) -> Option<T> {
     let lower = text.to_ascii_lowercase();
     choices.iter().find(|(name, _)| *name == lower).map(|(_, value)| *value)
+}
+
+/// A group's number, or its name as /etc/group has it.
+fn group_of(text: &str) -> Option<u32> {
+    let text = text.trim();
+    let number_in = |line: &str| line.strip_prefix(text)?.strip_prefix(':')?.split(':').nth(1)?.parse().ok();
+    let named = || std::fs::read_to_string("/etc/group").ok()?.lines().find_map(number_in);
+    text.parse().ok().or_else(named)
 }
 
 fn switch(text: &str) -> Option<bool> {

@@ -155,16 +155,25 @@ fn socket() -> rustix::io::Result<OwnedFd> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
 }
 
-/// Binds a path, mode 0600. Nobody can connect before [`listen`].
+/// Binds a path. Mode 0600; for members of one group 0660, for those of several 0666: who they are is asked
+/// of each who connects. Nobody can before [`listen`].
 ///
 /// # Errors
 /// What the kernel says: `EADDRINUSE` if the path exists.
-pub fn bind(path: &Path) -> rustix::io::Result<OwnedFd> {
+pub fn bind(path: &Path, groups: &[u32]) -> rustix::io::Result<OwnedFd> {
     let fd = socket()?;
     let address = SocketAddrUnix::new(path)?;
     // Nobody can connect before listen, so the mode is right before it matters.
     rustix::net::bind(&fd, &address)?;
-    rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+    let mode = match groups {
+        [] => 0o600,
+        [group] => {
+            rustix::fs::chown(path, None, Some(rustix::fs::Gid::from_raw(*group)))?;
+            0o660
+        }
+        _ => 0o666,
+    };
+    rustix::fs::chmod(path, rustix::fs::Mode::from_raw_mode(mode))?;
     Ok(fd)
 }
 
@@ -319,7 +328,7 @@ mod test {
     fn a_message_and_its_descriptors_arrive_and_garbage_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let listener = bind(&path).unwrap();
+        let listener = bind(&path, &[]).unwrap();
         assert!(Channel::connect(&path, Duration::from_millis(200)).is_err(), "nobody listens yet");
         listen(&listener).unwrap();
         let client = Channel::connect(&path, Duration::from_millis(200)).unwrap();

@@ -31,6 +31,26 @@ impl Peer {
     }
 }
 
+impl Peer {
+    /// Whether its user is `uid` or root.
+    pub fn is_user(&self, uid: u32) -> bool {
+        self.uid == uid || self.uid == 0
+    }
+
+    /// Whether it is in one of these groups: its first as it was when it connected, the others as they are.
+    pub fn is_in_any(&self, groups: &[u32]) -> bool {
+        if groups.is_empty() || groups.contains(&self.gid) {
+            return !groups.is_empty();
+        }
+        let path = format!("/proc/{}/status", self.pid.as_raw_nonzero());
+        let status = std::fs::read_to_string(path).unwrap_or_default();
+        let listed = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap_or_default();
+        let is_member = listed.split_ascii_whitespace().any(|gid| gid.parse().is_ok_and(|gid| groups.contains(&gid)));
+        // Asked last: while it lives, what was read was its own and nobody's who has got its number.
+        is_member && !is_readable(&self.pidfd)
+    }
+}
+
 /// When a process was started, in clock ticks since boot (proc(5), `/proc/PID/stat`, field 22): with its id
 /// a name that is never given again.
 pub fn started_ticks(pid: i32) -> Option<u64> {

@@ -5,6 +5,7 @@ mod chaos;
 mod integrity;
 mod lifecycle;
 mod replay;
+mod security;
 mod survival;
 
 use std::path::{Path, PathBuf};
@@ -173,6 +174,27 @@ fn layout() -> Layout {
 fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
+}
+
+/// Starts a program that was just written: another test's fork may hold it open for a moment.
+fn not_busy<T>(mut start: impl FnMut() -> std::io::Result<T>) -> T {
+    loop {
+        match start() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            started => return started.unwrap(),
+        }
+    }
+}
+
+/// Stops a process, and waits until every thread of it has.
+fn halt(pid: u32) {
+    signal(pid, rustix::process::Signal::STOP);
+    eventually("every thread has stopped", || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        tasks.flatten().all(|task| std::fs::read_to_string(task.path().join("stat")).unwrap().contains(") T "))
+    });
 }
 
 /// Waits for something that must become true; a minute is for ever.

@@ -135,7 +135,7 @@ fn an_upgrade_to_a_program_that_does_not_start_goes_back() {
     for (name, value) in place.settings() {
         command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
     }
-    place.children.push(command.spawn().unwrap());
+    place.children.push(not_busy(|| command.spawn()));
     place.wait_for_server();
     let keys = chain("a", 20);
     let mut agent = place.agent(0, &[]);

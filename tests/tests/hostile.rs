@@ -2,6 +2,7 @@
 
 use kvring_engine::device::sim::Chance;
 use kvring_ipc::sync::Ordering;
+use kvring_ipc::wire::Status;
 use kvring_tests::world::{Shape, World};
 
 fn world() -> World {
@@ -64,4 +65,33 @@ fn a_client_that_never_takes_its_answers_stalls_only_itself() {
     world.run(500);
     assert!(world.tally.blocks_loaded + world.tally.blocks_stored > 0, "the other one is served");
     assert_eq!(world.metrics.sessions_poisoned_count.get(), 0);
+}
+
+#[test]
+fn an_instance_uses_its_part_of_the_pool_and_leaves_the_others_theirs() {
+    let mut shape = Shape::draw(&mut Chance::new(5));
+    shape.faults = Default::default();
+    (shape.tp_size, shape.may_die, shape.may_lie, shape.may_crash) = (1, false, false, false);
+    (shape.host_slots, shape.disk_slots, shape.chains, shape.chain_blocks) = (200, 0, 4, 150);
+    (shape.shared_prefixes, shape.lease_ttl_ns) = (false, 1_000_000_000_000);
+    let mut world = World::with_shape(shape, Chance::new(6));
+    world.join();
+    let alone = world.reserve(0, 0, 150);
+    assert_eq!(alone.len(), 150, "who is alone may have all of it");
+    assert_eq!(world.fill_and_commit(0, 0, 0, &alone), 150);
+    world.join();
+    // It takes what it can, and never gives any back.
+    assert_eq!(world.reserve(0, 1, 150).len(), 100);
+    assert_eq!(world.reserve(0, 2, 150).len(), 0);
+    assert_eq!(world.reserve(1, 3, 150).len(), 100, "the other has its half");
+
+    let mut world = World::with_shape(world.shape.clone(), Chance::new(6));
+    world.join();
+    let grants = world.reserve(0, 0, 150);
+    assert_eq!(world.fill_and_commit(0, 0, 0, &grants), 150);
+    world.join();
+    assert_eq!(world.match_blocks(0, 0, 150), 150);
+    let loaded: u32 = world.load(0, 0, 150).iter().filter(|run| run.0 == Status::Ok).map(|run| run.1).sum();
+    assert_eq!(loaded, 100, "slots on loan count as well");
+    assert_eq!(world.reserve(1, 1, 150).len(), 100, "what is on loan is not evicted, the rest is");
 }

@@ -33,6 +33,7 @@ pub fn status(args: &AdminArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
     match ask(&socket, &Request::Stats, PATIENCE).map_err(|error| explained(error, &socket))? {
         Reply::Stats(stats) => println!("{}", serde_json::to_string_pretty(&stats)?),
+        Reply::Refused { reason, .. } => return Err(reason.into()),
         reply => return Err(format!("an unexpected answer: {reply:?}").into()),
     }
     Ok(())

@@ -149,7 +149,8 @@ impl Keeper {
         };
         let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
         remove_stale_socket(&path)?;
-        let listener = bind(&path).map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
+        let bound = bind(&path, &config.allowed_groups);
+        let listener = bound.map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
         let (epoch, epoch_fd) =
             EpochWriter::create().map_err(|errno| ServeError::System { what: "make the epoch", errno })?;
         Ok(Self { config, lock, listener, epoch, epoch_fd, number: 0, crashes: 0, recent: VecDeque::new(), kept: None })

@@ -18,7 +18,7 @@ use kvring_ipc::segment::Segment;
 use kvring_ipc::wire::PROTOCOL_VERSION;
 use rustix::event::{Timespec, epoll};
 
-use crate::limits::SESSIONS_MAX;
+use crate::limits::{ASKERS_PER_PEER_MAX, SESSIONS_MAX, SESSIONS_PER_PEER_MAX};
 use crate::shard::End;
 use crate::shard::session::Session;
 use crate::tier::host::{SessionId, Writer};
@@ -57,6 +57,9 @@ pub enum ServeError {
 /// One connection of the control socket.
 struct Connection {
     channel: Channel,
+    peer: Peer,
+    /// Why whatever it asks is refused.
+    refusal: Option<String>,
     opened: Instant,
     /// It has asked for a reset that is under way.
     awaits_reset: bool,
@@ -334,15 +337,39 @@ impl Server {
         if self.connections.len() >= 2 * SESSIONS_MAX {
             return;
         }
+        let channel = Channel::accepted(fd);
+        let Ok(peer) = Peer::of(&channel) else { return };
+        let ours = rustix::process::geteuid().as_raw();
+        let may = peer.is_user(ours) || peer.is_in_any(&self.config.allowed_groups);
+        let asks = |c: &&Connection| c.session.is_none() && c.peer.pid == peer.pid;
+        let askers = self.connections.values().filter(asks).count();
+        // Who is to be refused is told why, but not without end.
+        if askers >= 2 * ASKERS_PER_PEER_MAX {
+            return;
+        }
+        let refusal = if !may {
+            Some(format!(
+                "user {} may not use the server of user {ours}: allowed_groups names groups that may",
+                peer.uid
+            ))
+        } else if askers >= ASKERS_PER_PEER_MAX {
+            Some(format!(
+                "process {} has {ASKERS_PER_PEER_MAX} connections without a session",
+                peer.pid.as_raw_nonzero()
+            ))
+        } else {
+            None
+        };
+        if let Some(reason) = &refusal {
+            tracing::warn!("refused: {reason}");
+        }
         let number = self.next_connection;
-        if self.watch(fd.as_fd(), number * 2).is_ok() {
+        if self.watch(channel.as_fd(), number * 2).is_ok() {
             self.next_connection += 1;
             #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
             let opened = Instant::now();
-            self.connections.insert(
-                number,
-                Connection { channel: Channel::accepted(fd), opened, awaits_reset: false, session: None },
-            );
+            self.connections
+                .insert(number, Connection { channel, peer, refusal, opened, awaits_reset: false, session: None });
         }
     }
 
@@ -362,6 +389,10 @@ impl Server {
                 return self.on_hang_up(number);
             }
         };
+        if let Some(reason) = connection.refusal.clone() {
+            self.reply(number, &Refusal::for_good(reason).into_reply());
+            return self.on_hang_up(number);
+        }
         match request {
             Request::Attach(attach) => {
                 if let Err(refusal) = self.attach(number, &attach) {
@@ -453,8 +484,7 @@ impl Server {
 
     fn is_same_user(&self, number: u64) -> bool {
         let Some(connection) = self.connections.get(&number) else { return false };
-        let ours = rustix::process::geteuid().as_raw();
-        Peer::of(connection.channel.as_fd()).is_ok_and(|peer| peer.uid == ours || peer.uid == 0)
+        connection.peer.is_user(rustix::process::geteuid().as_raw())
     }
 
     fn attach(&mut self, number: u64, attach: &Attach) -> Result<(), Refusal> {
@@ -464,10 +494,11 @@ impl Server {
         }
         let peer = Peer::of(connection.channel.as_fd())
             .map_err(|errno| Refusal::for_now(format!("who connects is unknown: {errno}")))?;
-        let ours = rustix::process::geteuid().as_raw();
-        if peer.uid != ours && peer.uid != 0 {
-            let reason = format!("user {} may not attach to the server of user {ours}", peer.uid);
-            return Err(Refusal::for_good(reason));
+        let attached = self.connections.values().filter_map(|connection| connection.session.as_ref());
+        let its = attached.filter(|attached| attached.peer.pid == peer.pid).count();
+        if its >= SESSIONS_PER_PEER_MAX {
+            let pid = peer.pid.as_raw_nonzero();
+            return Err(Refusal::for_now(format!("process {pid} has {its} sessions: no process may have more")));
         }
         if attach.protocol != PROTOCOL_VERSION {
             return Err(Refusal::for_good(format!(
@@ -509,6 +540,12 @@ impl Server {
                 tracing::error!("{error}");
                 Refusal::for_now(error.to_string())
             })?;
+        }
+        let same = |i: &&Instance| i.id == attach.instance_id && i.token == attach.instance_token;
+        let its = self.instances.iter().find(same).map_or(0, |instance| instance.sessions_count as usize);
+        if its >= SESSIONS_PER_PEER_MAX {
+            let id = attach.instance_id;
+            return Err(Refusal::for_now(format!("instance {id} has {its} sessions: no instance may have more")));
         }
         let id =
             self.free_session_id().ok_or_else(|| Refusal::for_now(format!("all {SESSIONS_MAX} sessions are taken")))?;

@@ -399,8 +399,8 @@ pub fn read_headers(path: &Path, image: &Mapping, read: impl Fn(std::ops::Range<
     };
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(reader)).collect();
-        let ended = readers.into_iter().map(|reader| reader.join());
-        ended.fold(Ok(()), |all, one| all.and(one.unwrap_or_else(|_| Err(std::io::Error::other("a reader panicked")))))
+        let panicked = |_| Err(std::io::Error::other("a reader panicked"));
+        readers.into_iter().try_for_each(|reader| reader.join().unwrap_or_else(panicked))
     })
 }
 

@@ -28,6 +28,7 @@ use crate::device::{Device, Direction, Done, Io, Region};
 use crate::index::{BlockId, Place, Tier};
 use crate::limits::{
     DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, PREFETCH_AHEAD_MAX, SESSION_BUDGET, SESSIONS_MAX,
+    SHARE_SLOTS_MIN,
 };
 use crate::metrics::Metrics;
 use crate::planted::{self, Bug};
@@ -81,6 +82,8 @@ pub struct Shard<D> {
     loads: Loads,
     /// Loads with blocks that wait for a slot.
     hungry_count: u32,
+    /// Slots that each instance may fill or have on loan at once.
+    share: u32,
     dirty: VecDeque<Dirty>,
     metrics: Arc<Metrics>,
     options: ShardOptions,
@@ -150,6 +153,7 @@ impl<D: Device> Shard<D> {
             live: Vec::with_capacity(SESSIONS_MAX),
             loads: Loads::new(host_slots),
             hungry_count: 0,
+            share: host_slots,
             // A block is queued once for each time it becomes resident; the oldest are dropped.
             dirty: VecDeque::with_capacity(host_slots as usize),
             metrics,
@@ -289,6 +293,22 @@ impl<D: Device> Shard<D> {
         assert!(self.sessions[at].is_none(), "a session's place is its own");
         self.sessions[at] = Some(session);
         self.live.push(at);
+        self.divide();
+    }
+
+    /// Each instance may use an equal part of the pool at once: what one holds, the others do not need.
+    fn divide(&mut self) {
+        let instance = |at: &usize| self.sessions[*at].as_ref().map(|session| session.writer.instance);
+        let is_first = |nth: usize, at: &usize| !self.live[..nth].iter().any(|other| instance(other) == instance(at));
+        let instances = self.live.iter().enumerate().filter(|(nth, at)| is_first(*nth, at)).count() as u32;
+        self.share = (self.cache.host.count() / instances.max(1)).max(SHARE_SLOTS_MIN);
+    }
+
+    /// Slots that an instance may still take into use.
+    fn share_left(&self, instance: u32) -> u32 {
+        let its = self.sessions().filter(|session| session.writer.instance == instance);
+        let used: u32 = its.map(|s| s.filling_count + self.cache.leases.loaned(s.writer.session)).sum();
+        self.share.saturating_sub(used)
     }
 
     /// Ends a session. With `Goodbye` and `Dead` it is given back, for its memory to be let go.
@@ -308,7 +328,9 @@ impl<D: Device> Shard<D> {
             self.metrics.sessions_gone_count.add(1);
         }
         self.live.retain(|live| *live != at);
-        self.sessions[at].take()
+        let ended = self.sessions[at].take();
+        self.divide();
+        ended
     }
 
     /// Takes back what a session holds, once.
@@ -524,13 +546,17 @@ impl<D: Device> Shard<D> {
         let load = *self.loads.get(at);
         let mut run = Run::new(load.tag, Op::Load);
         let current = self.cache.leases.cover(load.lease, load.instance).is_some();
+        let mut share_left = self.share_left(load.instance);
         let mut next = load.next;
         while next < load.count {
             let (index, block) = (next, load.blocks[next as usize]);
             let waiter = Waiter { load: at, index };
             // Without its lease the block may be another by now: not even looked at.
             let found = if current && !load.cancelled { Some(self.cache.find(block)) } else { None };
+            let uses_a_slot = !matches!(found, None | Some(Found::Gone));
             let (status, grant) = match found {
+                // Its share of the pool is in use: others need the rest.
+                Some(_) if uses_a_slot && share_left == 0 => (Status::Busy, None),
                 None if load.cancelled => (Status::Cancelled, None),
                 None => (Status::Stale, None),
                 Some(Found::Gone) => (Status::Miss, None),
@@ -539,19 +565,24 @@ impl<D: Device> Shard<D> {
                     // Its other copy may be good.
                     Some(false) => continue,
                     Some(true) => match self.cache.loan(load.lease, load.instance, load.first + index, block) {
-                        Some(grant) => (Status::Ok, Some(grant)),
+                        Some(grant) => {
+                            share_left -= 1;
+                            (Status::Ok, Some(grant))
+                        }
                         None => (Status::Busy, None),
                     },
                 },
                 Some(Found::Reading(slot)) => {
                     self.metrics.load_blocks_coalesced_count.add(1);
                     self.loads.wait(slot, waiter);
+                    share_left -= 1;
                     next += 1;
                     continue;
                 }
                 Some(Found::OnDisk) => match self.begin_read(block) {
                     Some(slot) => {
                         self.loads.wait(slot, waiter);
+                        share_left -= 1;
                         next += 1;
                         continue;
                     }
@@ -697,6 +728,8 @@ impl<D: Device> Shard<D> {
     }
 
     fn answer_reserve(&mut self, at: usize, tag: Tag, parent: BlockKey, first: u32, keys: Span) {
+        let Some(session) = self.sessions[at].as_deref() else { return };
+        let mut share_left = self.share_left(session.writer.instance);
         let Some(session) = self.sessions[at].as_deref_mut() else { return };
         let mut rooms = keys.count;
         let mut run = Run::new(tag, Op::Reserve);
@@ -709,13 +742,17 @@ impl<D: Device> Shard<D> {
                 self.cache.index.prefetch(next_key);
             }
             let (reserve, block) = match parent {
-                Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer),
+                Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer, share_left > 0),
                 Err(NoParent) => (Reserve::Dropped, None),
             };
             // What follows a block that is not there has no parent.
             parent = block.map(Some).ok_or(NoParent);
             let (status, grant) = match reserve {
-                Reserve::Slot(grant) => (Status::Ok, Some(grant)),
+                Reserve::Slot(grant) => {
+                    session.filling_count += 1;
+                    share_left -= 1;
+                    (Status::Ok, Some(grant))
+                }
                 Reserve::Present => (Status::Present, None),
                 Reserve::Dropped => (Status::Dropped, None),
             };
@@ -739,6 +776,7 @@ impl<D: Device> Shard<D> {
             let Some(session) = self.sessions[at].as_deref_mut() else { return };
             let grant = session.segment.read_grant(grants, index);
             let Ok(complete) = self.cache.commit(grant, session.writer) else { continue };
+            session.filling_count -= 1;
             taken += 1;
             let Some(block) = complete else { continue };
             self.metrics.commit_blocks_count.add(1);
@@ -765,7 +803,9 @@ impl<D: Device> Shard<D> {
         let mut taken = 0;
         for index in 0..grants.count {
             let grant = session.segment.read_grant(grants, index);
-            taken += u64::from(self.cache.abort(grant, session.writer));
+            let aborted = self.cache.abort(grant, session.writer);
+            session.filling_count -= u32::from(aborted);
+            taken += u64::from(aborted);
         }
         self.metrics.abort_blocks_count.add(taken);
         let status = if taken == u64::from(grants.count) { Status::Ok } else { Status::Stale };

@@ -51,7 +51,7 @@ fn one(run: &Run, size: u32, policy: kvring_ipc::config::EvictionPolicy) -> f64 
         let mut parent = None;
         for depth in 0..CHAIN {
             cache.index.prefetch(key(depth + 1));
-            let (reserve, block) = cache.reserve(key(depth), parent, depth, writer);
+            let (reserve, block) = cache.reserve(key(depth), parent, depth, writer, true);
             if let Reserve::Slot(grant) = reserve {
                 let _ = cache.commit(grant, writer);
             }

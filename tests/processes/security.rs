@@ -1,0 +1,165 @@
+//! Who may attach, and how much of the server one of them can have (docs/THREATS.md).
+
+use super::*;
+use kvring_ipc::handshake::{Attach, Channel};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+
+fn mode_of(path: &Path) -> u32 {
+    path.metadata().unwrap().permissions().mode() & 0o777
+}
+
+/// `kvring status` of this place by a user, from a directory and a program that everybody may use.
+fn status_by(place: &Place, uid: u32, gid: u32) -> Output {
+    let open = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    open(place.dir.path(), 0o755);
+    let program = std::env::temp_dir().join(format!("kvring-{}-{uid}-{gid}", std::process::id()));
+    std::fs::copy(KVRING, &program).unwrap();
+    open(&program, 0o755);
+    let mut command = Command::new(&program);
+    command.args(["status", "--socket", &place.socket().display().to_string()]);
+    command.current_dir("/").uid(uid).gid(gid).stdin(Stdio::null());
+    let output = not_busy(|| command.output());
+    std::fs::remove_file(program).unwrap();
+    output
+}
+
+/// A place that every user can reach, so that only the socket keeps them out; as root only.
+fn open_place() -> Option<Place> {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can be somebody else");
+        return None;
+    }
+    let dir = tempfile::Builder::new().prefix("kvring-").tempdir_in(std::env::temp_dir()).unwrap();
+    Some(Place { dir, children: Vec::new() })
+}
+
+const NOBODY: u32 = 65534;
+
+#[test]
+fn another_user_is_kept_out_unless_his_group_is_allowed() {
+    let Some(mut place) = open_place() else { return };
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0"]);
+    assert_eq!(mode_of(&place.socket()), 0o600);
+    let output = status_by(&place, NOBODY, NOBODY);
+    assert!(!output.status.success() && text(&output).contains("ermission denied"), "{}", text(&output));
+    assert!(place.kvring(&["stop"]).output().unwrap().status.success());
+
+    let Some(mut place) = open_place() else { return };
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0", "--allowed-groups", "12345"]);
+    assert_eq!((mode_of(&place.socket()), place.socket().metadata().unwrap().gid()), (0o660, 12345));
+    assert!(status_by(&place, NOBODY, 12345).status.success(), "a member may");
+    assert!(!status_by(&place, NOBODY, NOBODY).status.success());
+
+    let Some(mut place) = open_place() else { return };
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0", "--allowed-groups", "12345;23456"]);
+    assert_eq!(mode_of(&place.socket()), 0o666, "who it is, is asked of each");
+    assert!(status_by(&place, NOBODY, 23456).status.success());
+    let output = status_by(&place, NOBODY, NOBODY);
+    assert!(!output.status.success() && text(&output).contains("allowed_groups"), "{}", text(&output));
+}
+
+#[test]
+fn a_process_has_a_bounded_number_of_sessions_and_connections() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0"]);
+    let attach = |token: String| {
+        Request::Attach(Attach {
+            protocol: kvring_ipc::wire::PROTOCOL_VERSION,
+            instance_id: 3,
+            instance_token: token,
+            rank: 0,
+            layout: Some(layout()),
+        })
+    };
+    let connect = || Channel::connect(&place.socket(), Duration::from_secs(2)).unwrap();
+    let mut channels = Vec::new();
+    let refused = loop {
+        let channel = connect();
+        channel.send(&attach("one".into()), &[]).unwrap();
+        match channel.receive::<Reply>(true).unwrap().0 {
+            Reply::Welcome(_) => channels.push(channel),
+            Reply::Refused { reason, .. } => break reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(channels.len(), kvring_engine::limits::SESSIONS_PER_PEER_MAX, "{refused}");
+    assert!(refused.contains("sessions"), "{refused}");
+    // Others are served all the same: an instance in a process of its own.
+    let mut other = place.holder(1);
+    eventually("another process has a session", || place.metric("sessions_count") == channels.len() as u64 + 1);
+    other.kill().unwrap();
+    other.wait().unwrap();
+    // Connections that ask nothing: the next one is told, and room comes back with time.
+    let silent: Vec<Channel> = (0..kvring_engine::limits::ASKERS_PER_PEER_MAX).map(|_| connect()).collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let one_more = connect();
+    let _ = one_more.send(&Request::Stats, &[]);
+    let answer = one_more.receive::<Reply>(true);
+    assert!(matches!(answer, Ok((Reply::Refused { .. }, _))), "{answer:?}");
+    eventually("the silent ones are dropped", || place.stats().is_some());
+    drop(silent);
+}
+
+#[test]
+fn nobody_frees_another_s_slots_by_saying_that_it_is_drained() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0"]);
+    let mut holder = place.holder(1);
+    eventually("it holds slots", || place.metric("reserve_blocks_count") == 10);
+    signal(place.server_pid(), rustix::process::Signal::KILL);
+    eventually("another takes over", || place.stats().is_some_and(|stats| stats["epoch"] == 2));
+    eventually("they wait for it", || place.metric("host_slots_quarantined_count") == 10);
+    let mut liar = Instance::open(place.config(2, &[("ssd_cache_gb", "0")]), layout(), 0).unwrap();
+    for session in 0..10 {
+        liar.session().unwrap().tell_drained(session);
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(place.metric("host_slots_quarantined_count"), 10);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
+
+/// Every call of an instance is bounded, whatever the server does: it is stopped, dead, or slow.
+#[test]
+fn no_call_waits_longer_than_it_may() {
+    let mut place = Place::new();
+    let pid = place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0"]);
+    let keys = chain("a", 8);
+    let config = [("client_wait_ms", "10"), ("server_launch_mode", "external"), ("ssd_cache_gb", "0")];
+    let mut instance = Instance::open(place.config(1, &config), layout(), 0).unwrap();
+    let mut agent = place.agent(2, &[("ssd_cache_gb", "0")]);
+    assert_eq!(store(&mut agent, &keys), 8);
+    let lease = instance.match_prefix(&keys).lease.unwrap();
+    let mut longest: Vec<(&str, Duration)> = Vec::new();
+    for state in ["stopped", "dead"] {
+        if state == "stopped" {
+            halt(pid);
+        } else {
+            signal(place.children[0].id(), rustix::process::Signal::KILL);
+            signal(pid, rustix::process::Signal::KILL);
+        }
+        for round in 0..20 {
+            let mut timed = |name: &'static str, call: &mut dyn FnMut(&mut Instance)| {
+                let from = Instant::now();
+                call(&mut instance);
+                longest.push((name, from.elapsed()));
+            };
+            timed("match", &mut |i| assert_eq!(i.match_prefix(&keys).blocks, 0));
+            timed("load", &mut |i| {
+                let loaded = i.load(lease, 0, &keys, Duration::from_millis(10), |_| ());
+                assert_eq!(loaded.blocks_missed, 8);
+            });
+            timed("reserve", &mut |i| drop(i.reserve(BlockKey::default(), 0, &chain("b", 8))));
+            timed("prefetch", &mut |i| i.prefetch(lease, 0, 8));
+            timed("events", &mut |i| drop(i.events(10)));
+            if round == 19 {
+                timed("release", &mut |i| i.release(lease));
+            }
+        }
+    }
+    longest.sort_by_key(|(_, took)| std::cmp::Reverse(*took));
+    println!("longest: {:?}", &longest[..5]);
+    // Ten times the bound, for a machine that runs many tests at once.
+    assert!(longest[0].1 < Duration::from_millis(100), "{:?}", longest[0]);
+}
