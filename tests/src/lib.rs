@@ -18,4 +18,5 @@
 //! block and no lease remains.
 
 pub mod bytes;
+pub mod record;
 pub mod world;
