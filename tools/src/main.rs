@@ -36,6 +36,8 @@ enum Command {
     /// Check the SSD tier of a stopped server, and forget what is bad.
     Fsck(fsck::FsckArgs),
     #[command(hide = true)]
+    LeaseHolder(bench::crash::HolderArgs),
+    #[command(hide = true)]
     ReplayInstance(replay::worker::WorkerArgs),
 }
 
@@ -53,6 +55,7 @@ fn main() -> std::process::ExitCode {
         Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),
         Command::Upgrade(args) => admin::upgrade(&args),
+        Command::LeaseHolder(args) => bench::crash::hold(&args),
         Command::ReplayInstance(args) => replay::worker::run(&args),
     };
     match result {

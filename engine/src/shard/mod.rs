@@ -980,8 +980,13 @@ impl<D: Device> Shard<D> {
             let lost = self.cache.sweep_stalled();
             self.metrics.abort_blocks_count.add(u64::from(lost));
         }
+        self.metrics.leases_expired_count.add(u64::from(expired));
+        self.tell_levels();
+    }
+
+    /// Brings the gauges up to date.
+    fn tell_levels(&mut self) {
         let m = &*self.metrics;
-        m.leases_expired_count.add(u64::from(expired));
         let evicted = std::mem::take(&mut self.cache.evicted);
         m.evict_host_count.add(evicted.host);
         m.evict_ssd_count.add(evicted.disk);
@@ -1008,6 +1013,8 @@ impl<D: Device> Shard<D> {
     /// Announces sleep to every session. Poll once more before sleeping: if that does any work, stay
     /// awake. A request that waits for room is no work; the client that makes room rings.
     pub fn announce_sleep(&mut self) {
+        // Nobody will for a while.
+        self.tell_levels();
         for session in self.sessions() {
             doorbell::announce(session.segment.server_sleeps());
         }

@@ -1,6 +1,7 @@
 //! `kvring bench`: each number beside a floor or a ceiling from the same run, alternating, medians and
 //! ratios; and what may be wrong with it.
 
+pub mod crash;
 mod dram;
 mod evict;
 mod recover;
@@ -39,6 +40,10 @@ enum What {
     Ssd(ssd::SsdArgs),
     /// Eviction, from ten thousand to a million blocks.
     Evict,
+    /// What checksums cost: the SSD path with them and without, alternating.
+    Checksum(ssd::SsdArgs),
+    /// How long the death of the engine process, its upgrade, and the death of an instance last.
+    Crash(crash::CrashArgs),
     /// A start over a full SSD tier, beside dd and fio reading the same bytes.
     Recover(recover::RecoverArgs),
 }
@@ -65,6 +70,8 @@ pub fn run(args: BenchArgs) -> Outcome {
         Some(What::Dram) => dram::measure(&mut run)?,
         Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
         Some(What::Evict) => evict::measure(&mut run)?,
+        Some(What::Checksum(ssd)) => ssd::measure_checksums(&mut run, &ssd)?,
+        Some(What::Crash(crash)) => crash::measure(&mut run, &crash)?,
         Some(What::Recover(recover)) => recover::measure(&mut run, &recover)?,
         None => json!({
             "ring": ring::measure(&mut run)?,
@@ -204,13 +211,17 @@ impl BenchServer {
         Ok(kvring_ipc::client::Session::connect(&socket, &attach, Duration::from_secs(5), None)?)
     }
 
-    fn metric(&self, name: &str) -> Result<u64, Box<dyn std::error::Error>> {
+    fn stats(&self) -> Result<Value, Box<dyn std::error::Error>> {
         use kvring_ipc::handshake::{Reply, Request, ask};
         let socket = self.settings.load()?.config.socket;
         match ask(&socket, &Request::Stats, Duration::from_secs(5))? {
-            Reply::Stats(stats) => Ok(stats["metrics"][name].as_u64().ok_or("no such counter")?),
+            Reply::Stats(stats) => Ok(stats),
             _ => Err("an unexpected answer".into()),
         }
+    }
+
+    fn metric(&self, name: &str) -> Result<u64, Box<dyn std::error::Error>> {
+        Ok(self.stats()?["metrics"][name].as_u64().ok_or("no such counter")?)
     }
 }
 

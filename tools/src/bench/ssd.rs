@@ -53,10 +53,20 @@ const WRITE_DEPTH: u32 = 8;
 /// Blocks of one chain: one load.
 const CHAIN: u32 = 32;
 
-/// Measures.
-pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
+/// A server whose SSD holds chains that its pool does not.
+struct Side {
+    server: BenchServer,
+    session: Session,
+    chains: Vec<Vec<BlockKey>>,
+}
+
+fn ssd_bytes(args: &SsdArgs) -> u64 {
+    (args.size_gb * f64::from(1 << 30)) as u64
+}
+
+fn prepare(args: &SsdArgs, checksums: &str) -> Result<Side, Box<dyn std::error::Error>> {
     let block_bytes = args.block_kib << 10;
-    let ssd_bytes = (args.size_gb * f64::from(1 << 30)) as u64;
+    let ssd_bytes = ssd_bytes(args);
     let chains_count = ssd_bytes / block_bytes / u64::from(CHAIN);
     // Small enough that nothing read is still in the pool when it is read again.
     let pool_bytes = (ssd_bytes / 8).max(block_bytes * 256);
@@ -73,7 +83,7 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
             ("ssd_read_depth", READ_DEPTH.to_string()),
             ("ssd_write_depth", WRITE_DEPTH.to_string()),
             ("io_engine", args.engine.clone()),
-            ("checksum", args.checksums.clone()),
+            ("checksum", checksums.into()),
         ],
     )?;
     let mut session = server.session(block_bytes)?;
@@ -86,6 +96,43 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
+    Ok(Side { server, session, chains })
+}
+
+/// With checksums and without, alternating: what they cost.
+pub fn measure_checksums(run: &mut Run, args: &SsdArgs) -> Measured {
+    let mut sides = [prepare(args, "on")?, prepare(args, "off")?];
+    let mut reads = [Vec::new(), Vec::new()];
+    let mut writes = [Vec::new(), Vec::new()];
+    for round in 0..args.rounds.max(1) {
+        // A B, then B A.
+        for at in [round % 2, 1 - round % 2] {
+            let Side { server, session, chains } = &mut sides[at];
+            reads[at].push(read_chains(run.time, server, session, chains, round)?);
+        }
+    }
+    for round in 0..args.rounds.max(1) {
+        for at in [round % 2, 1 - round % 2] {
+            let Side { server, session, .. } = &mut sides[at];
+            writes[at].push(write_chains(run.time, server, session, round)?);
+        }
+    }
+    let side = |[on, off]: [Vec<f64>; 2]| {
+        let ratios: Vec<f64> = on.iter().zip(&off).map(|(on, off)| on / off).collect();
+        json!({
+            "on_gb_s": rounded(median(on.clone()), 3),
+            "off_gb_s": rounded(median(off.clone()), 3),
+            "ratio": rounded(median(ratios), 3),
+            "rounds": format!("on {on:.2?}, off {off:.2?}"),
+        })
+    };
+    Ok(json!({"block_kib": args.block_kib, "read": side(reads), "write": side(writes)}))
+}
+
+/// Measures.
+pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
+    let ssd_bytes = ssd_bytes(args);
+    let Side { server, mut session, chains } = prepare(args, &args.checksums)?;
     let huge = session.welcome().is_some_and(|welcome| welcome.page_bytes > 4096);
     let fio = Fio::new(&args.dir, ssd_bytes, args.block_kib, huge)?;
     if fio.is_none() {

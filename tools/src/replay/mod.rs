@@ -90,7 +90,7 @@ pub fn start_server(settings: &Settings, block_kib: u64) -> Result<OwnServer, Bo
         if Instant::now() > deadline {
             return Err("the server did not answer within two minutes".into());
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(2));
     }
     Ok(server)
 }

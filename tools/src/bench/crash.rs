@@ -1,0 +1,167 @@
+//! How long a death lasts: from the kill of the engine process, or the upgrade of its program, until an
+//! attached instance loads the same blocks again; from the kill of an instance until its leases are back.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use kvring_gpu::backend::host::HostMemory;
+use kvring_gpu::direct::DirectAgent;
+use kvring_ipc::handshake::{Request, ask};
+use kvring_ipc::instance::Instance;
+use kvring_ipc::key::BlockKey;
+use kvring_ipc::layout::Layout;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use super::{BenchServer, Measured, Run, chain, rounded};
+use crate::Outcome;
+use crate::settings::Settings;
+
+/// Arguments of `kvring bench crash`.
+#[derive(Args)]
+pub struct CrashArgs {
+    /// GiB of the pool, full.
+    #[arg(long, default_value_t = 1.0)]
+    size_gb: f64,
+    /// KiB of a block.
+    #[arg(long, default_value_t = 64)]
+    block_kib: u64,
+    /// Deaths of each kind.
+    #[arg(long, default_value_t = 20)]
+    rounds: usize,
+}
+
+impl Default for CrashArgs {
+    fn default() -> Self {
+        Self { size_gb: 1.0, block_kib: 64, rounds: 20 }
+    }
+}
+
+const CHAIN: u32 = 64;
+
+/// Measures.
+pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
+    let here = std::path::Path::new(".");
+    let server = BenchServer::start(
+        here,
+        args.block_kib,
+        &[
+            ("cpu_cache_gb", args.size_gb.to_string()),
+            ("ssd_cache_gb", "0".into()),
+            ("crash_limit", "1000".into()),
+            ("client_wait_ms", "500".into()),
+            ("writer_grace_ms", "100".into()),
+        ],
+    )?;
+    let block_bytes = args.block_kib << 10;
+    let config = server.settings.load()?.config;
+    let instance = Instance::open(config.clone(), Layout::opaque(block_bytes), 0)?;
+    let mut agent = DirectAgent::new(instance, HostMemory::new(CHAIN as usize, block_bytes as usize));
+    let blocks = (args.size_gb * f64::from(1 << 30)) as u64 / block_bytes;
+    let chains: Vec<Vec<BlockKey>> = (0..blocks / u64::from(CHAIN)).map(|n| chain(&format!("{n}"), CHAIN)).collect();
+    let places: Vec<usize> = (0..CHAIN as usize).collect();
+    for keys in &chains {
+        agent.store(BlockKey::default(), 0, keys, &places, |_, _| ());
+    }
+    let mut all_there = |keys: &[BlockKey]| {
+        let Some(lease) = agent.match_prefix(keys).lease else { return false };
+        let loaded = agent.load(lease, 0, keys, &places, Duration::from_secs(5), |_, _| ());
+        agent.instance().release(lease);
+        loaded.blocks_dram == CHAIN
+    };
+    let (mut killed, mut upgraded, mut leases) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..args.rounds.max(1) {
+        // The oldest that is certainly there: eviction has not reached it.
+        let keys = &chains[chains.len() / 2 + round % (chains.len() / 2)];
+        let from = Instant::now();
+        while !all_there(keys) {
+            if from.elapsed() > Duration::from_secs(10) {
+                return Err("the blocks to be lost are not there".into());
+            }
+        }
+        for kills in [round % 2 == 0, round % 2 == 1] {
+            let pid = server.stats()?["server_pid"].as_u64().unwrap_or(0) as i32;
+            let from = Instant::now();
+            if kills {
+                kill_process(Pid::from_raw(pid).ok_or("no server")?, Signal::KILL)?;
+            } else {
+                ask(&config.socket, &Request::Upgrade, Duration::from_secs(2))?;
+            }
+            while !all_there(keys) {
+                if from.elapsed() > Duration::from_secs(30) {
+                    return Err("the same blocks were not served again within 30 s".into());
+                }
+                std::thread::sleep(Duration::from_micros(500));
+            }
+            let ms = from.elapsed().as_secs_f64() * 1e3;
+            if kills { killed.push(ms) } else { upgraded.push(ms) }
+        }
+        leases.push(lease_of_a_dead_instance(&server)?);
+    }
+    let spread = |mut samples: Vec<f64>| {
+        samples.sort_by(f64::total_cmp);
+        let at = |share: f64| rounded(samples[((samples.len() - 1) as f64 * share) as usize], 1);
+        json!({"p50": at(0.5), "p90": at(0.9), "most": at(1.0)})
+    };
+    Ok(json!({
+        "pool_gb": args.size_gb,
+        "blocks": blocks,
+        "rounds": args.rounds,
+        "engine_killed_to_served_ms": spread(killed),
+        "engine_upgraded_to_served_ms": spread(upgraded),
+        "instance_killed_to_leases_back_ms": spread(leases),
+    }))
+}
+
+/// Milliseconds from the kill of an instance that holds leases until the server holds none.
+fn lease_of_a_dead_instance(server: &BenchServer) -> Result<f64, Box<dyn std::error::Error>> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("lease-holder").stdin(Stdio::null()).stdout(Stdio::piped());
+    server.settings.tell(&mut command)?;
+    let mut holder = command.spawn()?;
+    let mut said = String::new();
+    BufReader::new(holder.stdout.take().ok_or("no pipe")?).read_line(&mut said)?;
+    let leases = server.metric("leases_count")?;
+    let from = Instant::now();
+    holder.kill()?;
+    while server.metric("leases_count")? > 0 {
+        if from.elapsed() > Duration::from_secs(30) {
+            return Err("leases of a dead instance were not back after 30 s".into());
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    let ms = from.elapsed().as_secs_f64() * 1e3;
+    holder.wait()?;
+    if leases == 0 || !said.starts_with("ready") {
+        return Err(format!("the instance held no lease: {said}").into());
+    }
+    Ok(ms)
+}
+
+/// Arguments of the hidden command.
+#[derive(Args)]
+pub struct HolderArgs {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// An instance that holds leases until it is killed.
+pub fn hold(args: &HolderArgs) -> Outcome {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    let mut config = args.settings.load()?.config;
+    config.say("client_wait_ms", "5000")?;
+    let mut instance = Instance::open(config, None, 0)?;
+    let mut leases = Vec::new();
+    for number in 0..10_000 {
+        leases.extend(instance.match_prefix(&chain(&number.to_string(), CHAIN)).lease);
+        if leases.len() == 100 {
+            break;
+        }
+    }
+    println!("ready {}", leases.len());
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
