@@ -234,6 +234,8 @@ fn at_every_moment_of_a_run() {
         }
     }
     let writes = log.len();
-    println!("{writes} writes, {cuts} cuts: {came} blocks came back exact, {lost} were not what was written and were missed");
+    println!(
+        "{writes} writes, {cuts} cuts: {came} blocks came back exact, {lost} were not what was written and were missed"
+    );
     assert!(came > 0 && lost > 0, "both happen: {came} {lost}");
 }

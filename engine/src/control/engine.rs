@@ -28,6 +28,7 @@ use crate::index::IndexOptions;
 use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
 use crate::metrics::Metrics;
 use crate::recovery::Recovered;
+use crate::shard::hasher::Hasher;
 use crate::shard::session::Session;
 use crate::shard::{End, Shard, ShardOptions};
 use crate::tier::disk::{DiskGeometry, DiskSlots, sound_headers};
@@ -249,6 +250,13 @@ impl Engine {
         };
         let devices = devices.into_iter().map(|(_, device)| device).collect();
         let mut shard = Shard::new(cache, pool.mapping.clone(), devices, shard_options, metrics.clone());
+        if with_disk && config.checksum {
+            let (bell, slot_bytes) = (teller.bell.clone(), slot_bytes as usize);
+            match Hasher::start(pool.mapping.clone(), slot_bytes, move || doorbells::ring_own(&*bell)) {
+                Ok(hasher) => shard.hash_beside(hasher),
+                Err(error) => tracing::warn!("no thread for checksums: {error}: the shard makes them"),
+            }
+        }
         pool.touch(0).map_err(|errno| BuildError::System { what: "touch the pool", errno: errno.into() })?;
         shard.bear(0, pool.slots_of(0)).map_err(BuildError::Register)?;
 

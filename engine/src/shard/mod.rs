@@ -4,6 +4,7 @@
 //! allocates or logs; time is passed in. Room in a session's completion ring is taken before its
 //! submission is, so every request is answered exactly once and the answer always fits.
 
+pub mod hasher;
 pub mod load;
 pub mod session;
 pub mod transfer;
@@ -21,7 +22,7 @@ use kvring_ipc::wire::{
     BATCH_BLOCKS_MAX, Completion, GRANTS_PER_ENTRY, Grant, LeaseId, Op, Span, Status, Submission, Tag,
 };
 
-use crate::cache::{Cache, Found, NoParent, Reserve};
+use crate::cache::{Cache, Found, NoParent, Reserve, WriteBack};
 use crate::checksum;
 use crate::control::verify::{Survey, Surveyed};
 use crate::device::{Device, Direction, Done, Io, Region};
@@ -33,6 +34,7 @@ use crate::limits::{
 use crate::metrics::Metrics;
 use crate::planted::{self, Bug};
 use crate::tier::host::{SessionId, Writer};
+use hasher::{Hasher, Hashing};
 use load::{Asked, Dirty, Loads, Waiter};
 use session::Session;
 use transfer::{Landed, Purpose, Transfers};
@@ -85,6 +87,8 @@ pub struct Shard<D> {
     /// Slots that each instance may fill or have on loan at once.
     share: u32,
     dirty: VecDeque<Dirty>,
+    /// Makes the checksums of write-backs; without it they are made here.
+    hasher: Option<Hasher>,
     metrics: Arc<Metrics>,
     options: ShardOptions,
     done: Vec<Done>,
@@ -156,6 +160,7 @@ impl<D: Device> Shard<D> {
             share: host_slots,
             // A block is queued once for each time it becomes resident; the oldest are dropped.
             dirty: VecDeque::with_capacity(host_slots as usize),
+            hasher: None,
             metrics,
             options,
             done: Vec::with_capacity(DEVICE_BUDGET),
@@ -171,6 +176,10 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    /// The checksums of write-backs are made beside the shard from now on.
+    pub fn hash_beside(&mut self, hasher: Hasher) {
+        self.hasher = Some(hasher);
+    }
     /// What it was told.
     pub fn options(&self) -> &ShardOptions {
         &self.options
@@ -930,8 +939,14 @@ impl<D: Device> Shard<D> {
     fn start_writes(&mut self) -> u32 {
         let mut count = 0;
         let mut looked_at = 0;
+        while let Some(Hashing { block, write, data_crc }) = self.hasher.as_mut().and_then(Hasher::take) {
+            self.cache.set_host_crc(write.host_slot, block, data_crc);
+            self.queue_write(block, write, data_crc);
+            count += 1;
+        }
         while count < 2 && looked_at < SESSION_BUDGET && !self.cache.is_recovering() {
-            let room = self.devices.iter().any(|d| d.writes_count() < d.writes_wanted());
+            let hashing = self.hasher.as_ref().map_or(0, Hasher::pending_count);
+            let room = self.devices.iter().any(|d| d.writes_count() + hashing < d.writes_wanted());
             let Some(Dirty { grant, block }) = (if room { self.dirty.pop_front() } else { None }) else { break };
             looked_at += 1;
             let Some(write) = self.cache.begin_write(grant, block) else { continue };
@@ -941,20 +956,28 @@ impl<D: Device> Shard<D> {
                 // disk's copy does not match either, and is a miss.
                 Some(known) => known,
                 None => {
+                    let hashing = Hashing { block, write, data_crc: 0 };
+                    if self.hasher.as_mut().is_some_and(|hasher| hasher.ask(hashing)) {
+                        continue;
+                    }
                     let made = self.checksum_of(write.host_slot);
                     self.cache.set_host_crc(write.host_slot, block, made);
                     made
                 }
             };
-            if let Some(disk) = &mut self.cache.disk {
-                disk.set_data_crc(write.disk_slot, data_crc);
-            }
-            let io = self.io(Direction::Write, write.host_slot, write.disk_slot);
-            let device = self.device_of(write.disk_slot);
-            self.devices[device].queue_write(Purpose::Write { block }, io);
+            self.queue_write(block, write, data_crc);
             count += 1;
         }
         count
+    }
+
+    fn queue_write(&mut self, block: BlockId, write: WriteBack, data_crc: u64) {
+        if let Some(disk) = &mut self.cache.disk {
+            disk.set_data_crc(write.disk_slot, data_crc);
+        }
+        let io = self.io(Direction::Write, write.host_slot, write.disk_slot);
+        let device = self.device_of(write.disk_slot);
+        self.devices[device].queue_write(Purpose::Write { block }, io);
     }
 
     fn start_transfers(&mut self, at: usize) -> u32 {
@@ -1007,6 +1030,7 @@ impl<D: Device> Shard<D> {
         let headers = |at| self.cache.disk.as_ref().is_some_and(|disk| disk.has_header_to_write(at));
         self.loads.is_empty()
             && (self.dirty.is_empty() || self.cache.is_recovering())
+            && self.hasher.as_ref().is_none_or(|hasher| hasher.pending_count() == 0)
             && self.devices.iter().enumerate().all(|(at, device)| device.is_idle() && !headers(at))
     }
 
