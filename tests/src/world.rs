@@ -204,7 +204,7 @@ pub struct World {
     chains: Vec<Vec<BlockKey>>,
     committed: HashSet<BlockKey>,
     next_id: u32,
-    /// Called before every poll of the shard.
+    /// Called before every poll of the shard that does not begin with a recovery under way.
     pub before_poll: Option<fn()>,
     /// Called after.
     pub after_poll: Option<fn()>,
@@ -462,7 +462,11 @@ impl World {
             }
             self.shard().disk_was_read();
         }
-        let (now_ns, before, after) = (self.now_ns, self.before_poll, self.after_poll);
+        let (now_ns, mut before, mut after) = (self.now_ns, self.before_poll, self.after_poll);
+        if self.shard().cache().is_recovering() {
+            // Its end lets go of what only a start needs.
+            (before, after) = (None, None);
+        }
         self.polls_count += 1;
         before.inspect(|before| before());
         self.shard().poll(now_ns);
