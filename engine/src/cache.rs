@@ -375,6 +375,9 @@ impl Cache {
         let b = self.index.block(block);
         if let (Some(host_slot), 0) = (b.place(Tier::Host).ready(), b.pins) {
             let disk_slot = self.index.leave(Tier::Disk, block);
+            if let Some(disk) = &mut self.disk {
+                disk.clear_header(disk_slot);
+            }
             self.release_disk(disk_slot);
             self.collect();
             return (0, Some(host_slot));

@@ -66,6 +66,8 @@ pub struct DirReport {
     pub damaged_headers: u64,
     /// Blocks that are not what was written: their slot was written anew since, or they are rotten.
     pub damaged_blocks: u64,
+    /// Blocks, among the sound ones, that were written without a checksum (checksum = off).
+    pub without_checksum: u64,
     /// Blocks whose file could not be read there.
     pub unreadable_blocks: u64,
     /// Sound blocks whose parent is in none of the directories: nobody can find them.
@@ -144,7 +146,8 @@ fn open(dir: &Path) -> Result<Device, FsckError> {
     // Before the lock, which would make the directory.
     let found = files::read_superblock(&first).map_err(io(&first))?;
     let Found::Super(superblock) = found else { return Err(FsckError::NoCache { file: name(dir) }) };
-    let lock = files::lock(dir)?;
+    // Not waited for: between two engine processes it is the next one's.
+    let lock = files::lock(dir, files::Patience::No)?;
     let (device, devices) = ((superblock.device >> 32) as u32, superblock.device as u32);
     let geometry = DiskGeometry {
         devices_count: devices,
@@ -211,7 +214,10 @@ fn check_device(
                 device.bad.push(local);
                 continue;
             }
-            if checksum::of_bytes(&block) != header.data_crc {
+            if header.data_crc == 0 {
+                // Written with checksum = off: there is nothing to compare with.
+                device.report.without_checksum += 1;
+            } else if checksum::of_bytes(&block) != header.data_crc {
                 device.report.damaged_blocks += 1;
                 device.bad.push(local);
                 continue;

@@ -70,6 +70,11 @@ impl Leases {
         self.leases.iter_mut().for_each(|lease| lease.generation = generation);
     }
 
+    /// Leases of a session.
+    pub fn held(&self, session: SessionId) -> u32 {
+        self.held[session.0 as usize % SESSIONS_MAX]
+    }
+
     /// Slots on loan under a session's leases; a slot under two leases counts twice.
     pub fn loaned(&self, session: SessionId) -> u32 {
         self.loaned[session.0 as usize % SESSIONS_MAX]

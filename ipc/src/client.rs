@@ -89,6 +89,10 @@ impl Pool {
     pub fn holds(&self, expires_at_ns: u64) -> bool {
         self.epoch.as_ref().is_none_or(|epoch| epoch.is_current()) && monotonic_ns() < expires_at_ns
     }
+    /// Whether no server will have this pool again.
+    pub fn is_given_up(&self) -> bool {
+        self.epoch.as_ref().is_some_and(|epoch| epoch.is_given_up())
+    }
     /// The memory.
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping

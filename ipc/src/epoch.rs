@@ -11,7 +11,7 @@ use rustix::fs::SealFlags;
 use crate::mapping::{Mapping, Pages, is_sealed, sealed_memfd_with};
 use crate::sync::{Ordering, fence};
 
-/// Bytes of the epoch's memory: a page, for one word.
+/// Bytes of the epoch's memory: a page, for two words.
 pub const EPOCH_BYTES: usize = 4096;
 
 /// The keeper's side.
@@ -34,6 +34,12 @@ impl EpochWriter {
         Ok((Self { mapping }, fd))
     }
 
+    /// The pool is given up: whoever keeps it mapped for the next engine process keeps memory from it.
+    pub fn give_up_pool(&mut self) {
+        let pools = &self.mapping.words64(0, 2)[1];
+        pools.store(pools.load(Ordering::Relaxed) + 1, Ordering::Release);
+    }
+
     /// Another engine process comes: everything that the last one granted is void.
     pub fn advance(&mut self, epoch: u64) {
         // SeqCst: before anything that the next process does, whatever the peer's CPU.
@@ -46,6 +52,7 @@ impl EpochWriter {
 pub struct EpochReader {
     mapping: Mapping,
     epoch: u64,
+    pools: u64,
 }
 
 impl EpochReader {
@@ -57,7 +64,14 @@ impl EpochReader {
         if !is_sealed(fd, EPOCH_BYTES as u64)? {
             return Err(rustix::io::Errno::INVAL);
         }
-        Ok(Self { mapping: Mapping::new_read_only(fd, EPOCH_BYTES)?, epoch })
+        let mapping = Mapping::new_read_only(fd, EPOCH_BYTES)?;
+        let pools = mapping.words64(0, 2)[1].load(Ordering::Acquire);
+        Ok(Self { mapping, epoch, pools })
+    }
+
+    /// Whether the pool of the session was given up since: no server will have it again.
+    pub fn is_given_up(&self) -> bool {
+        self.mapping.words64(0, 2)[1].load(Ordering::Acquire) != self.pools
     }
 
     /// Whether the engine process that granted the session still owned the pool when all that was read
@@ -81,6 +95,9 @@ mod test {
         assert!(reader.is_current());
         writer.advance(4);
         assert!(!reader.is_current() && EpochReader::open(&fd, 4).unwrap().is_current());
+        let reader = EpochReader::open(&fd, 4).unwrap();
+        writer.give_up_pool();
+        assert!(reader.is_given_up() && reader.is_current());
         assert!(Mapping::new(&fd, EPOCH_BYTES).is_err(), "a client cannot write it");
     }
 }

@@ -4,9 +4,9 @@
 //! load fails its blocks, a store is dropped, and a thread behind tries to connect again.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::client::{ConnectError, Lease, Matched, Pool, PostError, Session};
@@ -89,8 +89,9 @@ pub struct Instance {
     sessions_count: u32,
     /// The session whose events were read last.
     events_session: u32,
-    /// The pool of the last session: should the next one have the same, it stays mapped where it is.
-    pool: Option<Pool>,
+    /// The pool of the last session: should the next one have the same, it stays mapped where it is. Shared
+    /// with the thread that connects, which lets it go when no server will have it again.
+    kept: Arc<Mutex<Option<Pool>>>,
     /// Slots of this session that the caller was granted and has neither committed nor given back.
     held_count: u32,
     /// Sessions that were lost with an engine process while the pool may live on.
@@ -105,6 +106,13 @@ struct Former {
     session: u32,
     pool_id: u64,
     held_count: u32,
+    /// This session's server was told that it is drained.
+    told: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while it was held leaves a pool that is still a pool.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// More lost sessions than this are not remembered: their slots wait for the end of this process.
@@ -190,7 +198,7 @@ impl Instance {
             was_served: false,
             sessions_count: 0,
             events_session: 0,
-            pool: None,
+            kept: Arc::default(),
             held_count: 0,
             formers: Vec::new(),
             drains_by_hand: false,
@@ -226,7 +234,9 @@ impl Instance {
         let pool_id = session.welcome().map(|welcome| welcome.pool_id);
         // Another pool has other slots: what is written to the old one harms nobody.
         self.formers.retain(|former| Some(former.pool_id) == pool_id);
-        self.pool = Some(session.pool().clone());
+        // The last server may have died before it acted on it.
+        self.formers.iter_mut().for_each(|former| former.told = false);
+        *lock(&self.kept) = Some(session.pool().clone());
         self.session = Some(session);
         self.trouble = None;
         self.was_served = true;
@@ -260,7 +270,9 @@ impl Instance {
 
     fn tell_drained(&mut self) {
         if let Some(session) = &self.session {
-            self.formers.retain(|former| former.held_count > 0 || !session.tell_drained(former.session));
+            for former in self.formers.iter_mut().filter(|former| former.held_count == 0 && !former.told) {
+                former.told = session.tell_drained(former.session);
+            }
         }
     }
 
@@ -303,7 +315,7 @@ impl Instance {
     fn connect_behind(&mut self) {
         let (sender, receiver) = channel();
         let (config, attach, stop) = (self.config.clone(), self.attach.clone(), self.stop.clone());
-        let (wait, kept) = (self.connect_wait(), self.pool.clone());
+        let (wait, kept) = (self.connect_wait(), self.kept.clone());
         let is_first = config.instance_id == 0 || !config.said.contains_key("instance_id");
         let may_start = config.launch_mode == LaunchMode::Embedded && (is_first || self.was_served);
         let connector = move || {
@@ -311,7 +323,16 @@ impl Instance {
             let mut patience = Duration::from_secs(2);
             let mut told = String::new();
             while !stop.load(Ordering::Relaxed) {
-                match Session::connect(&config.socket, &attach, wait, kept.as_ref()) {
+                // Memory that is of no use to anybody may be what the next server waits for.
+                lock(&kept).take_if(|pool| pool.is_given_up());
+                let pool = lock(&kept).clone();
+                let connected = Session::connect(&config.socket, &attach, wait, pool.as_ref());
+                drop(pool);
+                if matches!(connected, Err(ConnectError::NoServer(_))) {
+                    // Engine process and keeper are gone, and the pool with them.
+                    *lock(&kept) = None;
+                }
+                match connected {
                     Ok(session) => return drop(sender.send(Found::Session(Box::new(session)))),
                     Err(ConnectError::Refused { reason, differences, permanent }) => {
                         let listed: String = differences.iter().map(|difference| format!("; {difference}")).collect();
@@ -428,6 +449,7 @@ impl Instance {
                 session: welcome.session,
                 pool_id: welcome.pool_id,
                 held_count: if self.drains_by_hand { 1 } else { self.held_count },
+                told: false,
             });
         }
         self.connect_behind();

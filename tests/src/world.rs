@@ -372,8 +372,13 @@ impl World {
 
     /// Attaches the sessions of one instance: one a rank.
     pub fn join(&mut self) {
+        self.join_as(self.shape.tp_size, 1);
+    }
+
+    /// Attaches so many sessions of one instance for each rank.
+    pub fn join_as(&mut self, ranks: u32, times: u32) {
         let instance = self.next_id;
-        for rank in 0..self.shape.tp_size {
+        for rank in (0..times).flat_map(|_| 0..ranks) {
             let id = SessionId(self.next_id);
             self.next_id += 1;
             let (segment, _fd) = Segment::create().expect("a segment");
@@ -537,6 +542,21 @@ impl World {
         let posted = self.clients[at].session.post_match(&self.chains[chain][..blocks]);
         self.post(at, posted, Self::asked(Op::Match, chain, 0, blocks));
         self.answers(at)[0].count
+    }
+
+    /// As [`World::match_blocks`], without letting time pass.
+    pub fn match_blocks_at_once(&mut self, at: usize, chain: usize, blocks: usize) -> u32 {
+        let posted = self.clients[at].session.post_match(&self.chains[chain][..blocks]);
+        self.post(at, posted, Self::asked(Op::Match, chain, 0, blocks));
+        self.poll_once();
+        let mut count = 0;
+        let mut completions = Vec::new();
+        self.clients[at].session.poll(|completion| completions.push(completion)).expect("an honest session");
+        for completion in completions {
+            count = completion.count;
+            self.answer(at, completion);
+        }
+        count
     }
 
     /// Posts the load of a chain's first blocks under the client's last lease on it.
@@ -861,7 +881,7 @@ impl World {
         }
         for (id, former, alive) in over {
             match former {
-                true => self.shard().end_former(id, if alive { now_ns } else { now_ns + GRACE_NS }),
+                true => self.shard().end_former(id, if alive { End::Goodbye } else { End::Dead }, now_ns),
                 false => drop(self.shard().end(id, End::Dead, now_ns)),
             }
         }
@@ -952,7 +972,7 @@ impl World {
         let now_ns = self.now_ns;
         for id in self.shard().cache().host.suspects() {
             if !self.zombies.iter().any(|zombie| zombie.id == id && zombie.until_ns.is_none()) {
-                self.shard().end_former(id, now_ns + GRACE_NS);
+                self.shard().end_former(id, End::Dead, now_ns);
             }
         }
     }
@@ -1022,7 +1042,7 @@ impl World {
         for id in ids {
             let now_ns = self.now_ns;
             self.shard().end(id, End::Dead, now_ns);
-            self.shard().end_former(id, now_ns);
+            self.shard().end_former(id, End::Goodbye, now_ns);
         }
         for _ in 0..10_000 {
             self.now_ns += 10_000;

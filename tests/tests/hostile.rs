@@ -93,5 +93,25 @@ fn an_instance_uses_its_part_of_the_pool_and_leaves_the_others_theirs() {
     assert_eq!(world.match_blocks(0, 0, 150), 150);
     let loaded: u32 = world.load(0, 0, 150).iter().filter(|run| run.0 == Status::Ok).map(|run| run.1).sum();
     assert_eq!(loaded, 100, "slots on loan count as well");
-    assert_eq!(world.reserve(1, 1, 150).len(), 100, "what is on loan is not evicted, the rest is");
+    assert_eq!(world.reserve(1, 1, 150).len(), 50, "what is leased stays while it is, the rest is the other's");
+}
+
+#[test]
+fn an_instance_that_holds_leases_without_end_leaves_others_theirs() {
+    let mut shape = Shape::draw(&mut Chance::new(5));
+    shape.faults = Default::default();
+    (shape.tp_size, shape.may_die, shape.may_lie, shape.may_crash) = (1, false, false, false);
+    (shape.host_slots, shape.disk_slots, shape.chains, shape.chain_blocks) = (16, 0, 2, 4);
+    shape.lease_ttl_ns = 1_000_000_000_000_000;
+    let mut world = World::with_shape(shape, Chance::new(6));
+    // Four sessions of one instance could hold every lease there is, if they might.
+    world.join_as(1, 4);
+    let grants = world.reserve(0, 0, 4);
+    assert_eq!(world.fill_and_commit(0, 0, 0, &grants), 4);
+    world.join();
+    let matched =
+        |world: &mut World, at: usize| (0..1024).filter(|_| world.match_blocks_at_once(at, 0, 4) == 4).count();
+    let held: usize = (0..4).map(|at| matched(&mut world, at)).sum();
+    assert_eq!(held, 2049, "half of them, and the one that made it half");
+    assert_eq!(matched(&mut world, 4), 1024, "the other has as many as any session may");
 }

@@ -149,8 +149,14 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
             );
         }
     }
-    match bad_dram + bad_ssd {
+    if number("slots_done") < number("slots_total") && number("unreadable_ssd_blocks") + bad_dram + bad_ssd == 0 {
+        let (done, total) = (number("slots_done"), number("slots_total"));
+        return Err(
+            format!("the verification ended after {done} of {total} slots: the server stopped, or is busy").into()
+        );
+    }
+    match bad_dram + bad_ssd + number("unreadable_ssd_blocks") {
         0 => Ok(()),
-        bad => Err(format!("{bad} copies were not what was stored: they are forgotten, and were served to nobody who verifies; look at the memory and the device").into()),
+        bad => Err(format!("{bad} copies are not what was stored, or cannot be read: what is wrong is forgotten; look at the memory and the device").into()),
     }
 }

@@ -71,6 +71,9 @@ fn print(report: &DirReport, options: Options) {
     let sound = if options.headers_only { "blocks with a sound header" } else { "sound blocks" };
     println!("  {:>10} {sound}", report.sound);
     println!("  {:>10} empty", report.empty);
+    if report.without_checksum > 0 {
+        println!("  {:>10} of the sound ones were written without a checksum", report.without_checksum);
+    }
     let bad = [
         (report.damaged_headers, "damaged headers: torn, rotten or misdirected"),
         (report.damaged_blocks, "blocks that are not what was written: their slot was written anew since, or rotten"),

@@ -7,6 +7,8 @@ mod replay;
 mod serve;
 mod settings;
 
+use std::io::Write;
+
 use clap::{Parser, Subcommand};
 
 /// One KV cache for every inference instance on a machine.
@@ -61,7 +63,8 @@ fn main() -> std::process::ExitCode {
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kvring: {error}");
+            // Where nobody listens, nobody is told.
+            let _ = writeln!(std::io::stderr(), "kvring: {error}");
             std::process::ExitCode::FAILURE
         }
     }

@@ -55,6 +55,8 @@ pub fn run(args: ServeArgs) -> Outcome {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        // A log that cannot be written is no reason to die.
+        .log_internal_errors(false)
         .init();
     // Once: the keeper has said it.
     for note in loaded.notes.iter().filter(|_| !args.engine) {
@@ -72,7 +74,12 @@ pub fn run(args: ServeArgs) -> Outcome {
         let _hangup = readable_on(&[SIGHUP])?;
         let inheritance = Inheritance::receive().map_err(ServeError::NoKeeper)?;
         let server = Server::new(loaded.config, layout, inheritance, stop)?;
-        return if server.run() { Ok(()) } else { Err("the data plane failed; see the log above".into()) };
+        if server.run() {
+            return Ok(());
+        }
+        tracing::error!("the data plane failed");
+        // Not the status of one that cannot start: this one died.
+        std::process::exit(70);
     }
     let signals = Signals { stop, hand_over: readable_on(&[SIGHUP])? };
     // Where the program is now: what lies there later is what an upgrade starts.

@@ -78,6 +78,8 @@ pub enum ToShard {
     Reset(u64),
     /// Slots of the SSD that have sound headers.
     FoundOnDisk(Vec<u32>),
+    /// Not all headers of a device could be read: what they say is not known.
+    DiskUnread(u32),
     /// All headers of the SSD were read.
     DiskRead,
     /// A session of an engine process before this one writes no more: it said so, or its process died.
@@ -99,6 +101,15 @@ pub struct Kept {
     table_fd: OwnedFd,
     /// What its blocks look like.
     pub layout: Layout,
+    /// Where its SSD tier lay: reads from there into the pool may be under way yet.
+    dirs: Vec<PathBuf>,
+}
+
+/// What a slot table says in words.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct TableText {
+    layout: Layout,
+    ssd_cache_dirs: Vec<PathBuf>,
 }
 
 impl Kept {
@@ -110,12 +121,35 @@ impl Kept {
         let bytes = rustix::fs::fstat(table_fd).map_err(|errno| errno.to_string())?.st_size as usize;
         let memory = Mapping::new(table_fd, bytes).map_err(|errno| errno.to_string())?;
         let (table, text) = SlotTable::open(Arc::new(memory))?;
-        let layout: Layout = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        let TableText { layout, ssd_cache_dirs: dirs } =
+            serde_json::from_str(&text).map_err(|error| error.to_string())?;
         if layout.fingerprint() != table.shape().layout {
             return Err("its layout is not the one it was made for".into());
         }
         let table_fd = table_fd.try_clone().map_err(|error| error.to_string())?;
-        Ok(Self { pool, table, table_fd, layout })
+        Ok(Self { pool, table, table_fd, layout, dirs })
+    }
+
+    /// Whether it is what is asked for now.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub fn suits(&self, config: &Config, layout: &Layout) -> Result<(), String> {
+        if self.layout != *layout {
+            return Err("the layout is another now".into());
+        }
+        if u64::from(self.table.shape().slots_count) != dma::slots_of(config, layout.block_bytes) {
+            return Err("cpu_cache_gb is another now".into());
+        }
+        let now: &[PathBuf] = if config.ssd_cache_bytes > 0 { &config.ssd_cache_dirs } else { &[] };
+        for dir in self.dirs.iter().filter(|dir| !now.contains(dir)) {
+            // Who has its lock knows that nothing is read from there into the pool any more.
+            let free = dir.is_dir().then(|| files::lock(dir, files::Patience::Wait));
+            if !matches!(free, Some(Ok(_))) {
+                return Err(format!("ssd_cache_dir was {} and reads from there may be under way", dir.display()));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -377,6 +411,15 @@ impl Teller {
     }
 }
 
+/// Tells the shard that the disk was read, whatever ends it.
+struct TellAtEnd(Teller);
+
+impl Drop for TellAtEnd {
+    fn drop(&mut self) {
+        self.0.tell(ToShard::DiskRead);
+    }
+}
+
 /// Reads what the SSD holds, behind: serving does not wait for it.
 fn read_the_disk(
     teller: Teller,
@@ -386,8 +429,11 @@ fn read_the_disk(
     to_read: Vec<Option<PathBuf>>,
     take: bool,
 ) {
-    let behind = teller.clone();
+    let (behind, end) = (teller.clone(), TellAtEnd(teller.clone()));
+    let devices_count = to_read.len() as u32;
     let read = move || {
+        // However this thread ends, the recovery does.
+        let _end = end;
         std::thread::scope(|scope| {
             for (device, (image, path)) in (0..).zip(images.iter().zip(&to_read)) {
                 let Some(path) = path else { continue };
@@ -407,14 +453,15 @@ fn read_the_disk(
                     if let Err(error) = read {
                         let path = path.display();
                         tracing::error!("{path}: headers cannot be read ({error}): what they name is forgotten");
+                        teller.tell(ToShard::DiskUnread(device));
                     }
                 });
             }
         });
-        behind.tell(ToShard::DiskRead);
     };
     if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {
         tracing::error!("cannot start a thread to read what the SSD holds: {error}: it is forgotten");
+        (0..devices_count).for_each(|device| teller.tell(ToShard::DiskUnread(device)));
         teller.tell(ToShard::DiskRead);
     }
 }
@@ -426,12 +473,10 @@ fn make_pool(
     kept: Option<Kept>,
 ) -> Result<(Arc<PoolMemory>, SlotTable, OwnedFd), BuildError> {
     let slot_bytes = layout.block_bytes;
-    if let Some(Kept { pool, table, table_fd, layout: theirs }) = kept {
-        let same = theirs == *layout && u64::from(table.shape().slots_count) == dma::slots_of(config, slot_bytes);
-        match dma::reopen(pool, slot_bytes, table.shape().slots_count).map_err(|errno| errno.to_string()) {
-            Ok(memory) if same => return Ok((Arc::new(memory), table, table_fd)),
-            Ok(_) => tracing::warn!("the pool starts empty: cpu_cache_gb or the layout is another now"),
-            Err(why) => tracing::warn!("the pool starts empty: the last one cannot be mapped: {why}"),
+    if let Some(Kept { pool, table, table_fd, .. }) = kept {
+        match dma::reopen(pool, slot_bytes, table.shape().slots_count) {
+            Ok(memory) => return Ok((Arc::new(memory), table, table_fd)),
+            Err(errno) => tracing::warn!("the pool starts empty: the last one cannot be mapped: {errno}"),
         }
     }
     let pool = Arc::new(dma::create(config, slot_bytes)?);
@@ -446,7 +491,8 @@ fn make_pool(
     let failed = |errno: rustix::io::Errno| BuildError::System { what: "make the slot table", errno: errno.into() };
     let table_fd = sealed_memfd("kvring-slots", shape.bytes() as u64, Pages::Small).map_err(failed)?;
     let memory = Arc::new(Mapping::new(&table_fd, shape.bytes()).map_err(failed)?);
-    let text = serde_json::to_string(layout).unwrap_or_default();
+    let ssd_cache_dirs = if config.ssd_cache_bytes > 0 { config.ssd_cache_dirs.clone() } else { Vec::new() };
+    let text = serde_json::to_string(&TableText { layout: layout.clone(), ssd_cache_dirs }).unwrap_or_default();
     Ok((pool, SlotTable::create(memory, shape, &text), table_fd))
 }
 
@@ -630,10 +676,10 @@ impl Runner {
                 self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
             }
             ToShard::FoundOnDisk(slots) => self.shard.found_on_disk(slots),
+            ToShard::DiskUnread(device) => self.shard.disk_was_not_read(device),
             ToShard::DiskRead => self.shard.disk_was_read(),
             ToShard::EndFormer(session, end) => {
-                let grace_ns = if end == End::Goodbye { 0 } else { self.shard.options().writer_grace_ns };
-                self.shard.end_former(session, monotonic_ns().saturating_add(grace_ns));
+                self.shard.end_former(session, end, monotonic_ns());
             }
             ToShard::Survey(mut survey, back) => {
                 self.shard.survey(&mut survey);
@@ -677,7 +723,14 @@ impl Runner {
             self.shard.drop_dirty();
         }
         let deadline_ns = monotonic_ns() + 5_000_000_000;
-        while !self.shard.is_drained() && monotonic_ns() < deadline_ns {
+        // What the SSD held comes first: until it is known, nothing is written there.
+        let recovering = |shard: &Shard<AnyDevice>| write_back && shard.cache().is_recovering();
+        while (recovering(&self.shard) || !self.shard.is_drained()) && monotonic_ns() < deadline_ns {
+            match self.for_shard.try_recv() {
+                Ok(ToShard::FoundOnDisk(slots)) => self.shard.found_on_disk(slots),
+                Ok(ToShard::DiskRead) => self.shard.disk_was_read(),
+                _ => {}
+            }
             if self.shard.poll(monotonic_ns()) == 0 {
                 std::thread::yield_now();
             }

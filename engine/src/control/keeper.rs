@@ -48,6 +48,8 @@ pub enum ToEngine {
 pub enum ToKeeper {
     /// Keep these: a pool and its table come beside it.
     Keep,
+    /// Let go of what is kept: it is not what is asked for now.
+    LetGo,
     /// It serves.
     Serving,
     /// It goes because somebody has asked it to.
@@ -98,6 +100,10 @@ impl Inheritance {
 
 /// How long an engine process may take to finish when it is told to stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
+/// How long an engine process may take until it serves.
+const START_PATIENCE: Duration = Duration::from_secs(120);
+/// Status of a process that cannot start, and has said why.
+const REFUSES: i32 = 1;
 /// Between the deaths of engine processes and their successors, where they follow one another fast.
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
@@ -111,6 +117,8 @@ pub struct Keeper {
     number: u64,
     crashes: u32,
     recent: VecDeque<Instant>,
+    /// Tries since the last engine process that served.
+    unserved: u32,
     kept: Option<[OwnedFd; 2]>,
 }
 
@@ -124,7 +132,8 @@ pub struct Signals {
 
 /// How an engine process ended.
 struct End {
-    status: ExitStatus,
+    /// None: it could not even be started, or watched.
+    status: Option<ExitStatus>,
     served: bool,
     leaving: Option<ToKeeper>,
 }
@@ -153,7 +162,18 @@ impl Keeper {
         let listener = bound.map_err(|errno| socket_error("cannot listen on")(errno.into()))?;
         let (epoch, epoch_fd) =
             EpochWriter::create().map_err(|errno| ServeError::System { what: "make the epoch", errno })?;
-        Ok(Self { config, lock, listener, epoch, epoch_fd, number: 0, crashes: 0, recent: VecDeque::new(), kept: None })
+        Ok(Self {
+            config,
+            lock,
+            listener,
+            epoch,
+            epoch_fd,
+            number: 0,
+            crashes: 0,
+            recent: VecDeque::new(),
+            unserved: 0,
+            kept: None,
+        })
     }
 
     /// Keeps an engine process running until one is told to stop. `engine` makes the command that starts
@@ -170,7 +190,12 @@ impl Keeper {
             self.epoch.advance(self.number);
             let end = match self.run_one(signals, engine(own_program)) {
                 Ok(end) => end,
-                Err(error) => break Err(error),
+                Err(error) if !ever_served => break Err(error),
+                Err(error) => {
+                    // What is kept is worth more than any one try.
+                    tracing::error!("{error}");
+                    End { status: None, served: false, leaving: None }
+                }
             };
             ever_served |= end.served;
             match end.leaving {
@@ -180,7 +205,10 @@ impl Keeper {
                     own_program = false;
                     continue;
                 }
-                None if !ever_served => break Err(ServeError::NotStarted { status: end.status }),
+                None if !ever_served => {
+                    let status = end.status.map_or_else(|| "no status".to_owned(), |status| status.to_string());
+                    break Err(ServeError::NotStarted { status });
+                }
                 None => {}
             }
             // An upgrade to a program that does not start goes back to the one that runs.
@@ -194,8 +222,15 @@ impl Keeper {
         ended
     }
 
-    /// Counts a crash; after too many the pool is given up.
+    /// Counts a crash; after too many the pool is given up. One that says that it cannot start, by status 1,
+    /// does not die of the pool.
     fn crashed(&mut self, end: &End) {
+        let status = end.status.map_or_else(|| "it could not be started".to_owned(), |status| status.to_string());
+        self.unserved = if end.served { 0 } else { self.unserved + 1 };
+        if end.status.is_none_or(|status| status.code() == Some(REFUSES)) {
+            tracing::error!("the engine process has not started ({status}): another try follows");
+            return;
+        }
         #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
         let now = Instant::now();
         self.crashes += 1;
@@ -203,23 +238,28 @@ impl Keeper {
         while self.recent.front().is_some_and(|at| now - *at > self.config.crash_window) {
             self.recent.pop_front();
         }
-        let status = end.status;
         if self.recent.len() as u32 >= self.config.crash_limit && self.kept.is_some() {
             tracing::error!(
                 "the engine process died ({status}): {} times in {} s: the pool starts empty",
                 self.recent.len(),
                 self.config.crash_window.as_secs()
             );
-            self.kept = None;
+            self.let_go();
         } else {
             tracing::error!("the engine process died ({status}): another one takes over");
         }
     }
 
+    /// The pool is given up, and whoever has it mapped is told.
+    fn let_go(&mut self) {
+        self.kept = None;
+        self.epoch.give_up_pool();
+    }
+
     /// The first crash costs no wait; those that follow at once, more and more. False: told to stop.
     fn wait_a_little(&self, signals: &Signals) -> bool {
-        let doublings = (self.recent.len() as u32).saturating_sub(self.config.crash_limit.max(1));
-        let wait = match doublings {
+        let often = (self.recent.len() as u32).saturating_sub(self.config.crash_limit);
+        let wait = match often.max(self.unserved) {
             0 => Duration::ZERO,
             n => (Duration::from_millis(50) * 2u32.saturating_pow(n)).min(BACKOFF_MAX),
         };
@@ -236,16 +276,29 @@ impl Keeper {
         let spawn = |error: std::io::Error| ServeError::Engine { what: "start", error };
         let mut child = command.spawn().map_err(spawn)?;
         drop(command);
+        let watched = self.watch(&mut child, &channel, signals);
+        if watched.is_err() {
+            // Nobody would know of it: it must not live on beside the next one.
+            kill(&mut child);
+            let _ = child.wait();
+        }
+        watched
+    }
+
+    fn watch(&mut self, child: &mut Child, channel: &Channel, signals: &Signals) -> Result<End, ServeError> {
+        let system = |what| move |errno| ServeError::System { what, errno };
         let begin = ToEngine::Begin { epoch: self.number, crashes: self.crashes, keeps_pool: self.kept.is_some() };
         let mut fds: Vec<BorrowedFd<'_>> = vec![self.listener.as_fd(), self.lock.as_fd(), self.epoch_fd.as_fd()];
         fds.extend(self.kept.iter().flatten().map(AsFd::as_fd));
         // One that is dead already is found so below.
         let _ = channel.send(&begin, &fds);
-        let pid = Pid::from_child(&child);
+        let pid = Pid::from_child(child);
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(system("pidfd_open"))?;
         let (mut served, mut leaving) = (false, None);
         let mut stop_by: Option<Instant> = None;
         let mut channel_open = true;
+        #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
+        let started = Instant::now();
         loop {
             let second = Timespec { tv_sec: 1, tv_nsec: 0 };
             // What is not listened to any more gives its place to the process, which is looked at anyway.
@@ -254,22 +307,28 @@ impl Keeper {
             let hand_over = if stop_by.is_none() { signals.hand_over.as_fd() } else { dead };
             let said = if channel_open { channel.as_fd() } else { dead };
             let mut fds = [&dead, &stop, &hand_over, &said].map(|fd| PollFd::new(fd, PollFlags::IN));
-            let timeout = stop_by.map(|_| &second);
+            let timeout = (stop_by.is_some() || !served).then_some(&second);
             let _ = poll(&mut fds, timeout);
             let is_ready = |at: usize| !fds[at].revents().is_empty();
             let (died, stop, hand_over, said) = (is_ready(0), is_ready(1), is_ready(2), is_ready(3));
             if said && channel_open {
-                channel_open = self.hear(&channel, &mut served, &mut leaving);
+                channel_open = self.hear(channel, &mut served, &mut leaving);
             }
             if died {
                 // What it said last is still there to be heard.
-                while channel_open && self.hear(&channel, &mut served, &mut leaving) {}
+                while channel_open && self.hear(channel, &mut served, &mut leaving) {}
                 let status = child.wait().map_err(|error| ServeError::Engine { what: "wait for", error })?;
-                return Ok(End { status, served, leaving });
+                return Ok(End { status: Some(status), served, leaving });
             }
             #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
             let now = Instant::now();
-            if (stop || hand_over) && stop_by.is_none() {
+            if !served && stop_by.is_none() && now - started > START_PATIENCE {
+                tracing::error!("the engine process does not serve after {} s: it is killed", START_PATIENCE.as_secs());
+                kill(child);
+            }
+            // Who has said that it stops is not made to hand over.
+            let leaves = matches!(leaving, Some(ToKeeper::Leaving { hand_over: false }));
+            if (stop || hand_over && !leaves) && stop_by.is_none() {
                 stop_by = Some(now + STOP_PATIENCE);
                 let message = if stop { ToEngine::Stop } else { ToEngine::HandOver };
                 if !stop {
@@ -281,7 +340,7 @@ impl Keeper {
             }
             if stop_by.is_some_and(|by| now > by) {
                 tracing::warn!("the engine process has not stopped in {} s: it is killed", STOP_PATIENCE.as_secs());
-                kill(&mut child);
+                kill(child);
                 stop_by = Some(now + STOP_PATIENCE);
             }
         }
@@ -290,7 +349,11 @@ impl Keeper {
     /// Hears one message. False: no more will come.
     fn hear(&mut self, channel: &Channel, served: &mut bool, leaving: &mut Option<ToKeeper>) -> bool {
         match channel.receive::<ToKeeper>(false) {
-            Ok((ToKeeper::Keep, fds)) => self.kept = <[OwnedFd; 2]>::try_from(fds).ok(),
+            Ok((ToKeeper::Keep, fds)) => match <[OwnedFd; 2]>::try_from(fds) {
+                Ok(fds) => self.kept = Some(fds),
+                Err(_) => tracing::error!("the pool came without its descriptors: the last one is kept"),
+            },
+            Ok((ToKeeper::LetGo, _)) => self.let_go(),
             Ok((ToKeeper::Serving, _)) => *served = true,
             Ok((said @ ToKeeper::Leaving { .. }, _)) => *leaving = Some(said),
             Err(_) => return false,

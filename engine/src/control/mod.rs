@@ -49,7 +49,7 @@ pub enum ServeError {
     #[error("cannot {what} the engine process: {error}")]
     Engine { what: &'static str, error: std::io::Error },
     #[error("the engine process did not start ({status}); what it said is above")]
-    NotStarted { status: std::process::ExitStatus },
+    NotStarted { status: String },
     #[error("an engine process is started by `kvring serve` and by nobody else: {0}")]
     NoKeeper(ChannelError),
 }
@@ -116,6 +116,8 @@ pub struct Server {
     inheritance: Inheritance,
     /// Processes that an engine process before this one gave slots to, and that may still write into them.
     formers: HashMap<SessionId, Former>,
+    /// Sessions of which it is not known yet whether their process lives.
+    uncertain: Vec<SessionId>,
     connections: HashMap<u64, Connection>,
     instances: Vec<Instance>,
     next_connection: u64,
@@ -127,6 +129,7 @@ pub struct Server {
     /// A reset came before there was a data plane.
     forget_at_start: bool,
     leaving: Option<Leaving>,
+    keeper_is_gone: bool,
     verify: Arc<VerifyState>,
 }
 
@@ -181,6 +184,7 @@ impl Server {
             stop,
             inheritance,
             formers: HashMap::new(),
+            uncertain: Vec::new(),
             connections: HashMap::new(),
             instances: Vec::new(),
             next_connection: FIRST_CONNECTION,
@@ -191,6 +195,7 @@ impl Server {
             media_warned: None,
             forget_at_start: false,
             leaving: None,
+            keeper_is_gone: false,
             verify: Arc::default(),
         };
         // The data plane before the socket: whoever connects is served at once.
@@ -219,6 +224,15 @@ impl Server {
     }
 
     fn start_engine(&mut self, layout: Layout, on_mismatch: OnMismatch, kept: Option<Kept>) -> Result<(), BuildError> {
+        let kept = kept.and_then(|kept| match kept.suits(&self.config, &layout) {
+            Ok(()) => Some(kept),
+            Err(why) => {
+                tracing::warn!("the pool starts empty: {why}");
+                // Nobody keeps memory that the next pool may need.
+                let _ = self.inheritance.channel.send(&ToKeeper::LetGo, &[]);
+                None
+            }
+        });
         let engine = Engine::start(&self.config, layout, on_mismatch, self.forget_at_start, kept)?;
         self.next_session = engine.table.last_session();
         // From now on a death of this process costs nothing that is in the pool.
@@ -231,21 +245,41 @@ impl Server {
     }
 
     /// A session of an engine process that is gone had slots: they are free when its process has said that
-    /// it writes no more, or is dead and the grace is over.
+    /// it writes no more, or is dead and the grace is over. In doubt it lives.
     fn await_former(&mut self, engine: &Engine, session: SessionId) {
-        let alive = engine.table.session(session).and_then(|former| {
-            let pid = rustix::process::Pid::from_raw(former.pid)?;
-            let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()?;
+        // Places of sessions that may live are not given again: who is not there was dead.
+        let Some(named) = engine.table.session(session) else {
+            return engine.tell(ToShard::EndFormer(session, End::Dead));
+        };
+        let watched = rustix::process::Pid::from_raw(named.pid).ok_or(rustix::io::Errno::SRCH).and_then(|pid| {
+            let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
             // Asked after the descriptor was had: it is this process, or the number was given again.
-            (started_ticks(former.pid) == Some(former.started_ticks)).then_some(Former { pid: former.pid, pidfd })
-        });
-        let token = epoll::EventData::new_u64(FORMER | u64::from(session.0));
-        match alive {
-            Some(former) if epoll::add(&self.epoll, &former.pidfd, token, epoll::EventFlags::IN).is_ok() => {
-                self.formers.insert(session, former);
+            match started_ticks(named.pid) {
+                Some(ticks) if ticks != named.started_ticks => return Err(rustix::io::Errno::SRCH),
+                Some(_) => {}
+                None => return Err(rustix::io::Errno::AGAIN),
             }
-            _ => engine.tell(ToShard::EndFormer(session, End::Dead)),
+            let token = epoll::EventData::new_u64(FORMER | u64::from(session.0));
+            epoll::add(&self.epoll, &pidfd, token, epoll::EventFlags::IN)?;
+            Ok(Former { pid: named.pid, pidfd })
+        });
+        match watched {
+            Ok(former) => drop(self.formers.insert(session, former)),
+            Err(rustix::io::Errno::SRCH) => engine.tell(ToShard::EndFormer(session, End::Dead)),
+            Err(errno) => {
+                tracing::warn!("whether process {} lives is not known ({errno}): asked again", named.pid);
+                self.uncertain.push(session);
+            }
         }
+    }
+
+    /// Asks again for those of whom nothing was known.
+    fn ask_again(&mut self) {
+        let Some(engine) = self.engine.take_if(|_| !self.uncertain.is_empty()) else { return };
+        for session in std::mem::take(&mut self.uncertain) {
+            self.await_former(&engine, session);
+        }
+        self.engine = Some(engine);
     }
 
     fn end_former(&mut self, session: SessionId, end: End) {
@@ -280,6 +314,7 @@ impl Server {
                 }
             }
             self.drop_silent();
+            self.ask_again();
             self.hear_shard();
             self.log_counters();
             self.warn_of_media();
@@ -300,6 +335,14 @@ impl Server {
         true
     }
 
+    /// Who looks for the server by its lock finds this process.
+    fn sign_the_lock(&self) {
+        use std::io::{Seek, Write};
+        let Ok(lock) = self.inheritance.lock.try_clone() else { return };
+        let mut lock = std::fs::File::from(lock);
+        let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
+    }
+
     fn hear_keeper(&mut self) {
         match self.inheritance.channel.receive::<ToEngine>(false) {
             Ok((ToEngine::Stop, _)) => self.leaving = Some(Leaving::Stop),
@@ -307,6 +350,8 @@ impl Server {
             Ok((ToEngine::Begin { .. }, _)) | Err(ChannelError::TimedOut) => {}
             Err(error) => {
                 let _ = epoll::delete(&self.epoll, &self.inheritance.channel);
+                self.keeper_is_gone = true;
+                self.sign_the_lock();
                 tracing::error!(
                     "the keeper is gone ({error}): the pool would end with this process; `kvring stop` and a new start bring a keeper back"
                 );
@@ -458,6 +503,11 @@ impl Server {
                 self.reply(number, &Refusal::for_good("only the server's user may stop it".into()).into_reply());
                 self.drop_if_no_session(number);
             }
+            Request::Upgrade if self.keeper_is_gone => {
+                let reason = "the keeper is gone, so nobody would start another engine process: `kvring stop`, and start the server anew";
+                self.reply(number, &Refusal::for_good(reason.into()).into_reply());
+                self.drop_if_no_session(number);
+            }
             Request::Stop => {
                 self.leaving = Some(Leaving::Stop);
                 self.reply(number, &Reply::Stopping);
@@ -562,7 +612,11 @@ impl Server {
             .connections
             .values()
             .filter_map(|connection| connection.session.as_ref())
-            .map(|attached| attached.id.0 as usize % SESSIONS_MAX)
+            .map(|attached| attached.id)
+            // Their places in the slot table say who they are.
+            .chain(self.formers.keys().copied())
+            .chain(self.uncertain.iter().copied())
+            .map(|id| id.0 as usize % SESSIONS_MAX)
             .collect();
         (0..SESSIONS_MAX as u32).find_map(|_| {
             // Wraps after four billion sessions; u32::MAX means nobody.
@@ -635,13 +689,10 @@ impl Server {
             engine.events.as_fd(),
             self.inheritance.epoch_fd.as_fd(),
         ];
-        // Before it can be granted a slot.
+        // Before it can be granted a slot. Who cannot be told from another process of its number gets none.
         let pid = peer.pid.as_raw_nonzero().get();
-        engine.table.begin_session(FormerSession {
-            session: id,
-            pid,
-            started_ticks: started_ticks(pid).unwrap_or_default(),
-        });
+        let started_ticks = started_ticks(pid).ok_or(rustix::io::Errno::SRCH)?;
+        engine.table.begin_session(FormerSession { session: id, pid, started_ticks });
         if connection.channel.send(&Reply::Welcome(welcome), &fds).is_err() {
             return Err(rustix::io::Errno::PIPE);
         }

@@ -62,6 +62,8 @@ pub struct VerifyState {
     pub without_checksum: AtomicU64,
     pub bad_dram_blocks: AtomicU64,
     pub bad_ssd_blocks: AtomicU64,
+    /// Blocks of the SSD that could not be read: nothing is known of them.
+    pub unreadable_ssd_blocks: AtomicU64,
     pub runs: AtomicU64,
 }
 
@@ -80,6 +82,7 @@ impl VerifyState {
             "without_checksum": n(&self.without_checksum),
             "bad_dram_blocks": n(&self.bad_dram_blocks),
             "bad_ssd_blocks": n(&self.bad_ssd_blocks),
+            "unreadable_ssd_blocks": n(&self.unreadable_ssd_blocks),
         })
     }
 }
@@ -105,6 +108,7 @@ pub fn begin(config: &Config, engine: &Engine, state: &Arc<VerifyState>, bytes_p
         &state.without_checksum,
         &state.bad_dram_blocks,
         &state.bad_ssd_blocks,
+        &state.unreadable_ssd_blocks,
     ];
     counters.into_iter().for_each(|counter| counter.store(0, Ordering::Relaxed));
     state.slots_total.store(engine.slots_count(), Ordering::Relaxed);
@@ -118,16 +122,25 @@ pub fn begin(config: &Config, engine: &Engine, state: &Arc<VerifyState>, bytes_p
         state: state.clone(),
         bytes_per_s,
     };
-    let ended = state.clone();
+    let ended = Ended(state.clone());
     let spawned = std::thread::Builder::new().name("kvring-verify".into()).spawn(move || {
+        let _ended = ended;
         scrub.run();
-        ended.runs.fetch_add(1, Ordering::Relaxed);
-        ended.running.store(false, Ordering::SeqCst);
     });
     spawned.map(drop).map_err(|error| {
         state.running.store(false, Ordering::SeqCst);
         format!("no thread can be had: {error}")
     })
+}
+
+/// Says so when the thread ends, whatever ends it.
+struct Ended(Arc<VerifyState>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.runs.fetch_add(1, Ordering::Relaxed);
+        self.0.running.store(false, Ordering::SeqCst);
+    }
 }
 
 struct Scrub {
@@ -146,7 +159,7 @@ impl Scrub {
         #[expect(clippy::disallowed_methods, reason = "a thread of the control plane")]
         let started = Instant::now();
         let mut scratch = vec![0; checksum::SCRATCH_BYTES];
-        let mut bad_of = |tier: Tier, at: &Surveyed, files: &[Vec<File>], block: &mut [u8]| match tier {
+        let mut crc_of = |tier: Tier, at: &Surveyed, files: &[Vec<Option<File>>], block: &mut [u8]| match tier {
             Tier::Host => {
                 let offset = at.slot as usize * self.slot_bytes;
                 Some(checksum::of_mapping(&self.pool, offset, self.slot_bytes, &mut scratch))
@@ -169,8 +182,11 @@ impl Scrub {
                     if self.state.stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    let good = bad_of(tier, at, &files, block) == Some(at.data_crc);
-                    if !good && self.distrust(*at) {
+                    let made = crc_of(tier, at, &files, block);
+                    if made.is_none() {
+                        self.state.unreadable_ssd_blocks.fetch_add(1, Ordering::Relaxed);
+                    }
+                    if made.is_some_and(|made| made != at.data_crc) && self.distrust(*at) {
                         let bad =
                             if tier == Tier::Host { &self.state.bad_dram_blocks } else { &self.state.bad_ssd_blocks };
                         bad.fetch_add(1, Ordering::Relaxed);
@@ -203,20 +219,20 @@ impl Scrub {
         answer.recv_timeout(PATIENCE).unwrap_or(false)
     }
 
-    fn open(&self) -> Vec<Vec<File>> {
+    fn open(&self) -> Vec<Vec<Option<File>>> {
         let files_count = self.geometry.map_or(0, |geometry| geometry.files_per_device());
         let direct = |path: PathBuf| {
             let mut options = File::options();
             options.read(true).custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32);
             options.open(path).ok()
         };
-        self.dirs.iter().map(|dir| (0..files_count).filter_map(|file| direct(path_of(dir, file))).collect()).collect()
+        self.dirs.iter().map(|dir| (0..files_count).map(|file| direct(path_of(dir, file))).collect()).collect()
     }
 
-    fn read<'a>(&self, slot: u32, files: &[Vec<File>], block: &'a mut [u8]) -> Option<&'a [u8]> {
+    fn read<'a>(&self, slot: u32, files: &[Vec<Option<File>>], block: &'a mut [u8]) -> Option<&'a [u8]> {
         let geometry = self.geometry.as_ref()?;
         let (file, offset) = geometry.offset_of(slot);
-        let file = files.get(geometry.device_of(slot))?.get(file as usize)?;
+        let file = files.get(geometry.device_of(slot))?.get(file as usize)?.as_ref()?;
         file.read_exact_at(block, offset).ok()?;
         Some(block)
     }

@@ -122,7 +122,7 @@ pub fn open(
     layout: &Layout,
     on_mismatch: OnMismatch,
 ) -> Result<Vec<DeviceFiles>, FilesError> {
-    let locks = dirs.iter().map(|dir| lock(dir)).collect::<Result<Vec<_>, _>>()?;
+    let locks = dirs.iter().map(|dir| lock(dir, Patience::Wait)).collect::<Result<Vec<_>, _>>()?;
     // Any cache id will do for a new cache; devices that disagree were never one cache.
     let mut cache_id = None;
     let mut devices = Vec::new();
@@ -132,19 +132,28 @@ pub fn open(
     Ok(devices)
 }
 
+/// How long a directory that somebody has is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// Two seconds: a server that died lets go of it when its last transfer has ended.
+    Wait,
+    /// Not at all.
+    No,
+}
+
 /// Takes a directory for this process.
 ///
 /// # Errors
 /// Another server has it, or it cannot be used.
-pub fn lock(dir: &Path) -> Result<File, FilesError> {
+pub fn lock(dir: &Path, patience: Patience) -> Result<File, FilesError> {
     let cannot = |error| FilesError::Directory { dir: dir.display().to_string(), error };
     std::fs::create_dir_all(dir).map_err(cannot)?;
     let path = dir.join("kvring.lock");
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(cannot)?;
-    // A server that died lets go of it when its last transfer has ended: the disk's time, not ours.
-    for _ in 0..LOCK_TRIES {
+    for _ in 0..if patience == Patience::Wait { LOCK_TRIES } else { 1 } {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if patience == Patience::No => break,
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 #[expect(clippy::disallowed_methods, reason = "before there is a shard")]
                 std::thread::sleep(LOCK_PAUSE);

@@ -81,11 +81,13 @@ pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32) -> rustix::io::Res
     if !kvring_ipc::mapping::is_sealed(&fd, used)? {
         return Err(rustix::io::Errno::INVAL);
     }
-    // hugetlbfs says the size of its pages here, tmpfs that of the kernel's.
-    let pages = match rustix::fs::fstat(&fd)?.st_blksize as u64 {
+    // Asked of the file system: a tmpfs may name the size of a hugepage as its block's and have none.
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    let system = rustix::fs::fstatfs(&fd)?;
+    let pages = match system.f_bsize as u64 {
+        _ if system.f_type as i64 != HUGETLBFS_MAGIC => Pages::Small,
         bytes if bytes == Pages::Huge1G.bytes() => Pages::Huge1G,
-        bytes if bytes == Pages::Huge2M.bytes() => Pages::Huge2M,
-        _ => Pages::Small,
+        _ => Pages::Huge2M,
     };
     let memory = over(fd, used, slot_bytes, pages)?;
     if pages == Pages::Small {

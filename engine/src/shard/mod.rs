@@ -28,8 +28,8 @@ use crate::control::verify::{Survey, Surveyed};
 use crate::device::{Device, Direction, Done, Io, Region};
 use crate::index::{BlockId, Place, Tier};
 use crate::limits::{
-    DEVICE_BUDGET, HOUSEKEEPING_NS, LOADS_PER_SESSION_MAX, PREFETCH_AHEAD_MAX, SESSION_BUDGET, SESSIONS_MAX,
-    SHARE_SLOTS_MIN,
+    DEVICE_BUDGET, HOUSEKEEPING_NS, LEASES_MAX, LOADS_PER_SESSION_MAX, PREFETCH_AHEAD_MAX, SESSION_BUDGET,
+    SESSIONS_MAX, SHARE_SLOTS_MIN,
 };
 use crate::metrics::Metrics;
 use crate::planted::{self, Bug};
@@ -86,6 +86,8 @@ pub struct Shard<D> {
     hungry_count: u32,
     /// Slots that each instance may fill or have on loan at once.
     share: u32,
+    /// Instances that have a session.
+    instances: u32,
     dirty: VecDeque<Dirty>,
     /// Makes the checksums of write-backs; without it they are made here.
     hasher: Option<Hasher>,
@@ -100,8 +102,8 @@ pub struct Shard<D> {
     next_sweep_ns: u64,
     /// Checksums of blocks in the pool that this round may still make for loads.
     verifications_left: u32,
-    /// What the last engine process left in the pool and not on the SSD is yet to be queued for it.
-    requeue: bool,
+    /// What the last engine process left in the pool and not on the SSD is queued for it, from this slot on.
+    requeue_from: u32,
 }
 
 /// Checksums made for loads in one round; what waits for one is looked at again in the next.
@@ -158,6 +160,7 @@ impl<D: Device> Shard<D> {
             loads: Loads::new(host_slots),
             hungry_count: 0,
             share: host_slots,
+            instances: 0,
             // A block is queued once for each time it becomes resident; the oldest are dropped.
             dirty: VecDeque::with_capacity(host_slots as usize),
             hasher: None,
@@ -171,7 +174,7 @@ impl<D: Device> Shard<D> {
             next_housekeeping_ns: 0,
             next_sweep_ns: 0,
             verifications_left: VERIFICATIONS_MAX,
-            requeue: true,
+            requeue_from: 0,
             cache,
         }
     }
@@ -266,10 +269,20 @@ impl<D: Device> Shard<D> {
     pub fn disk_was_read(&mut self) {
         self.cache.disk_was_read();
     }
-    /// A session of an engine process that is gone writes no more, from `free_at_ns` on: the slots that it
-    /// was granted may be used again.
-    pub fn end_former(&mut self, session: SessionId, free_at_ns: u64) {
-        self.cache.host.end_quarantine(session, free_at_ns);
+    /// Not all headers of a device could be read.
+    pub fn disk_was_not_read(&mut self, device: u32) {
+        if let Some(disk) = &mut self.cache.disk {
+            disk.is_unread(device);
+        }
+    }
+    /// A session of an engine process that is gone has said that it writes no more (`Goodbye`), or is dead:
+    /// the slots that it was granted may be used again, at once or after the grace.
+    pub fn end_former(&mut self, session: SessionId, end: End, now_ns: u64) {
+        if end == End::Goodbye {
+            self.cache.host.end_quarantine_drained(session, now_ns);
+        } else {
+            self.cache.host.end_quarantine(session, now_ns.saturating_add(self.options.writer_grace_ns));
+        }
     }
     /// The devices.
     pub fn devices(&mut self) -> impl Iterator<Item = &mut D> {
@@ -310,7 +323,17 @@ impl<D: Device> Shard<D> {
         let instance = |at: &usize| self.sessions[*at].as_ref().map(|session| session.writer.instance);
         let is_first = |nth: usize, at: &usize| !self.live[..nth].iter().any(|other| instance(other) == instance(at));
         let instances = self.live.iter().enumerate().filter(|(nth, at)| is_first(*nth, at)).count() as u32;
+        self.instances = instances;
         self.share = (self.cache.host.count() / instances.max(1)).max(SHARE_SLOTS_MIN);
+    }
+
+    /// Whether a session may have another lease: while there are plenty, anybody may.
+    fn may_lease(&self, at: usize) -> bool {
+        let count = self.cache.leases.count();
+        let Some(session) = self.sessions[at].as_deref().filter(|_| count > LEASES_MAX / 2) else { return true };
+        let its = self.sessions().filter(|other| other.writer.instance == session.writer.instance);
+        let held: u32 = its.map(|other| self.cache.leases.held(other.writer.session)).sum();
+        held < LEASES_MAX as u32 / self.instances.max(2)
     }
 
     /// Slots that an instance may still take into use.
@@ -378,6 +401,10 @@ impl<D: Device> Shard<D> {
     pub fn poll(&mut self, now_ns: u64) -> u32 {
         let mut work = 0;
         self.verifications_left = VERIFICATIONS_MAX;
+        // Those that wait are older than those that come.
+        if self.hungry_count > 0 {
+            self.feed_hungry(now_ns);
+        }
         for i in 0..self.live.len() {
             work += self.poll_session(self.live[i], now_ns);
         }
@@ -413,16 +440,18 @@ impl<D: Device> Shard<D> {
             self.metrics.ssd_recovered_blocks_count.set(u64::from(self.cache.recovery.recovered.disk));
             return count;
         }
-        if std::mem::take(&mut self.requeue) && self.cache.disk.is_some() {
-            for (block, b) in self.cache.index.blocks() {
-                if let (Place::Ready(slot), Place::Absent) = (b.place(Tier::Host), b.place(Tier::Disk))
-                    && self.dirty.len() < self.dirty.capacity()
-                {
-                    self.dirty.push_back(Dirty { grant: self.cache.host.grant(slot), block });
-                }
+        let host_slots = if self.cache.disk.is_some() { self.cache.host.count() } else { 0 };
+        let from = self.requeue_from;
+        let end = host_slots.min(from.saturating_add(RECOVERY_BUDGET));
+        self.requeue_from = from.max(end);
+        for slot in from..end {
+            let Some((block, ..)) = self.cache.block_in(Tier::Host, slot) else { continue };
+            let on_disk = self.cache.index.block(block).place(Tier::Disk) != Place::Absent;
+            if !on_disk && self.dirty.len() < self.dirty.capacity() {
+                self.dirty.push_back(Dirty { grant: self.cache.host.grant(slot), block });
             }
         }
-        0
+        end.saturating_sub(from)
     }
 
     fn poll_session(&mut self, at: usize, now_ns: u64) -> u32 {
@@ -504,13 +533,17 @@ impl<D: Device> Shard<D> {
     }
 
     fn answer_match(&mut self, at: usize, tag: Tag, keys: Span, now_ns: u64) {
+        let may = self.may_lease(at);
         let Some(session) = self.sessions[at].as_deref_mut() else { return };
         let expires_at_ns = now_ns + self.options.lease_ttl_ns;
         // Bisection reads few of the keys: they are copied out one by one, each once.
         let segment = &session.segment;
         let writer = session.writer;
         let key_at = |i| segment.read_key(keys, i);
-        let matched = self.cache.match_chain(keys.count, key_at, writer.session, writer.instance, expires_at_ns);
+        let matched = match may {
+            true => self.cache.match_chain(keys.count, key_at, writer.session, writer.instance, expires_at_ns),
+            false => Err(Status::Quota),
+        };
         self.metrics.matches_count.add(1);
         self.metrics.match_blocks_requested_count.add(u64::from(keys.count));
         let mut completion = Completion::plain(tag, Some(Op::Match), Status::Ok);
@@ -570,6 +603,7 @@ impl<D: Device> Shard<D> {
                 None => (Status::Stale, None),
                 Some(Found::Gone) => (Status::Miss, None),
                 Some(Found::Ready(slot)) => match self.verified(slot, block) {
+                    None if now_ns >= load.deadline_ns => (Status::Busy, None),
                     None => break,
                     // Its other copy may be good.
                     Some(false) => continue,

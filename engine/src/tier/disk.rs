@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
 use kvring_ipc::sync::Ordering;
@@ -91,6 +92,8 @@ struct Headers {
     /// Sectors whose old headers may still be on the device after a reset.
     uncleared: Box<[bool]>,
     uncleared_count: u32,
+    /// What lies on the device is not known: its image is zeros in places.
+    unread: bool,
 }
 
 /// All slots of the SSD tier.
@@ -144,6 +147,7 @@ impl DiskSlots {
             queue: VecDeque::with_capacity(sectors),
             uncleared: vec![false; sectors].into_boxed_slice(),
             uncleared_count: 0,
+            unread: false,
         });
         Self {
             slots: vec![Slot::default(); geometry.slots_count() as usize].into_boxed_slice(),
@@ -261,14 +265,23 @@ impl DiskSlots {
         self.slots[slot as usize].generation
     }
 
+    /// Its bytes are not what was written: a restart finds nothing there.
+    pub fn clear_header(&mut self, slot: u32) {
+        self.write_header(slot, &Header::zeroed());
+    }
+
     /// The bytes are on the device: their header may follow.
     pub fn describe(&mut self, slot: u32, key: BlockKey, parent: BlockKey, depth: u32) {
         let Slot { generation, data_crc } = self.slots[slot as usize];
         let header = Header { key, parent, data_crc, generation, depth, slot, flags: 0, crc: 0 }.sealed(self.layout);
+        self.write_header(slot, &header);
+    }
+
+    fn write_header(&mut self, slot: u32, header: &Header) {
         let sector = self.geometry.header_sector_of(slot);
         let device = &mut self.headers[self.geometry.device_of(slot)];
         let offset = u64::from(self.geometry.local_of(slot)) * HEADER_BYTES;
-        device.image.copy_in(offset as usize, bytemuck::bytes_of(&header));
+        device.image.copy_in(offset as usize, bytemuck::bytes_of(header));
         let state = &mut device.sectors[sector as usize];
         match *state {
             Sector::Clean => {
@@ -293,7 +306,7 @@ impl DiskSlots {
                 let mut bytes = NOTHING;
                 device.image.copy_out(offset, &mut bytes);
                 // What is empty here is empty there, unless it is on its way.
-                if bytes == NOTHING && *state == Sector::Clean && !device.uncleared[index] {
+                if bytes == NOTHING && *state == Sector::Clean && !device.uncleared[index] && !device.unread {
                     continue;
                 }
                 device.image.copy_in(offset, &NOTHING);
@@ -308,6 +321,10 @@ impl DiskSlots {
                 }
             }
         }
+    }
+    /// Not all of a device's headers could be read: a reset clears what it cannot see as well.
+    pub fn is_unread(&mut self, device: u32) {
+        self.headers[device as usize].unread = true;
     }
     /// Whether no header from before the last reset is on a device any more.
     pub fn is_cleared(&self) -> bool {

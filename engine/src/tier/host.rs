@@ -427,6 +427,15 @@ impl HostSlots {
         }
     }
 
+    /// The session has said that it writes no more: its slots wait for nobody but other writers, and the
+    /// next engine process does not ask for it again.
+    pub fn end_quarantine_drained(&mut self, session: SessionId, now_ns: u64) {
+        for at in 0..self.quarantined.len() {
+            self.end_quarantine_of_slot(session, self.quarantined[at]);
+        }
+        self.release_quarantined(now_ns);
+    }
+
     /// The writer has promised that nothing of its own writes into this slot any more.
     pub fn end_quarantine_of_slot(&mut self, session: SessionId, slot: u32) {
         for rank in 0..self.tp_size {
