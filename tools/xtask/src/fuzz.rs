@@ -63,7 +63,13 @@ pub fn fuzz(arguments: &[&str]) -> Outcome {
 /// Builds every target. Says where the programs are.
 fn build() -> Outcome<PathBuf> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    if !Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success()) {
+    let is_there = || Command::new(&compiler).arg("--version").output().is_ok_and(|output| output.status.success());
+    if !is_there() {
+        // Where that is ours to do.
+        let install = "apt-get update -q && apt-get install -qy --no-install-recommends g++";
+        let _ = step("install g++", Command::new("sh").args(["-c", install]));
+    }
+    if !is_there() {
         return Err(format!("libFuzzer is C++ and there is no {compiler}: install a C++ compiler (Debian: g++)"));
     }
     let version = cargo(&["-vV"]).output().map_err(|error| format!("cargo -vV: {error}"))?;
