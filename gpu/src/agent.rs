@@ -516,7 +516,9 @@ impl<B: CopyBackend> Transfer<B> {
             self.instance.drained();
             // Nor is it given back: to this session the same grant means another slot's use.
             self.jobs.values_mut().for_each(|job| job.filled.clear());
-            let begun = |job: &Job| !connected || job.asked > 0;
+            // What was not asked yet may be asked of a server that is about to be back; its deadline holds.
+            let hopeless = !connected && !self.instance.is_expected();
+            let begun = |job: &Job| hopeless || job.asked > 0;
             let lost: Vec<_> = self.jobs.iter().filter(|(_, job)| begun(job)).map(|(ticket, _)| *ticket).collect();
             lost.into_iter().for_each(|ticket| self.end(ticket));
         }

@@ -514,6 +514,7 @@ impl Session {
                 SessionState::Open => Ok(Next::None),
                 SessionState::Poisoned => Err(Broken("the server says that we broke protocol")),
                 SessionState::Closing => Err(Broken("the server is closing")),
+                SessionState::HandedOver => Err(Broken("the server has handed over to another engine process")),
             };
         };
         let completion = Completion::parse(&entry).ok_or(Broken("a completion makes no sense"))?;
@@ -696,6 +697,11 @@ impl Session {
     pub fn tell_drained(&self, session: u32) -> bool {
         let told = self.wires.as_ref().map(|wires| wires.control.send(&Request::Drained { session }, &[]));
         told.is_some_and(|told| told.is_ok())
+    }
+
+    /// Whether another engine process takes over from the one that granted this session.
+    pub fn is_handed_over(&self) -> bool {
+        self.segment.state() == SessionState::HandedOver
     }
 
     /// Whether the server has hung up: a system call, for those who have not waited lately.

@@ -98,6 +98,8 @@ pub struct Instance {
     formers: Vec<Former>,
     /// The caller says when it is drained: it posts by itself.
     drains_by_hand: bool,
+    /// A server that handed over is about to serve again: calls may wait for it until then.
+    expected_until: Option<Instant>,
 }
 
 /// A lost session whose slots may still be written to from here.
@@ -114,6 +116,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while it was held leaves a pool that is still a pool.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// How long a server that handed over is expected to be back.
+const SUCCESSION: Duration = Duration::from_millis(500);
 
 /// More lost sessions than this are not remembered: their slots wait for the end of this process.
 const FORMERS_MAX: usize = 64;
@@ -202,6 +207,7 @@ impl Instance {
             held_count: 0,
             formers: Vec::new(),
             drains_by_hand: false,
+            expected_until: None,
         };
         let deadline = Instant::now() + instance.config.start_wait;
         // The first try is ours, so that a refusal is an error and not a line in a log.
@@ -405,14 +411,42 @@ impl Instance {
         miss: T,
         exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>,
     ) -> T {
+        let deadline = Instant::now() + self.config.client_wait;
+        self.await_successor(deadline);
         self.look_for_session(None);
-        if number == self.sessions_count { self.exchange(miss, exchange) } else { miss }
+        if number == self.sessions_count { self.exchange_now(miss, deadline, exchange) } else { miss }
+    }
+
+    /// A server that has handed over serves again in a moment: a call waits for it as it would for an answer.
+    fn await_successor(&mut self, deadline: Instant) {
+        if self.session.as_ref().is_some_and(Session::is_handed_over) {
+            self.lose_session();
+        }
+        while self.session.is_none() && self.is_expected() && Instant::now() < deadline {
+            self.look_for_session(Some(deadline));
+        }
+    }
+
+    /// Whether a server that handed over is about to serve again.
+    pub fn is_expected(&self) -> bool {
+        self.expected_until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Runs one exchange; if the session turns out broken, forgets it and connects anew behind.
     fn exchange<T>(&mut self, miss: T, exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>) -> T {
-        self.look_for_session(None);
         let deadline = Instant::now() + self.config.client_wait;
+        self.await_successor(deadline);
+        self.look_for_session(None);
+        self.exchange_now(miss, deadline, exchange)
+    }
+
+    /// With the session there is.
+    fn exchange_now<T>(
+        &mut self,
+        miss: T,
+        deadline: Instant,
+        exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>,
+    ) -> T {
         let Some(session) = &mut self.session else { return miss };
         if session.abandoned_count() > 0 {
             // The server owes answers: do not wait for more of them. A look at the ring may bring
@@ -441,6 +475,7 @@ impl Instance {
         if let Some(session) = self.session.take()
             && let Some(welcome) = session.welcome()
         {
+            self.expected_until = session.is_handed_over().then(|| Instant::now() + SUCCESSION);
             if self.formers.len() == FORMERS_MAX {
                 self.formers.remove(0);
             }

@@ -45,6 +45,8 @@ pub enum SessionState {
     Poisoned = 1,
     /// The server is going away.
     Closing = 2,
+    /// Another engine process takes over: attach again, it is about to serve.
+    HandedOver = 3,
 }
 
 /// Both sides' view of a segment.
@@ -118,6 +120,7 @@ impl Segment {
         match self.mapping.word32(STATE).load(Ordering::Acquire) {
             0 => SessionState::Open,
             1 => SessionState::Poisoned,
+            3 => SessionState::HandedOver,
             _ => SessionState::Closing,
         }
     }

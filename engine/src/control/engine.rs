@@ -233,6 +233,7 @@ impl Engine {
         let images: Vec<_> = opened.iter().map(|device| device.headers.clone()).collect();
         let to_read: Vec<_> = opened.iter().map(|device| device.reused.clone()).collect();
         let fingerprint = layout.fingerprint();
+        let is_kept = kept.is_some();
         let (pool, table, table_fd) = make_pool(config, &layout, kept)?;
         if let Some(warning) = &pool.warning {
             tracing::warn!("{warning}");
@@ -291,9 +292,14 @@ impl Engine {
                 Err(error) => tracing::warn!("no thread for checksums: {error}: the shard makes them"),
             }
         }
-        pool.touch(0).map_err(|errno| BuildError::System { what: "touch the pool", errno: errno.into() })?;
-        shard.bear(0, pool.slots_of(0)).map_err(BuildError::Register)?;
-
+        // A kept pool has its pages, and blocks to serve: its slots are registered while it does.
+        let first_piece = if is_kept {
+            0
+        } else {
+            pool.touch(0).map_err(|errno| BuildError::System { what: "touch the pool", errno: errno.into() })?;
+            shard.bear(0, pool.slots_of(0)).map_err(BuildError::Register)?;
+            1
+        };
         let (to_control, from_shard) = crossbeam_channel::unbounded();
         let runner = Runner {
             shard,
@@ -333,7 +339,7 @@ impl Engine {
         if let Some(geometry) = geometry {
             read_the_disk(engine.teller.clone(), geometry, fingerprint, images, to_read, config.checksum);
         }
-        engine.touch_the_rest();
+        engine.touch_the_rest(first_piece);
         Ok(engine)
     }
 
@@ -355,10 +361,10 @@ impl Engine {
     }
 
     /// Gives the rest of the pool its pages, in parallel and behind.
-    fn touch_the_rest(&self) {
-        let next = Arc::new(AtomicU32::new(1));
+    fn touch_the_rest(&self, first_piece: u32) {
+        let next = Arc::new(AtomicU32::new(first_piece));
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
-        for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(1) as usize) {
+        for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(first_piece) as usize) {
             let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_touching.clone());
             let teller = self.teller.clone();
             let touch = move || {
@@ -718,7 +724,8 @@ impl Runner {
     /// Sessions end; what is under way is finished, and with `write_back` what is dirty is written, as far as
     /// five seconds go. What sessions were filling stays theirs in the slot table: they have not been asked.
     fn finish(&mut self, write_back: bool) {
-        self.shard.close_sessions(SessionState::Closing);
+        let state = if write_back { SessionState::Closing } else { SessionState::HandedOver };
+        self.shard.close_sessions(state);
         if !write_back {
             self.shard.drop_dirty();
         }

@@ -43,7 +43,7 @@ pub enum ToEngine {
 }
 
 /// What an engine process tells its keeper.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "to_keeper", rename_all = "snake_case")]
 pub enum ToKeeper {
     /// Keep these: a pool and its table come beside it.
@@ -54,7 +54,7 @@ pub enum ToKeeper {
     Serving,
     /// It goes because somebody has asked it to.
     Leaving {
-        /// Another engine process is to take over.
+        /// Another engine process is to take over: this one does nothing any more but end.
         hand_over: bool,
     },
 }
@@ -136,6 +136,8 @@ struct End {
     status: Option<ExitStatus>,
     served: bool,
     leaving: Option<ToKeeper>,
+    /// It has handed over, and is yet to end.
+    lives: bool,
 }
 
 impl Keeper {
@@ -194,7 +196,7 @@ impl Keeper {
                 Err(error) => {
                     // What is kept is worth more than any one try.
                     tracing::error!("{error}");
-                    End { status: None, served: false, leaving: None }
+                    End { status: None, served: false, leaving: None, lives: false }
                 }
             };
             ever_served |= end.served;
@@ -277,10 +279,15 @@ impl Keeper {
         let mut child = command.spawn().map_err(spawn)?;
         drop(command);
         let watched = self.watch(&mut child, &channel, signals);
-        if watched.is_err() {
-            // Nobody would know of it: it must not live on beside the next one.
-            kill(&mut child);
-            let _ = child.wait();
+        match &watched {
+            Ok(end) if !end.lives => {}
+            // It has nothing left to do but to let go of its memory.
+            Ok(_) => bury(child),
+            Err(_) => {
+                // Nobody would know of it: it must not live on beside the next one.
+                kill(&mut child);
+                let _ = child.wait();
+            }
         }
         watched
     }
@@ -296,6 +303,8 @@ impl Keeper {
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(system("pidfd_open"))?;
         let (mut served, mut leaving) = (false, None);
         let mut stop_by: Option<Instant> = None;
+        // What a signal has asked of it.
+        let mut asked: Option<ToKeeper> = None;
         let mut channel_open = true;
         #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
         let started = Instant::now();
@@ -318,7 +327,11 @@ impl Keeper {
                 // What it said last is still there to be heard.
                 while channel_open && self.hear(channel, &mut served, &mut leaving) {}
                 let status = child.wait().map_err(|error| ServeError::Engine { what: "wait for", error })?;
-                return Ok(End { status: Some(status), served, leaving });
+                return Ok(End { status: Some(status), served, leaving: decided(asked, leaving), lives: false });
+            }
+            // Its own word that it has, not ours that it shall.
+            if leaving == HANDS_OVER && asked != STOPS {
+                return Ok(End { status: None, served, leaving, lives: true });
             }
             #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
             let now = Instant::now();
@@ -327,15 +340,14 @@ impl Keeper {
                 kill(child);
             }
             // Who has said that it stops is not made to hand over.
-            let leaves = matches!(leaving, Some(ToKeeper::Leaving { hand_over: false }));
-            if (stop || hand_over && !leaves) && stop_by.is_none() {
+            if (stop || hand_over && leaving != STOPS) && stop_by.is_none() {
                 stop_by = Some(now + STOP_PATIENCE);
                 let message = if stop { ToEngine::Stop } else { ToEngine::HandOver };
                 if !stop {
                     let mut bytes = [0; 16];
                     let _ = rustix::io::read(&signals.hand_over, &mut bytes);
                 }
-                leaving = Some(ToKeeper::Leaving { hand_over: !stop });
+                asked = Some(ToKeeper::Leaving { hand_over: !stop });
                 let _ = channel.send(&message, &[]);
             }
             if stop_by.is_some_and(|by| now > by) {
@@ -360,6 +372,31 @@ impl Keeper {
         }
         true
     }
+}
+
+const STOPS: Option<ToKeeper> = Some(ToKeeper::Leaving { hand_over: false });
+const HANDS_OVER: Option<ToKeeper> = Some(ToKeeper::Leaving { hand_over: true });
+
+/// Why an engine process has ended: a stop that was asked for is one, whatever it was about itself.
+fn decided(asked: Option<ToKeeper>, leaving: Option<ToKeeper>) -> Option<ToKeeper> {
+    if asked == STOPS { asked } else { leaving.or(asked) }
+}
+
+/// Waits for the end of a process that has nothing left to do, behind.
+fn bury(mut child: Child) {
+    let wait = move || {
+        for _ in 0..STOP_PATIENCE.as_secs() * 10 {
+            if !matches!(child.try_wait(), Ok(None)) {
+                return;
+            }
+            #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        kill(&mut child);
+        let _ = child.wait();
+    };
+    // Without a thread it is a zombie until this process ends: harmless.
+    let _ = std::thread::Builder::new().name("kvring-bury".into()).spawn(wait);
 }
 
 fn kill(child: &mut Child) {

@@ -323,14 +323,18 @@ impl Server {
         let Some(leaving) = self.leaving.filter(|_| !failed) else { return false };
         let hand_over = leaving == Leaving::HandOver;
         tracing::info!("{}", if hand_over { "handing over" } else { "stopping" });
-        let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
         if !hand_over {
+            let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
             // Nobody finds us any more; then the sessions there are end.
             let _ = std::fs::remove_file(&self.config.socket);
         }
         self.verify.stop.store(true, std::sync::atomic::Ordering::Relaxed);
         if let Some(engine) = &mut self.engine {
             engine.stop(if hand_over { ToShard::HandOver } else { ToShard::Stop });
+        }
+        if hand_over {
+            // From here on this process touches neither pool nor SSD: the next one need not wait for its end.
+            let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
         }
         true
     }

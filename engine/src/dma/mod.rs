@@ -180,12 +180,17 @@ impl PoolMemory {
     /// # Errors
     /// `ENOMEM`.
     pub fn touch(&self, piece: u32) -> rustix::io::Result<()> {
-        let offset = u64::from(piece) * self.piece_bytes;
-        let bytes = self.piece_bytes.min(self.mapping.bytes() as u64 - offset);
-        match self.mapping.populate(offset as usize, bytes as usize) {
-            // Before Linux 5.14: pages come when they are used.
-            Err(rustix::io::Errno::INVAL) => Ok(()),
-            result => result,
+        // In steps: while a range is populated nobody can map anything (mmap_lock), a new session for one.
+        const STEP: u64 = 2 << 20;
+        let start = u64::from(piece) * self.piece_bytes;
+        let end = (start + self.piece_bytes).min(self.mapping.bytes() as u64);
+        for offset in (start..end).step_by(STEP as usize) {
+            match self.mapping.populate(offset as usize, STEP.min(end - offset) as usize) {
+                // Before Linux 5.14: pages come when they are used.
+                Err(rustix::io::Errno::INVAL) => return Ok(()),
+                result => result?,
+            }
         }
+        Ok(())
     }
 }

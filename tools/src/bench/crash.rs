@@ -71,16 +71,19 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
         agent.instance().release(lease);
         loaded.blocks_dram == CHAIN
     };
-    let (mut killed, mut upgraded, mut leases) = (Vec::new(), Vec::new(), Vec::new());
+    // A busy machine may have dropped some.
+    let resident: Vec<&Vec<BlockKey>> = chains.iter().filter(|keys| all_there(keys)).collect();
+    if resident.is_empty() {
+        return Err("nothing was stored".into());
+    }
+    // One that waits as long as a scheduler does, and no longer.
+    let mut config_of_asker = config.clone();
+    config_of_asker.say("client_wait_ms", "10")?;
+    let mut asker = Instance::open(config_of_asker, None, 0)?;
+    let (mut killed, mut upgraded, mut leases, mut missed) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..args.rounds.max(1) {
-        // The oldest that is certainly there: eviction has not reached it.
-        let keys = &chains[chains.len() / 2 + round % (chains.len() / 2)];
-        let from = Instant::now();
-        while !all_there(keys) {
-            if from.elapsed() > Duration::from_secs(10) {
-                return Err("the blocks to be lost are not there".into());
-            }
-        }
+        let keys = resident[round % resident.len()];
+        served(&mut all_there, keys, Instant::now())?;
         for kills in [round % 2 == 0, round % 2 == 1] {
             let pid = server.stats()?["server_pid"].as_u64().unwrap_or(0) as i32;
             let from = Instant::now();
@@ -88,15 +91,16 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
                 kill_process(Pid::from_raw(pid).ok_or("no server")?, Signal::KILL)?;
             } else {
                 ask(&config.socket, &Request::Upgrade, Duration::from_secs(2))?;
+                served(&mut all_there, keys, from)?;
+                upgraded.push(from.elapsed().as_secs_f64() * 1e3);
+                // It has found the last one's successor before it asks for the next.
+                misses_until_served(&mut asker, keys)?;
+                ask(&config.socket, &Request::Upgrade, Duration::from_secs(2))?;
+                missed.push(misses_until_served(&mut asker, keys)?);
+                continue;
             }
-            while !all_there(keys) {
-                if from.elapsed() > Duration::from_secs(30) {
-                    return Err("the same blocks were not served again within 30 s".into());
-                }
-                std::thread::sleep(Duration::from_micros(500));
-            }
-            let ms = from.elapsed().as_secs_f64() * 1e3;
-            if kills { killed.push(ms) } else { upgraded.push(ms) }
+            served(&mut all_there, keys, from)?;
+            killed.push(from.elapsed().as_secs_f64() * 1e3);
         }
         leases.push(lease_of_a_dead_instance(&server)?);
     }
@@ -111,8 +115,44 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
         "rounds": args.rounds,
         "engine_killed_to_served_ms": spread(killed),
         "engine_upgraded_to_served_ms": spread(upgraded),
+        "requests_missed_by_an_upgrade": spread(missed),
         "instance_killed_to_leases_back_ms": spread(leases),
     }))
+}
+
+fn served(
+    all_there: &mut impl FnMut(&[BlockKey]) -> bool,
+    keys: &[BlockKey],
+    from: Instant,
+) -> Result<(), Box<dyn std::error::Error>> {
+    while !all_there(keys) {
+        if from.elapsed() > Duration::from_secs(30) {
+            return Err("the same blocks were not served again within 30 s".into());
+        }
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    Ok(())
+}
+
+/// Matches of an instance that asks once a millisecond, and that are misses because of an upgrade under way:
+/// it is over when 0.3 s have passed without one.
+fn misses_until_served(asker: &mut Instance, keys: &[BlockKey]) -> Result<f64, Box<dyn std::error::Error>> {
+    let (started, mut quiet_since, mut missed) = (Instant::now(), Instant::now(), 0);
+    while quiet_since.elapsed() < Duration::from_millis(300) {
+        let matched = asker.match_prefix(keys);
+        if let Some(lease) = matched.lease {
+            asker.release(lease);
+        }
+        if matched.blocks != CHAIN {
+            missed += 1;
+            quiet_since = Instant::now();
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        if started.elapsed() > Duration::from_secs(30) {
+            return Err("still missing 30 s after an upgrade".into());
+        }
+    }
+    Ok(f64::from(missed))
 }
 
 /// Milliseconds from the kill of an instance that holds leases until the server holds none.
