@@ -68,6 +68,16 @@ impl Uring {
     }
 }
 
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // A ring that is closed lets go of its files some time later; one that is told to, at once: whoever
+        // comes next need not wait for the lock. While a transfer is under way, he has to.
+        if self.inflight == 0 {
+            let _ = self.ring.submitter().unregister_files();
+        }
+    }
+}
+
 impl Device for Uring {
     fn describe(&self) -> String {
         let buffers = if self.fixed_buffers { "fixed buffers" } else { "no fixed buffers" };
