@@ -39,6 +39,8 @@ pub enum FsckError {
     NoCache { file: String },
     #[error("{file} belongs to another cache than {first}: name the directories of one cache, in any order")]
     OtherCache { file: String, first: String },
+    #[error("{file} and {twin} are both directory {place} of one cache: one is a copy; name one of them")]
+    Twice { file: String, twin: String, place: u32 },
     #[error("{file}: {error}")]
     Io { file: String, error: std::io::Error },
 }
@@ -109,6 +111,21 @@ pub fn check(
     if let Some(other) = devices.iter().find(|device| Some(device.superblock.cache_id) != cache_id) {
         return Err(FsckError::OtherCache { file: name(&other.report.dir), first: name(&dirs[0]) });
     }
+    for (at, device) in devices.iter().enumerate() {
+        let (first, place) = (&devices[0].superblock, device.superblock.device);
+        let twin = devices[..at].iter().find(|other| other.superblock.device == place);
+        if let Some(twin) = twin {
+            return Err(FsckError::Twice {
+                file: name(&device.report.dir),
+                twin: name(&twin.report.dir),
+                place: device.report.device + 1,
+            });
+        }
+        let same = |of: fn(&Superblock) -> u64| of(&device.superblock) == of(first);
+        if !(same(|s| s.slot_bytes) && same(|s| s.layout) && same(|s| s.device & 0xffff_ffff)) {
+            return Err(FsckError::OtherCache { file: name(&device.report.dir), first: name(&dirs[0]) });
+        }
+    }
     let total = devices.iter().map(|device| device.report.slots).sum();
     let mut done = 0;
     let mut sound: Vec<(Header, usize)> = Vec::new();
@@ -165,7 +182,7 @@ fn open(dir: &Path) -> Result<Device, FsckError> {
         return Err(FsckError::NoCache { file: name(dir) });
     }
     let mut headers = vec![0; (geometry.header_sectors() * SECTOR_BYTES) as usize];
-    let file = File::open(&first).map_err(io(&first))?;
+    let file = files::open_to_read(&first).map_err(io(&first))?;
     file.read_exact_at(&mut headers, SECTOR_BYTES).map_err(io(&first))?;
     let report = DirReport {
         dir: dir.to_path_buf(),
@@ -188,7 +205,7 @@ fn check_device(
     let geometry = device.geometry;
     let files = (0..geometry.files_per_device()).map(|file| {
         let path = files::path_of(&device.report.dir, file);
-        File::open(&path).map_err(io(&path))
+        files::open_to_read(&path).map_err(io(&path))
     });
     let files = if options.headers_only { Vec::new() } else { files.collect::<Result<Vec<_>, _>>()? };
     let mut block = vec![0; if options.headers_only { 0 } else { geometry.slot_bytes as usize }];

@@ -35,6 +35,9 @@ pub struct Layout {
 /// Most ranks that can share a slot: the bits of its rank masks.
 pub const TP_SIZE_MAX: u32 = 32;
 
+/// Longest text of a layout.
+const TEXT_BYTES_MAX: usize = 4096;
+
 /// A field whose values differ.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
@@ -95,11 +98,28 @@ impl Layout {
         u64::from_le_bytes(std::array::from_fn(|i| hash.as_bytes()[i]))
     }
 
+    /// Whether its texts are of a length that fits every message that names them.
+    ///
+    /// # Errors
+    /// Names the field and the limit.
+    pub fn check_texts(&self) -> Result<(), String> {
+        let texts = [("model", &self.model), ("dtype", &self.dtype), ("kv_layout", &self.kv_layout)];
+        let is_bad = |text: &str| text.len() > TEXT_BYTES_MAX || text.chars().any(char::is_control);
+        match texts.iter().find(|(_, text)| is_bad(text)) {
+            Some((field, text)) => Err(format!(
+                "{field} has {} bytes: at most {TEXT_BYTES_MAX} are taken, and no control characters",
+                text.len()
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// The first thing that makes this layout impossible to serve, in words.
     ///
     /// # Errors
     /// Names the field, its value and what would be accepted.
     pub fn check(&self, sector_bytes: u64) -> Result<(), String> {
+        self.check_texts()?;
         if self.block_bytes == 0 || !self.block_bytes.is_multiple_of(sector_bytes) {
             return Err(format!(
                 "block_bytes = {} is not a multiple of the device's {sector_bytes} bytes: choose tokens_per_block so that it is",

@@ -80,6 +80,13 @@ fn fsck_counts_what_is_bad_and_forgets_it() {
     let (code, report) = fsck(&place, &[]);
     assert_eq!((code, counts(&report)), (Some(0), [14, 0, 0, 0, 0]));
 
+    // A copy beside it is not another part of it.
+    let copied = Command::new("cp").arg("-r").arg(place.path("ssd")).arg(place.path("copy")).status().unwrap();
+    assert!(copied.success());
+    let copy = place.path("copy").display().to_string();
+    assert_eq!(fsck(&place, &[&copy, "--repair"]).0, Some(8));
+    assert_eq!(fsck(&place, &[]).0, Some(0));
+
     place.serve(&["--block-kib", "64"]);
     eventually("the sound ones are served", || load(&mut agent, &a) == 6);
     assert_eq!(load(&mut agent, &b), 8);

@@ -163,3 +163,62 @@ fn no_call_waits_longer_than_it_may() {
     // Ten times the bound, for a machine that runs many tests at once.
     assert!(longest[0].1 < Duration::from_millis(100), "{:?}", longest[0]);
 }
+
+#[test]
+fn a_layout_of_any_length_costs_nobody_but_who_shows_it() {
+    let mut place = Place::new();
+    let pid = place.serve(&[]);
+    for model in ["m".repeat(60_000), "\u{1}".repeat(4000), "\\".repeat(5000)] {
+        let layout = Layout { model, ..layout() };
+        let Err(error) = Instance::open(place.config(1, &[("start_wait_ms", "500")]), layout, 0) else {
+            panic!("it was accepted")
+        };
+        assert!(error.to_string().contains("model has"), "{error}");
+    }
+    assert_eq!(place.server_pid(), pid, "nobody died of it");
+    let mut agent = place.agent(2, &[]);
+    assert_eq!(store(&mut agent, &chain("a", 3)), 3);
+}
+
+#[test]
+fn pipes_and_links_in_the_place_of_files_are_refused_at_once() {
+    let place = Place::new();
+    let fifo = |path: &Path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+    let lock = place.path("s.lock");
+    fifo(&lock);
+    let output = place.kvring(&["serve"]).output().unwrap();
+    assert!(!output.status.success() && text(&output).contains("cannot lock"), "{}", text(&output));
+    std::fs::remove_file(&lock).unwrap();
+    std::fs::write(place.path("victim"), "precious").unwrap();
+    std::os::unix::fs::symlink(place.path("victim"), &lock).unwrap();
+    assert!(!place.kvring(&["serve"]).output().unwrap().status.success());
+    assert_eq!(std::fs::read_to_string(place.path("victim")).unwrap(), "precious");
+    std::fs::remove_file(&lock).unwrap();
+
+    std::fs::create_dir(place.path("ssd")).unwrap();
+    fifo(&place.path("ssd").join("kvring.cache"));
+    let output = place.kvring(&["serve", "--block-kib", "64"]).output().unwrap();
+    assert!(!output.status.success() && text(&output).contains("not a regular file"), "{}", text(&output));
+    let output = place.kvring(&["fsck", place.path("ssd").to_str().unwrap()]).output().unwrap();
+    assert_eq!(output.status.code(), Some(8), "{}", text(&output));
+}
+
+#[test]
+fn a_log_that_nobody_reads_makes_nobody_wait() {
+    let mut place = Place::new();
+    let child = place.kvring(&["serve", "--block-kib", "64"]).env("KVRING_LOG_LEVEL", "trace").spawn().unwrap();
+    place.children.push(child);
+    place.wait_for_server();
+    let layout = Layout { dtype: "another".into(), ..layout() };
+    let mut agent = place.agent(1, &[]);
+    store(&mut agent, &chain("a", 5));
+    // More lines than a pipe holds, and nobody takes them.
+    for _ in 0..2000 {
+        let _ = ask(&place.socket(), &Request::Stats, Duration::from_secs(5)).unwrap();
+    }
+    for round in 0..30 {
+        assert!(Instance::open(place.config(2, &[]), layout.clone(), 0).is_err());
+        assert_eq!(load(&mut agent, &chain("a", 5)), 5, "round {round}");
+    }
+    assert!(place.kvring(&["stop"]).output().unwrap().status.success());
+}

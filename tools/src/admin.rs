@@ -39,11 +39,21 @@ pub fn status(args: &AdminArgs) -> Outcome {
     Ok(())
 }
 
+fn stats(socket: &std::path::Path) -> Result<serde_json::Value, String> {
+    match ask(socket, &Request::Stats, PATIENCE) {
+        Ok(Reply::Stats(stats)) => Ok(stats),
+        Ok(Reply::Refused { reason, .. }) => Err(reason),
+        Ok(reply) => Err(format!("an unexpected answer: {reply:?}")),
+        Err(error) => Err(explained(error, socket)),
+    }
+}
+
 /// Stops the server and waits until it is gone.
 pub fn stop(args: &AdminArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
     match ask(&socket, &Request::Stop, PATIENCE).map_err(|error| explained(error, &socket))? {
         Reply::Stopping => {}
+        Reply::Refused { reason, .. } => return Err(reason.into()),
         reply => return Err(format!("an unexpected answer: {reply:?}").into()),
     }
     let lock = kvring_ipc::launch::beside_socket(&socket, "lock");
@@ -60,12 +70,7 @@ pub fn stop(args: &AdminArgs) -> Outcome {
 /// Has another engine process take over, from the program file as it is now, and waits until it serves.
 pub fn upgrade(args: &AdminArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
-    let stats = || match ask(&socket, &Request::Stats, PATIENCE) {
-        Ok(Reply::Stats(stats)) => Ok(stats),
-        Ok(reply) => Err(format!("an unexpected answer: {reply:?}")),
-        Err(error) => Err(explained(error, &socket)),
-    };
-    let before = stats()?;
+    let before = stats(&socket)?;
     let started = Instant::now();
     match ask(&socket, &Request::Upgrade, PATIENCE).map_err(|error| explained(error, &socket))? {
         Reply::Upgrading => {}
@@ -75,10 +80,15 @@ pub fn upgrade(args: &AdminArgs) -> Outcome {
     let deadline = Instant::now() + Duration::from_secs(30);
     while Instant::now() < deadline {
         // Between the two nobody answers.
-        let Some(now) = stats().ok().filter(|now| now["epoch"] != before["epoch"]) else {
+        let Some(now) = stats(&socket).ok().filter(|now| now["epoch"] != before["epoch"]) else {
             std::thread::sleep(Duration::from_millis(1));
             continue;
         };
+        if now["fell_back"] == true {
+            return Err(
+                "the program does not start (see the server's log): the one that ran goes on, with the cache".into()
+            );
+        }
         let metric = |name: &str| now["metrics"][name].as_u64().unwrap_or(0);
         println!(
             "kvring {} has taken over from {} in {:.0} ms: {} blocks in the pool, {} on the SSD",
@@ -109,7 +119,8 @@ pub struct VerifyArgs {
 /// Has a running server read what it holds, and shows how it goes.
 pub fn verify(args: &VerifyArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
-    let request = Request::Verify { bytes_per_s: args.mb_per_s * 1_000_000 };
+    let request = Request::Verify { bytes_per_s: args.mb_per_s.saturating_mul(1_000_000) };
+    let epoch = stats(&socket)?["epoch"].take();
     match ask(&socket, &request, PATIENCE).map_err(|error| explained(error, &socket))? {
         Reply::Verifying => {}
         Reply::Refused { reason, .. } if reason.contains("under way") => {}
@@ -119,10 +130,12 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
     let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} slots, {msg}");
     let bar = ProgressBar::no_length().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let state = loop {
-        let Reply::Stats(mut stats) = ask(&socket, &Request::Stats, PATIENCE).map_err(|e| explained(e, &socket))?
-        else {
-            return Err("an unexpected answer".into());
-        };
+        let mut stats = stats(&socket)?;
+        if stats["epoch"] != epoch {
+            return Err(
+                "the engine process was replaced meanwhile: what was verified is not known; run it again".into()
+            );
+        }
         let state = stats["verify"].take();
         let number = |name: &str| state[name].as_u64().unwrap_or(0);
         bar.set_length(number("slots_total"));
@@ -142,6 +155,9 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
     if !args.json {
         println!("{:>10} blocks in DRAM compared, {bad_dram} bad", number("dram_blocks"));
         println!("{:>10} blocks on the SSD compared, {bad_ssd} bad", number("ssd_blocks"));
+        if number("unreadable_ssd_blocks") > 0 {
+            println!("{:>10} blocks on the SSD cannot be read", number("unreadable_ssd_blocks"));
+        }
         if number("without_checksum") > 0 {
             println!(
                 "{:>10} blocks in DRAM have no checksum (yet): it is made with the write to the SSD, or with verify = always",

@@ -11,7 +11,7 @@ use clap::Args;
 use kvring_engine::control::keeper::{Inheritance, Keeper, Signals};
 use kvring_engine::control::{ServeError, Server};
 use kvring_ipc::config::Config;
-use kvring_ipc::handshake::{Request, ask};
+use kvring_ipc::handshake::{Reply, Request, ask};
 use kvring_ipc::launch::beside_socket;
 use kvring_ipc::layout::Layout;
 
@@ -49,10 +49,12 @@ pub fn run(args: ServeArgs) -> Outcome {
     if args.die_with_parent {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
     }
+    // A log that nobody reads is no reason to wait: lines are dropped then.
+    let (writer, told) = tracing_appender::non_blocking(std::io::stderr());
     let filter = tracing_subscriber::EnvFilter::new(&loaded.config.log_level);
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         // A log that cannot be written is no reason to die.
@@ -78,6 +80,7 @@ pub fn run(args: ServeArgs) -> Outcome {
             return Ok(());
         }
         tracing::error!("the data plane failed");
+        drop(told);
         // Not the status of one that cannot start: this one died.
         std::process::exit(70);
     }
@@ -121,12 +124,24 @@ fn detach(config: &Config) -> Outcome {
     command.args(std::env::args_os().skip(1).filter(|argument| argument != "--detach"));
     let log_path = config.server_log.clone().unwrap_or_else(|| beside_socket(&config.socket, "log"));
     let log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path);
-    let log = log.map_err(|error| format!("cannot open the server's log {}: {error}", log_path.display()))?;
+    let log = log.map_err(|error| {
+        format!("server_log: cannot open {}: {error}: set it to a file that this user may write", log_path.display())
+    })?;
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     let mut child = command.spawn().map_err(|error| format!("cannot start the server: {error}"))?;
+    let child_id = child.id();
     // A big pool takes its time; whoever waits for us is a thread with nothing else to do.
     let deadline = Instant::now() + Duration::from_secs(60);
-    while ask(&config.socket, &Request::Stats, Duration::from_secs(2)).is_err() && Instant::now() < deadline {
+    let ours = |reply| match reply {
+        Ok(Reply::Stats(stats)) => stats["keeper_pid"] == child_id,
+        // It answers, and does not say what: another version.
+        Ok(_) => true,
+        Err(_) => false,
+    };
+    while !ours(ask(&config.socket, &Request::Stats, Duration::from_secs(2))) {
+        if Instant::now() > deadline {
+            return Err(format!("the server does not answer after 60 s: see {}", log_path.display()).into());
+        }
         if let Some(status) = child.try_wait()? {
             return Err(format!("the server did not start ({status}): see {}", log_path.display()).into());
         }

@@ -34,7 +34,7 @@ use crate::shard::{End, Shard, ShardOptions};
 use crate::tier::disk::{DiskGeometry, DiskSlots, sound_headers};
 use crate::tier::header::HEADER_BYTES;
 use crate::tier::host::{HostSlots, SessionId};
-use crate::tier::table::{SlotTable, TableShape};
+use crate::tier::table::{SlotTable, TEXT_BYTES_MAX, TableShape};
 
 /// Why there is no data plane, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -313,12 +313,15 @@ impl Engine {
             recovery_began_ns: with_disk.then(monotonic_ns),
             _locks: locks,
         };
+        // Here, where its lack can be told: a shard that cannot sleep would take a core for nothing.
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC);
+        let epoll = epoll.map_err(|errno| BuildError::System { what: "epoll", errno: errno.into() })?;
         let cpu = config.server_cpu;
         let spawn = std::thread::Builder::new().name("kvring-shard".into()).spawn(move || {
             if let Some(cpu) = cpu {
                 pin_to(cpu);
             }
-            runner.run();
+            runner.run(epoll);
         });
         let thread = Some(spawn.map_err(|errno| BuildError::System { what: "start the shard's thread", errno })?);
         let engine = Self {
@@ -499,6 +502,12 @@ fn make_pool(
     let memory = Arc::new(Mapping::new(&table_fd, shape.bytes()).map_err(failed)?);
     let ssd_cache_dirs = if config.ssd_cache_bytes > 0 { config.ssd_cache_dirs.clone() } else { Vec::new() };
     let text = serde_json::to_string(&TableText { layout: layout.clone(), ssd_cache_dirs }).unwrap_or_default();
+    if text.len() > TEXT_BYTES_MAX {
+        return Err(BuildError::Layout(format!(
+            "layout and ssd_cache_dir take {} bytes in words, and {TEXT_BYTES_MAX} are taken: use shorter paths",
+            text.len()
+        )));
+    }
     Ok((pool, SlotTable::create(memory, shape, &text), table_fd))
 }
 
@@ -618,8 +627,8 @@ struct Runner {
 const RESET_NS_MAX: u64 = 5_000_000_000;
 
 impl Runner {
-    fn run(mut self) {
-        let mut sleeper = Sleeper::new(&mut self.shard, &self.bell);
+    fn run(mut self, epoll: OwnedFd) {
+        let mut sleeper = Sleeper::new(&mut self.shard, &self.bell, epoll);
         let mut last_work_ns = monotonic_ns();
         loop {
             while let Ok(message) = self.for_shard.try_recv() {
@@ -760,8 +769,7 @@ const OWN_BELL: usize = SESSIONS_MAX;
 
 impl Sleeper {
     /// `None` if a device can only be polled: then the shard never sleeps.
-    fn new(shard: &mut Shard<AnyDevice>, bell: &OwnedFd) -> Option<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
+    fn new(shard: &mut Shard<AnyDevice>, bell: &OwnedFd, epoll: OwnedFd) -> Option<Self> {
         let bells = (0..=SESSIONS_MAX).map(|_| None).collect();
         let mut sleeper = Self { epoll, events: Vec::with_capacity(64), bells, unwatched: false };
         sleeper.watch(OWN_BELL, bell);

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,10 @@ pub enum ToEngine {
         crashes: u32,
         /// Whether there is a pool to take over.
         keeps_pool: bool,
+        /// The program file did not start: this is the keeper's own program.
+        fell_back: bool,
+        /// Which file the socket is: its device and inode.
+        socket_id: (u64, u64),
     },
     /// Finish what is being written and go.
     Stop,
@@ -74,6 +78,10 @@ pub struct Inheritance {
     pub epoch: u64,
     /// Engine processes that died so far.
     pub crashes: u32,
+    /// The program file did not start: this is the program that the keeper is.
+    pub fell_back: bool,
+    /// Which file the socket is: its device and inode.
+    pub socket_id: (u64, u64),
     /// A pool and its table, to be taken over.
     pub kept: Option<[OwnedFd; 2]>,
 }
@@ -87,14 +95,14 @@ impl Inheritance {
         let channel = Channel::accepted(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
         channel.bound(Duration::from_secs(10))?;
         let (said, fds): (ToEngine, Vec<OwnedFd>) = channel.receive(true)?;
-        let ToEngine::Begin { epoch, crashes, keeps_pool } = said else {
+        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id } = said else {
             return Err(ChannelError::Malformed("not a beginning".into()));
         };
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or_else(|| ChannelError::Malformed("a descriptor is missing".into()));
         let [listener, lock, epoch_fd] = [next()?, next()?, next()?];
         let kept = if keeps_pool { Some([next()?, next()?]) } else { None };
-        Ok(Self { channel, listener, lock, epoch_fd, epoch, crashes, kept })
+        Ok(Self { channel, listener, lock, epoch_fd, epoch, crashes, fell_back, socket_id, kept })
     }
 }
 
@@ -102,8 +110,8 @@ impl Inheritance {
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 /// How long an engine process may take until it serves.
 const START_PATIENCE: Duration = Duration::from_secs(120);
-/// Status of a process that cannot start, and has said why.
-const REFUSES: i32 = 1;
+/// Statuses of a process that died of itself: a panic, a data plane that failed. Others say that it cannot start.
+const DEATHS: [i32; 2] = [101, 70];
 /// Between the deaths of engine processes and their successors, where they follow one another fast.
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
@@ -119,6 +127,8 @@ pub struct Keeper {
     recent: VecDeque<Instant>,
     /// Tries since the last engine process that served.
     unserved: u32,
+    fell_back: bool,
+    socket_id: (u64, u64),
     kept: Option<[OwnedFd; 2]>,
 }
 
@@ -174,6 +184,8 @@ impl Keeper {
             crashes: 0,
             recent: VecDeque::new(),
             unserved: 0,
+            fell_back: false,
+            socket_id: id_of(&path),
             kept: None,
         })
     }
@@ -190,6 +202,7 @@ impl Keeper {
             // The last engine process is dead: what it granted ends before the next one can grant anything.
             self.number += 1;
             self.epoch.advance(self.number);
+            self.fell_back = own_program;
             let end = match self.run_one(signals, engine(own_program)) {
                 Ok(end) => end,
                 Err(error) if !ever_served => break Err(error),
@@ -200,6 +213,9 @@ impl Keeper {
                 }
             };
             ever_served |= end.served;
+            if end.served {
+                self.unserved = 0;
+            }
             match end.leaving {
                 Some(ToKeeper::Leaving { hand_over: false }) => break Ok(()),
                 Some(_) => {
@@ -220,16 +236,17 @@ impl Keeper {
                 break Ok(());
             }
         };
-        let _ = std::fs::remove_file(&self.config.socket);
+        remove_socket(&self.config.socket, self.socket_id);
         ended
     }
 
-    /// Counts a crash; after too many the pool is given up. One that says that it cannot start, by status 1,
-    /// does not die of the pool.
+    /// Counts a crash; after too many the pool is given up. One that says that it cannot start does not die of
+    /// the pool.
     fn crashed(&mut self, end: &End) {
         let status = end.status.map_or_else(|| "it could not be started".to_owned(), |status| status.to_string());
-        self.unserved = if end.served { 0 } else { self.unserved + 1 };
-        if end.status.is_none_or(|status| status.code() == Some(REFUSES)) {
+        self.unserved += u32::from(!end.served);
+        let died = end.status.is_some_and(|status| status.code().is_none_or(|code| DEATHS.contains(&code)));
+        if !end.served && !died {
             tracing::error!("the engine process has not started ({status}): another try follows");
             return;
         }
@@ -294,7 +311,13 @@ impl Keeper {
 
     fn watch(&mut self, child: &mut Child, channel: &Channel, signals: &Signals) -> Result<End, ServeError> {
         let system = |what| move |errno| ServeError::System { what, errno };
-        let begin = ToEngine::Begin { epoch: self.number, crashes: self.crashes, keeps_pool: self.kept.is_some() };
+        let begin = ToEngine::Begin {
+            epoch: self.number,
+            crashes: self.crashes,
+            keeps_pool: self.kept.is_some(),
+            fell_back: self.fell_back,
+            socket_id: self.socket_id,
+        };
         let mut fds: Vec<BorrowedFd<'_>> = vec![self.listener.as_fd(), self.lock.as_fd(), self.epoch_fd.as_fd()];
         fds.extend(self.kept.iter().flatten().map(AsFd::as_fd));
         // One that is dead already is found so below.
@@ -322,6 +345,12 @@ impl Keeper {
             let (died, stop, hand_over, said) = (is_ready(0), is_ready(1), is_ready(2), is_ready(3));
             if said && channel_open {
                 channel_open = self.hear(channel, &mut served, &mut leaving);
+                if leaving.is_some() && stop_by.is_none() {
+                    // It goes by itself; but not for ever.
+                    #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
+                    let now = Instant::now();
+                    stop_by = Some(now + STOP_PATIENCE);
+                }
             }
             if died {
                 // What it said last is still there to be heard.
@@ -336,8 +365,8 @@ impl Keeper {
             #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
             let now = Instant::now();
             if !served && stop_by.is_none() && now - started > START_PATIENCE {
-                tracing::error!("the engine process does not serve after {} s: it is killed", START_PATIENCE.as_secs());
                 kill(child);
+                tracing::error!("the engine process does not serve after {} s: it is killed", START_PATIENCE.as_secs());
             }
             // Who has said that it stops is not made to hand over.
             if (stop || hand_over && leaving != STOPS) && stop_by.is_none() {
@@ -351,8 +380,8 @@ impl Keeper {
                 let _ = channel.send(&message, &[]);
             }
             if stop_by.is_some_and(|by| now > by) {
-                tracing::warn!("the engine process has not stopped in {} s: it is killed", STOP_PATIENCE.as_secs());
                 kill(child);
+                tracing::warn!("the engine process has not stopped in {} s: it is killed", STOP_PATIENCE.as_secs());
                 stop_by = Some(now + STOP_PATIENCE);
             }
         }
@@ -401,6 +430,19 @@ fn bury(mut child: Child) {
 
 fn kill(child: &mut Child) {
     let _ = rustix::process::kill_process(Pid::from_child(child), Signal::KILL);
+}
+
+/// Which file this is.
+fn id_of(path: &Path) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).map_or((0, 0), |file| (file.dev(), file.ino()))
+}
+
+/// Removes the socket, unless what lies there is somebody else's by now.
+pub fn remove_socket(path: &Path, id: (u64, u64)) {
+    if id_of(path) == id {
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 /// A socket file whose server is gone: we hold the lock, so nobody serves it.

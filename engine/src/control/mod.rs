@@ -35,7 +35,7 @@ const FIRST_WORD: Duration = Duration::from_secs(2);
 #[expect(missing_docs, reason = "the messages are the documentation")]
 pub enum ServeError {
     #[error(
-        "server_recv_port: another server (pid {pid}) serves {socket}: stop it with `kvring stop`, or give this one another socket"
+        "server_recv_port: another server (pid {pid}) serves {socket}: stop it with `kvring stop` (or `kill {pid}`, where its socket file is gone), or give this one another socket"
     )]
     AlreadyServed { socket: String, pid: String },
     #[error("server_recv_port: {path} exists and is no socket: remove it, or give the server another path")]
@@ -46,6 +46,10 @@ pub enum ServeError {
     Build(#[from] BuildError),
     #[error("{what}: {errno}")]
     System { what: &'static str, errno: rustix::io::Errno },
+    #[error(
+        "ulimit -n = {maximum}: a server needs at least 64 descriptors, and five a session: raise it (ulimit -n, LimitNOFILE=)"
+    )]
+    Descriptors { maximum: u64 },
     #[error("cannot {what} the engine process: {error}")]
     Engine { what: &'static str, error: std::io::Error },
     #[error("the engine process did not start ({status}); what it said is above")]
@@ -130,6 +134,7 @@ pub struct Server {
     forget_at_start: bool,
     leaving: Option<Leaving>,
     keeper_is_gone: bool,
+    refusal_told: Option<Instant>,
     verify: Arc<VerifyState>,
 }
 
@@ -173,7 +178,7 @@ impl Server {
         mut inheritance: Inheritance,
         stop: OwnedFd,
     ) -> Result<Self, ServeError> {
-        raise_descriptor_limit();
+        raise_descriptor_limit()?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(system("epoll"))?;
         let kept = inheritance.kept.take();
         let mut server = Self {
@@ -196,6 +201,7 @@ impl Server {
             forget_at_start: false,
             leaving: None,
             keeper_is_gone: false,
+            refusal_told: None,
             verify: Arc::default(),
         };
         // The data plane before the socket: whoever connects is served at once.
@@ -326,7 +332,7 @@ impl Server {
         if !hand_over {
             let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
             // Nobody finds us any more; then the sessions there are end.
-            let _ = std::fs::remove_file(&self.config.socket);
+            keeper::remove_socket(&self.config.socket, self.inheritance.socket_id);
         }
         self.verify.stop.store(true, std::sync::atomic::Ordering::Relaxed);
         if let Some(engine) = &mut self.engine {
@@ -387,7 +393,17 @@ impl Server {
             return;
         }
         let channel = Channel::accepted(fd);
-        let Ok(peer) = Peer::of(&channel) else { return };
+        let peer = match Peer::of(&channel) {
+            Ok(peer) => peer,
+            Err(errno) => {
+                let reason = format!(
+                    "who connects cannot be seen from here ({errno}): run server and instances in one PID namespace (--pid=host)"
+                );
+                self.warn_of_refusal(&reason);
+                let _ = channel.send(&Refusal::for_good(reason).into_reply(), &[]);
+                return;
+            }
+        };
         let ours = rustix::process::geteuid().as_raw();
         let may = peer.is_user(ours) || peer.is_in_any(&self.config.allowed_groups);
         let asks = |c: &&Connection| c.session.is_none() && c.peer.pid == peer.pid;
@@ -410,7 +426,7 @@ impl Server {
             None
         };
         if let Some(reason) = &refusal {
-            tracing::warn!("refused: {reason}");
+            self.warn_of_refusal(reason);
         }
         let number = self.next_connection;
         if self.watch(channel.as_fd(), number * 2).is_ok() {
@@ -420,6 +436,17 @@ impl Server {
             self.connections
                 .insert(number, Connection { channel, peer, refusal, opened, awaits_reset: false, session: None });
         }
+    }
+
+    /// Once a second: whoever may connect must not fill the log.
+    fn warn_of_refusal(&mut self, reason: &str) {
+        if self.refusal_told.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
+            return;
+        }
+        #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
+        let now = Instant::now();
+        self.refusal_told = Some(now);
+        tracing::warn!("refused: {reason}");
     }
 
     fn drop_silent(&mut self) {
@@ -445,7 +472,7 @@ impl Server {
         match request {
             Request::Attach(attach) => {
                 if let Err(refusal) = self.attach(number, &attach) {
-                    tracing::warn!("instance {} refused: {}", attach.instance_id, refusal.reason);
+                    self.warn_of_refusal(&format!("instance {}: {}", attach.instance_id, refusal.reason));
                     self.reply(number, &refusal.into_reply());
                     // Whatever it had is taken back as from one that hung up.
                     self.on_hang_up(number);
@@ -559,6 +586,9 @@ impl Server {
                 "the server speaks protocol {PROTOCOL_VERSION}, this instance {}: use one version of kvring",
                 attach.protocol
             )));
+        }
+        if let Some(layout) = &attach.layout {
+            layout.check_texts().map_err(Refusal::for_good)?;
         }
         if let Some(layout) = &attach.layout
             && attach.rank >= layout.tp_size
@@ -829,6 +859,7 @@ impl Server {
             "keeper_pid": rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get()),
             "epoch": self.inheritance.epoch,
             "crashes": self.inheritance.crashes,
+            "fell_back": self.inheritance.fell_back,
             "socket": self.config.socket,
             "instances": instances,
         });
@@ -846,15 +877,24 @@ impl Server {
     }
 }
 
-/// Each session costs four descriptors: the soft limit of 1024 is for programs that use select(2).
-fn raise_descriptor_limit() {
+/// Fewer descriptors do not even make a server.
+const DESCRIPTORS_MIN: u64 = 64;
+
+/// Each session costs five descriptors: the soft limit of 1024 is for programs that use select(2).
+fn raise_descriptor_limit() -> Result<(), ServeError> {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    let wanted = 4 * SESSIONS_MAX as u64 + 256;
-    if setrlimit(Resource::Nofile, limit).is_err() || limit.maximum.is_some_and(|maximum| maximum < wanted) {
+    let wanted = 5 * SESSIONS_MAX as u64 + 256;
+    let raised = setrlimit(Resource::Nofile, limit).is_ok();
+    let maximum = limit.maximum.unwrap_or(u64::MAX);
+    if maximum < DESCRIPTORS_MIN {
+        return Err(ServeError::Descriptors { maximum });
+    }
+    if !raised || maximum < wanted {
         tracing::warn!(
             "fewer than {wanted} descriptors may be open, so fewer than {SESSIONS_MAX} sessions fit: raise ulimit -n"
         );
     }
+    Ok(())
 }

@@ -192,7 +192,7 @@ impl Scrub {
                         bad.fetch_add(1, Ordering::Relaxed);
                     }
                     let checked = if tier == Tier::Host { &self.state.dram_blocks } else { &self.state.ssd_blocks };
-                    checked.fetch_add(1, Ordering::Relaxed);
+                    checked.fetch_add(u64::from(made.is_some()), Ordering::Relaxed);
                     self.keep_to_the_rate(started);
                 }
                 self.state.without_checksum.fetch_add(survey.without_checksum, Ordering::Relaxed);

@@ -149,7 +149,9 @@ pub fn lock(dir: &Path, patience: Patience) -> Result<File, FilesError> {
     let cannot = |error| FilesError::Directory { dir: dir.display().to_string(), error };
     std::fs::create_dir_all(dir).map_err(cannot)?;
     let path = dir.join("kvring.lock");
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(cannot)?;
+    let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits() as i32;
+    let opened = OpenOptions::new().create(true).truncate(false).write(true).custom_flags(flags).open(&path);
+    let file = opened.and_then(regular).map_err(cannot)?;
     for _ in 0..if patience == Patience::Wait { LOCK_TRIES } else { 1 } {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
@@ -309,12 +311,29 @@ fn in_words(theirs: &Layout, ours: &Layout) -> String {
     differing.iter().map(|d| format!("; {}: {} there, {} configured", d.field, d.server, d.instance)).collect()
 }
 
+/// A pipe or a device that somebody has laid there is no file of ours.
+fn regular(file: File) -> std::io::Result<File> {
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")),
+    }
+}
+
+/// Opens a file to read it, and waits for nobody.
+///
+/// # Errors
+/// What the system says, or that it is no regular file.
+pub fn open_to_read(path: &Path) -> std::io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    OpenOptions::new().read(true).custom_flags(flags).open(path).and_then(regular)
+}
+
 /// Reads what a cache file begins with.
 ///
 /// # Errors
 /// What the system says of opening or reading it.
 pub fn read_superblock(path: &Path) -> std::io::Result<Found> {
-    let mut file = match File::open(path) {
+    let mut file = match open_to_read(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
         Err(error) => return Err(error),

@@ -22,6 +22,8 @@ const HEAD_WORDS: usize = 8;
 const NEXT_SESSION: usize = 64;
 const TEXT: usize = 4096;
 const TEXT_BYTES: usize = 64 << 10;
+/// Longest text that a table takes.
+pub const TEXT_BYTES_MAX: usize = TEXT_BYTES - 8;
 const SESSIONS: usize = TEXT + TEXT_BYTES;
 const SESSION_WORDS: usize = 4;
 const WRITERS: usize = (SESSIONS + SESSIONS_MAX * SESSION_WORDS * 8).next_multiple_of(4096);
@@ -89,7 +91,7 @@ impl SlotTable {
     /// If the memory is too small, or the text longer than 64 KiB.
     pub fn create(memory: Arc<Mapping>, shape: TableShape, text: &str) -> Self {
         let table = Self::over(memory, shape);
-        assert!(text.len() <= TEXT_BYTES - 8);
+        assert!(text.len() <= TEXT_BYTES_MAX);
         table.memory.copy_in(TEXT, &(text.len() as u64).to_le_bytes());
         table.memory.copy_in(TEXT + 8, text.as_bytes());
         let head = table.memory.words64(0, HEAD_WORDS);
