@@ -33,7 +33,9 @@ fn judge(theirs: &Layout) {
             assert!(theirs.block_bytes <= 1 << 30 && (1..=32).contains(&theirs.tp_size));
         }
         Err(why) => {
-            let named = ["block_bytes = ", "tp_size = ", "key_contract = "].iter().any(|name| why.starts_with(name));
+            let fields =
+                ["block_bytes = ", "tp_size = ", "key_contract = ", "model has ", "dtype has ", "kv_layout has "];
+            let named = fields.iter().any(|name| why.starts_with(name));
             assert!(named, "the field is named: {why}");
         }
     }
