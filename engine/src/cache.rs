@@ -6,6 +6,7 @@ use kvring_ipc::wire::{Grant, LeaseId, Status};
 
 use crate::index::{BlockId, Index, IndexOptions, Place, Tier};
 use crate::lease::{Cover, Leases};
+use crate::limits::SESSIONS_MAX;
 use crate::planted::{self, Bug};
 use crate::recovery::Recovery;
 use crate::tier::disk::DiskSlots;
@@ -261,7 +262,7 @@ impl Cache {
                 return (Reserve::Dropped, None);
             }
             let joined = match block.place(Tier::Host) {
-                Place::Filling(slot) if may_take => self.host.join(slot, writer),
+                Place::Filling(slot) => self.host.join(slot, writer),
                 _ => None,
             };
             return (joined.map_or(Reserve::Present, Reserve::Slot), Some(id));
@@ -550,6 +551,7 @@ impl Cache {
         assert_eq!(self.leases.count(), 0, "no lease remains");
         let held = self.index.check_at_rest();
         assert_eq!(self.host.quarantined_count(), 0, "no slot stays in quarantine");
+        assert!((0..SESSIONS_MAX as u32).all(|at| self.host.filling_count(at) == 0), "nobody is filling a slot");
         assert_eq!(self.host.free_count() + held[0], self.host.born_count(), "a pool slot leaked");
         if let Some(disk) = &self.disk {
             assert_eq!(disk.free_count() as u32 + held[1], disk.geometry().slots_count(), "a disk slot leaked");

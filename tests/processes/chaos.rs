@@ -55,21 +55,6 @@ fn an_instance() {
     }
 }
 
-/// Processes that have this text in their command line or environment, and are not this one.
-fn processes_of(dir: &Path) -> Vec<(u32, String)> {
-    let text = dir.display().to_string();
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let read = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
-        let words = [read("cmdline"), read("environ")].concat();
-        if pid != std::process::id() && String::from_utf8_lossy(&words).contains(&text) {
-            found.push((pid, String::from_utf8_lossy(&read("cmdline")).replace('\0', " ")));
-        }
-    }
-    found
-}
-
 fn free_hugepages() -> String {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap();
     text.lines().find(|line| line.starts_with("HugePages_Free")).unwrap_or_default().to_owned()

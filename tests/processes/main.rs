@@ -145,6 +145,21 @@ fn config_in(dir: &Path, instance_id: u32, more: &[(&str, &str)]) -> Config {
     config
 }
 
+/// Processes that have this text in their command line or environment, and are not this one.
+fn processes_of(dir: &Path) -> Vec<(u32, String)> {
+    let text = dir.display().to_string();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let read = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
+        let words = [read("cmdline"), read("environ")].concat();
+        if pid != std::process::id() && String::from_utf8_lossy(&words).contains(&text) {
+            found.push((pid, String::from_utf8_lossy(&read("cmdline")).replace('\0', " ")));
+        }
+    }
+    found
+}
+
 /// What an actor was told: its place, its number and its seed. None: nobody plays it.
 fn role() -> Option<(PathBuf, u32, u64)> {
     let told = |name: &str| std::env::var(name).ok();
@@ -155,10 +170,12 @@ fn role() -> Option<(PathBuf, u32, u64)> {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let server = self.stats().and_then(|stats| stats["server_pid"].as_u64());
-        let stopped = ask(&self.socket(), &Request::Stop, Duration::from_secs(5)).is_ok();
-        if let Some(server) = server.filter(|_| !stopped) {
-            signal(server as u32, rustix::process::Signal::KILL);
+        if ask(&self.socket(), &Request::Stop, Duration::from_secs(5)).is_err() {
+            // A story that failed may have stopped its server, or killed its keeper: nobody is left behind.
+            for (pid, _) in processes_of(self.dir.path()) {
+                let pid = rustix::process::Pid::from_raw(pid as i32);
+                let _ = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
+            }
         }
         for child in &mut self.children {
             let _ = child.kill();

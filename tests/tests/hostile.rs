@@ -97,6 +97,21 @@ fn an_instance_uses_its_part_of_the_pool_and_leaves_the_others_theirs() {
 }
 
 #[test]
+fn ranks_that_share_slots_share_a_share() {
+    let mut shape = Shape::draw(&mut Chance::new(5));
+    shape.faults = Default::default();
+    (shape.tp_size, shape.may_die, shape.may_lie, shape.may_crash) = (2, false, false, false);
+    (shape.host_slots, shape.disk_slots, shape.chains, shape.chain_blocks) = (200, 0, 2, 150);
+    shape.shared_prefixes = false;
+    let mut world = World::with_shape(shape, Chance::new(6));
+    world.join();
+    world.join();
+    assert_eq!(world.reserve(0, 0, 150).len(), 100);
+    assert_eq!(world.reserve(1, 0, 150).len(), 100, "the second rank fills its part of the same slots");
+    assert_eq!(world.reserve(2, 1, 150).len(), 100, "and the other instance has its half");
+}
+
+#[test]
 fn an_instance_that_holds_leases_without_end_leaves_others_theirs() {
     let mut shape = Shape::draw(&mut Chance::new(5));
     shape.faults = Default::default();

@@ -35,9 +35,12 @@ pub enum ToEngine {
         crashes: u32,
         /// Whether there is a pool to take over.
         keeps_pool: bool,
-        /// The program file did not start: this is the keeper's own program.
+        /// The program file did not start: this is the keeper's own program. (A keeper of an earlier version
+        /// does not say, here and below: an upgrade has its engine process and not it.)
+        #[serde(default)]
         fell_back: bool,
         /// Which file the socket is: its device and inode.
+        #[serde(default)]
         socket_id: (u64, u64),
     },
     /// Finish what is being written and go.

@@ -209,6 +209,8 @@ impl Server {
             Ok(kept) => Some(kept),
             Err(why) => {
                 tracing::warn!("the pool of the last engine process is not taken over: {why}");
+                // Nobody keeps memory that the next pool may need.
+                let _ = server.inheritance.channel.send(&ToKeeper::LetGo, &[]);
                 None
             }
         });

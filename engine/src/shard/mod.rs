@@ -339,8 +339,8 @@ impl<D: Device> Shard<D> {
     /// Slots that an instance may still take into use.
     fn share_left(&self, instance: u32) -> u32 {
         let its = self.sessions().filter(|session| session.writer.instance == instance);
-        let used: u32 = its.map(|s| s.filling_count + self.cache.leases.loaned(s.writer.session)).sum();
-        self.share.saturating_sub(used)
+        let loaned: u32 = its.map(|session| self.cache.leases.loaned(session.writer.session)).sum();
+        self.share.saturating_sub(loaned + self.cache.host.filling_count(instance))
     }
 
     /// Ends a session. With `Goodbye` and `Dead` it is given back, for its memory to be let go.
@@ -772,7 +772,9 @@ impl<D: Device> Shard<D> {
 
     fn answer_reserve(&mut self, at: usize, tag: Tag, parent: BlockKey, first: u32, keys: Span) {
         let Some(session) = self.sessions[at].as_deref() else { return };
-        let mut share_left = self.share_left(session.writer.instance);
+        let instance = session.writer.instance;
+        // Those it fills already are counted as it goes: a rank that joins another takes no slot.
+        let may_fill = self.share_left(instance) + self.cache.host.filling_count(instance);
         let Some(session) = self.sessions[at].as_deref_mut() else { return };
         let mut rooms = keys.count;
         let mut run = Run::new(tag, Op::Reserve);
@@ -784,18 +786,15 @@ impl<D: Device> Shard<D> {
                 next_key = session.segment.read_key(keys, index + 1);
                 self.cache.index.prefetch(next_key);
             }
+            let may_take = self.cache.host.filling_count(instance) < may_fill;
             let (reserve, block) = match parent {
-                Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer, share_left > 0),
+                Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer, may_take),
                 Err(NoParent) => (Reserve::Dropped, None),
             };
             // What follows a block that is not there has no parent.
             parent = block.map(Some).ok_or(NoParent);
             let (status, grant) = match reserve {
-                Reserve::Slot(grant) => {
-                    session.filling_count += 1;
-                    share_left -= 1;
-                    (Status::Ok, Some(grant))
-                }
+                Reserve::Slot(grant) => (Status::Ok, Some(grant)),
                 Reserve::Present => (Status::Present, None),
                 Reserve::Dropped => (Status::Dropped, None),
             };
@@ -819,7 +818,6 @@ impl<D: Device> Shard<D> {
             let Some(session) = self.sessions[at].as_deref_mut() else { return };
             let grant = session.segment.read_grant(grants, index);
             let Ok(complete) = self.cache.commit(grant, session.writer) else { continue };
-            session.filling_count -= 1;
             taken += 1;
             let Some(block) = complete else { continue };
             self.metrics.commit_blocks_count.add(1);
@@ -847,7 +845,6 @@ impl<D: Device> Shard<D> {
         for index in 0..grants.count {
             let grant = session.segment.read_grant(grants, index);
             let aborted = self.cache.abort(grant, session.writer);
-            session.filling_count -= u32::from(aborted);
             taken += u64::from(aborted);
         }
         self.metrics.abort_blocks_count.add(taken);

@@ -24,8 +24,6 @@ pub struct Session {
     promised: u32,
     /// Loads under way.
     pub loads_count: u32,
-    /// Slots that it is filling.
-    pub filling_count: u32,
     /// Whether it has said what its blocks look like: without that it only matches.
     pub moves_blocks: bool,
     /// Our end of the bell: watched by whoever puts the shard to sleep.
@@ -44,7 +42,6 @@ impl Session {
             segment,
             promised: 0,
             loads_count: 0,
-            filling_count: 0,
             moves_blocks: true,
             bell,
             ended: false,

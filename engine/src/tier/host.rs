@@ -7,6 +7,7 @@ use kvring_ipc::wire::Grant;
 use super::header::{CRC_UNKNOWN, Header};
 use super::table::SlotTable;
 use crate::index::BlockId;
+use crate::limits::SESSIONS_MAX;
 use crate::planted::{self, Bug};
 
 /// A session, as slots and leases know it.
@@ -89,6 +90,8 @@ pub struct HostSlots {
     quarantined: Vec<u32>,
     /// Where the next engine process finds what this one knew.
     table: Option<SlotTable>,
+    /// Slots that each instance is filling, by its number modulo the limit; its ranks share them.
+    filling: Box<[u32]>,
 }
 
 impl HostSlots {
@@ -119,7 +122,13 @@ impl HostSlots {
             born_count: 0,
             quarantined: Vec::with_capacity(count as usize),
             table: None,
+            filling: vec![0; SESSIONS_MAX].into_boxed_slice(),
         }
+    }
+
+    /// Slots that an instance is filling.
+    pub fn filling_count(&self, instance: u32) -> u32 {
+        self.filling[instance as usize % SESSIONS_MAX]
     }
 
     /// From now on everything is written through to this table.
@@ -295,6 +304,7 @@ impl HostSlots {
         let s = &mut self.slots[slot as usize];
         assert!(s.state == State::Held);
         s.state = State::Filling;
+        self.filling[writer.instance as usize % SESSIONS_MAX] += 1;
         (s.block, s.instance, s.joined, s.done, s.aborted) = (block.0, writer.instance, 1 << writer.rank, 0, false);
         (s.stalled, s.suspects, s.free_at_ns) = (false, 0, 0);
         self.set_writer(slot, writer.rank, Some(writer.session));
@@ -346,6 +356,7 @@ impl HostSlots {
             return Some(RankDone::Waiting);
         }
         let s = &mut self.slots[grant.slot as usize];
+        self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
         (s.state, s.joined, s.done) = (State::Held, 0, 0);
         Some(RankDone::Complete(block))
     }
@@ -404,6 +415,7 @@ impl HostSlots {
         if s.suspects == 0 && s.free_at_ns == 0 {
             return false;
         }
+        self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
         s.state = State::Quarantined;
         self.quarantined.push(slot);
         true
@@ -471,6 +483,9 @@ impl HostSlots {
         let s = &mut self.slots[slot as usize];
         assert!(!matches!(s.state, State::Free | State::Unborn), "a slot is freed once");
         let written = std::mem::take(&mut s.joined);
+        if s.state == State::Filling {
+            self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
+        }
         s.state = State::Free;
         s.block = NOBODY;
         (s.suspects, s.free_at_ns) = (0, 0);

@@ -176,8 +176,9 @@ fn two_cpus() -> Option<(usize, usize)> {
 
 /// A server for one benchmark, with what the benchmark needs unless the environment says otherwise.
 struct BenchServer {
-    _scratch: tempfile::TempDir,
+    // Dropped first: a server that still runs would lay files where its directory was.
     _server: crate::replay::OwnServer,
+    _scratch: tempfile::TempDir,
     settings: Settings,
 }
 
