@@ -35,6 +35,7 @@ bugs! {
     WriterNotTabled: "the table does not say who is filling a slot",
     WriterNotCleared: "the table says for ever that a slot is being filled",
     QuarantineLeaks: "a quarantined slot is never free again",
+    BirthForgotten: "a free slot that has pages is not used before they are touched again",
     OrphanLeaks: "a recovered slot whose block has no parent is never free again",
 }
 

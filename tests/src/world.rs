@@ -196,6 +196,9 @@ pub struct World {
     /// What the disks hold is being read: until when.
     disk_read_at_ns: Option<u64>,
     shard: Option<Shard<Sim>>,
+    /// Pieces of the pool that have no pages yet, and how often a poll finds that the next one has.
+    unborn: Vec<std::ops::Range<u32>>,
+    born_late_permille: u32,
     /// Counters of the current shard.
     pub metrics: Arc<Metrics>,
     platters: Vec<Platter>,
@@ -257,6 +260,8 @@ impl World {
             table,
             disk_read_at_ns: None,
             shard: None,
+            unborn: Vec::new(),
+            born_late_permille: 1000,
             metrics: Arc::default(),
             platters: Vec::new(),
             clients: Vec::new(),
@@ -359,11 +364,25 @@ impl World {
         };
         self.metrics = Arc::default();
         let mut shard = Shard::new(cache, self.pool.clone(), devices.collect(), shard_options, self.metrics.clone());
-        // Piece by piece, and some of it late.
+        // Piece by piece, and some of it late, in any order.
         let first = 1 + self.chance.below(u64::from(shape.host_slots)) as u32;
+        let second = first + self.chance.below(u64::from(shape.host_slots - first) + 1) as u32;
+        self.unborn = vec![first..second, second..shape.host_slots];
+        if self.chance.happens(500) {
+            self.unborn.reverse();
+        }
+        self.born_late_permille = if shape.may_crash { [1000, 20, 2][self.chance.below(3) as usize] } else { 1000 };
         shard.bear(0, 0..first).expect("a simulated device registers anything");
-        shard.bear(1, first..shape.host_slots).expect("a simulated device registers anything");
         self.shard = Some(shard);
+        self.bear_some();
+    }
+
+    /// More of the pool has its pages.
+    fn bear_some(&mut self) {
+        while !self.unborn.is_empty() && self.chance.happens(self.born_late_permille) {
+            let slots = self.unborn.remove(0);
+            self.shard().bear(1, slots).expect("a simulated device registers anything");
+        }
     }
 
     fn shard(&mut self) -> &mut Shard<Sim> {
@@ -472,6 +491,7 @@ impl World {
             // Its end lets go of what only a start needs.
             (before, after) = (None, None);
         }
+        self.bear_some();
         self.polls_count += 1;
         before.inspect(|before| before());
         self.shard().poll(now_ns);
@@ -947,6 +967,7 @@ impl World {
             }
         }
         let kept = self.whole_chains_in_the_pool();
+        let born = self.unborn.iter().map(|slots| slots.start).min().unwrap_or(self.shape.host_slots);
         let devices = self.shard.take().expect("a shard runs").into_devices();
         // Its transfers end before its lock is free: none is under way any more, each may have happened.
         self.platters = devices.into_iter().map(Sim::power_cut).collect();
@@ -968,6 +989,8 @@ impl World {
             let there = found.is_some_and(|block| block.is_visible() && block.place(Tier::Host).ready().is_some());
             assert!(there, "{key} was in the pool and its chain was too: it is lost with the process");
         }
+        // Else the first store evicts what was just taken over.
+        assert!(self.shard().cache().host.born_count() >= born, "what had pages is free or in use at once");
         // Whoever is not known to live is dead from now on.
         let now_ns = self.now_ns;
         for id in self.shard().cache().host.suspects() {

@@ -297,7 +297,7 @@ impl<D: Device> Shard<D> {
         self.devices.into_iter().map(|transfers| transfers.device).collect()
     }
 
-    /// These slots of the pool have pages, and the devices know their piece.
+    /// These slots of the pool have pages, and the devices are told of their piece.
     ///
     /// # Errors
     /// A device cannot register the piece.

@@ -86,6 +86,9 @@ pub struct HostSlots {
     tp_size: u32,
     free: Vec<u32>,
     born_count: u32,
+    /// All slots before this one are born; ranges after it that are too.
+    born_before: u32,
+    born_ahead: Vec<std::ops::Range<u32>>,
     /// Slots that wait for a dead writer's grace.
     quarantined: Vec<u32>,
     /// Where the next engine process finds what this one knew.
@@ -120,6 +123,8 @@ impl HostSlots {
             tp_size,
             free: Vec::with_capacity(count as usize),
             born_count: 0,
+            born_before: 0,
+            born_ahead: Vec::new(),
             quarantined: Vec::with_capacity(count as usize),
             table: None,
             filling: vec![0; SESSIONS_MAX].into_boxed_slice(),
@@ -142,7 +147,8 @@ impl HostSlots {
 
     /// What the table says of an engine process that is gone: a slot that somebody may be writing into is
     /// quarantined; the sound headers of the others are given back, for whoever rebuilds the index: each
-    /// slot counts as held until it is released.
+    /// slot counts as held until it is released. The rest of what was in use is free at once: else the first
+    /// store would evict what was just recovered.
     pub fn recover(&mut self) -> Vec<Header> {
         let Some(table) = &self.table else { return Vec::new() };
         let mut found = Vec::new();
@@ -167,6 +173,8 @@ impl HostSlots {
                 found.push(header);
             }
         }
+        let born = if planted::has(Bug::BirthForgotten) { 0 } else { table.born_count() };
+        self.bear(0..born);
         found
     }
 
@@ -238,16 +246,28 @@ impl HostSlots {
         self.slots.iter_mut().for_each(|slot| slot.generation = generation);
     }
 
-    /// These slots are registered: they may be used.
+    /// These slots have pages: they may be used.
     pub fn bear(&mut self, slots: std::ops::Range<u32>) {
-        for slot in slots.rev() {
-            self.born_count += 1;
+        // Not twice: those before may be born since the recovery.
+        let slots = slots.start.max(self.born_before)..slots.end;
+        if slots.is_empty() {
+            return;
+        }
+        self.born_count += slots.len() as u32;
+        for slot in slots.clone().rev() {
             let s = &mut self.slots[slot as usize];
-            // A recovered slot was in use before its piece was registered.
+            // A recovered slot was in use before.
             if s.state == State::Unborn {
                 s.state = State::Free;
                 self.free.push(slot);
             }
+        }
+        self.born_ahead.push(slots);
+        while let Some(at) = self.born_ahead.iter().position(|ahead| ahead.start == self.born_before) {
+            self.born_before = self.born_ahead.swap_remove(at).end;
+        }
+        if let Some(table) = &self.table {
+            table.set_born(self.born_before);
         }
     }
 

@@ -20,6 +20,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"KVSLOTS\x01");
 
 const HEAD_WORDS: usize = 8;
 const NEXT_SESSION: usize = 64;
+const BORN: usize = 72;
 const TEXT: usize = 4096;
 const TEXT_BYTES: usize = 64 << 10;
 /// Longest text that a table takes.
@@ -186,6 +187,17 @@ impl SlotTable {
         self.memory.word32(self.writers + (slot as usize * self.shape.tp_size as usize + rank as usize) * 4)
     }
 
+    /// The slots before this one have pages: the next engine process uses them from its first moment.
+    pub fn set_born(&self, slots: u32) {
+        self.memory.words64(BORN, 1)[0].store(u64::from(slots), Ordering::Relaxed);
+    }
+
+    /// So many slots, from the first on, have pages.
+    pub fn born_count(&self) -> u32 {
+        let born = self.memory.words64(BORN, 1)[0].load(Ordering::Relaxed);
+        born.min(u64::from(self.shape.slots_count)) as u32
+    }
+
     /// Who may write a rank's part of a slot from now on.
     pub fn set_writer(&self, slot: u32, rank: u32, session: Option<SessionId>) {
         let value = session.map_or(0, |session| session.0.wrapping_add(1));
@@ -252,12 +264,16 @@ mod test {
         table.set_writer(5, 1, Some(SessionId(0)));
         let session = FormerSession { session: SessionId(77), pid: 12, started_ticks: 34 };
         table.begin_session(session);
+        table.set_born(8);
         let (next, text) = SlotTable::open(memory).unwrap();
         assert_eq!(text, "a layout");
         assert_eq!(next.header(4).map(|header| header.key), Some(header.key));
         assert_eq!((next.header(3), next.header(5)), (None, None));
         assert_eq!((next.writer(5, 0), next.writer(5, 1)), (None, Some(SessionId(0))));
         assert_eq!((next.session(SessionId(77)), next.last_session()), (Some(session), 77));
+        assert_eq!(next.born_count(), 8);
+        table.set_born(u32::MAX);
+        assert_eq!(next.born_count(), 10, "no more than there are");
         assert_eq!(next.session(SessionId(77 + SESSIONS_MAX as u32)), None);
         next.clear(4);
         assert_eq!(table.header(4), None);
