@@ -391,18 +391,19 @@ impl Cache {
     /// The block that a slot holds, ready and not forgotten, with the use of the slot and, where it was made,
     /// its checksum.
     pub fn block_in(&self, tier: Tier, slot: u32) -> Option<(BlockId, u32, Option<u64>)> {
-        let (key, generation, data_crc) = match tier {
+        let (id, generation, data_crc) = match tier {
             Tier::Host => {
-                let key = self.host.header(slot)?.key;
-                (key, self.host.grant(slot).generation, self.host.crc(slot))
+                let id = self.index.find(self.host.header(slot)?.key)?;
+                (id, self.host.grant(slot).generation, self.host.crc(slot))
             }
             Tier::Disk => {
                 let disk = self.disk.as_ref()?;
-                (disk.header(slot).key, disk.generation(slot), Some(disk.data_crc(slot)))
+                (disk.block(slot)?, disk.generation(slot), Some(disk.data_crc(slot)))
             }
         };
-        let block = self.index.find(key)?;
-        (self.index.block(block).place(tier) == Place::Ready(slot)).then_some((block, generation, data_crc))
+        let block = self.index.block(id);
+        let is_there = block.place(tier) == Place::Ready(slot) && !block.is_detached();
+        is_there.then_some((id, generation, data_crc))
     }
 
     /// A rank will not fill its part: the block is lost. False if the grant is stale.
@@ -526,7 +527,7 @@ impl Cache {
             if let Some(disk) = &mut self.disk
                 && !b.is_detached()
             {
-                disk.describe(disk_slot, b.key, parent, b.depth);
+                disk.describe(disk_slot, block, b.key, parent, b.depth);
             }
             self.index.finish(Tier::Disk, block);
         } else {

@@ -9,10 +9,11 @@ use std::collections::VecDeque;
 use kvring_ipc::wire::MATCH_BLOCKS_MAX;
 
 use crate::cache::Cache;
-use crate::index::{Place, Tier};
+use crate::index::{BlockId, Place, Tier};
 use crate::planted::{self, Bug};
 use crate::tier::disk::DiskSlots;
 use crate::tier::header::Header;
+use crate::tier::piece::HeaderPiece;
 
 /// Blocks that an earlier process's cache has left, as far as they were taken back.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,27 +29,26 @@ pub struct Recovered {
 pub struct Recovery {
     /// What came back.
     pub recovered: Recovered,
-    /// Slots of the disk with sound headers, as they were found.
-    pieces: VecDeque<Vec<u32>>,
+    /// Headers of the disk, as they were found.
+    pieces: VecDeque<HeaderPiece>,
     /// The next of the first piece.
     next: usize,
     all_read: bool,
-    /// Slots whose block waits for its parent: first of each depth, and next of each slot.
-    late_first: Box<[u32]>,
-    late_next: Box<[u32]>,
-    /// How deep the late ones were taken.
+    /// Headers whose block waits for its parent, by depth.
+    late: Vec<Vec<Header>>,
+    /// How deep the late ones were taken, and how many of that depth.
     late_depth: usize,
+    late_next: usize,
     /// Blocks in the pool whose parent may be on the disk, by depth.
     orphans: VecDeque<Header>,
 }
 
-const NONE: u32 = u32::MAX;
 const DEPTHS: usize = MATCH_BLOCKS_MAX as usize + 1;
 
 /// What became of a recovered header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Adopted {
-    Yes,
+    Yes(BlockId),
     /// The block is there already, or there is no room.
     No,
     /// The block before it is not there, or not yet.
@@ -57,25 +57,27 @@ enum Adopted {
 
 impl Recovery {
     fn wait_for_parent(&mut self, header: &Header) {
-        let Some(first) = self.late_first.get_mut(header.depth as usize) else { return };
-        self.late_next[header.slot as usize] = std::mem::replace(first, header.slot);
-    }
-
-    fn next_late(&mut self) -> Option<u32> {
-        let first = self.late_first.get_mut(self.late_depth)?;
-        let slot = *first;
-        if slot == NONE {
-            return None;
+        if let Some(late) = self.late.get_mut(header.depth as usize) {
+            late.push(*header);
         }
-        *first = self.late_next[slot as usize];
-        Some(slot)
     }
 
-    fn next_found(&mut self) -> Option<u32> {
+    fn next_late(&mut self) -> Option<Header> {
+        let header = *self.late.get(self.late_depth)?.get(self.late_next)?;
+        self.late_next += 1;
+        Some(header)
+    }
+
+    fn next_depth(&mut self) {
+        self.late[self.late_depth] = Vec::new();
+        (self.late_depth, self.late_next) = (self.late_depth + 1, 0);
+    }
+
+    fn next_found(&mut self) -> Option<Header> {
         while let Some(piece) = self.pieces.front() {
-            if let Some(slot) = piece.get(self.next) {
+            if let Some(header) = piece.headers().get(self.next) {
                 self.next += 1;
-                return Some(*slot);
+                return Some(*header);
             }
             self.pieces.pop_front();
             self.next = 0;
@@ -85,13 +87,10 @@ impl Recovery {
 }
 
 impl Cache {
-    /// Takes back what the pool's table and the disk's headers say, at once.
-    pub fn recover(&mut self) -> Recovered {
+    /// Takes back what the pool's table and these headers of the disk say, at once.
+    pub fn recover(&mut self, found: impl IntoIterator<Item = HeaderPiece>) -> Recovered {
         self.begin_recovery(self.disk.is_some());
-        if let Some(disk) = &self.disk {
-            let found = disk.sound_headers();
-            self.found_on_disk(found);
-        }
+        found.into_iter().for_each(|piece| self.found_on_disk(piece));
         self.disk_was_read();
         while self.recover_some(u32::MAX) > 0 {}
         self.recovery.recovered
@@ -105,12 +104,11 @@ impl Cache {
         let disk = self.disk.as_mut().filter(|_| with_disk);
         if let Some(disk) = disk {
             disk.begin_recovery();
-            self.recovery.late_first = vec![NONE; DEPTHS].into_boxed_slice();
-            self.recovery.late_next = vec![NONE; disk.geometry().slots_count() as usize].into_boxed_slice();
+            self.recovery.late = vec![Vec::new(); DEPTHS];
         }
         for header in found {
             match self.adopt(Tier::Host, &header) {
-                Adopted::Yes => {}
+                Adopted::Yes(_) => {}
                 // Its parent may be on the disk.
                 Adopted::NoParent if self.is_recovering() => self.recovery.orphans.push_back(header),
                 Adopted::No | Adopted::NoParent => self.host.release(header.slot),
@@ -118,9 +116,12 @@ impl Cache {
         }
     }
 
-    /// These slots of the disk have sound headers.
-    pub fn found_on_disk(&mut self, slots: Vec<u32>) {
-        self.recovery.pieces.push_back(slots);
+    /// This lies on the disk.
+    pub fn found_on_disk(&mut self, piece: HeaderPiece) {
+        if let Some(disk) = &mut self.disk {
+            disk.holds(piece.device(), piece.held_sectors());
+        }
+        self.recovery.pieces.push_back(piece);
     }
 
     /// No more will be found on the disk.
@@ -147,16 +148,21 @@ impl Cache {
                 self.recovery.pieces.clear();
                 self.recovery.next = 0;
             }
-            if let Some(slot) = self.recovery.next_found() {
-                self.fetch_ahead();
-                self.take(slot, true);
+            if let Some(header) = self.recovery.next_found() {
+                if let Some(piece) = self.recovery.pieces.front() {
+                    self.fetch_ahead(piece.headers(), self.recovery.next);
+                }
+                self.take(&header, true);
             } else if !self.recovery.all_read {
                 break;
             } else if !forgotten && self.recovery.late_depth < DEPTHS {
                 self.adopt_orphans(self.recovery.late_depth as u32);
                 match self.recovery.next_late() {
-                    Some(slot) => self.take(slot, false),
-                    None => self.recovery.late_depth += 1,
+                    Some(header) => {
+                        self.fetch_ahead(&self.recovery.late[self.recovery.late_depth], self.recovery.late_next);
+                        self.take(&header, false);
+                    }
+                    None => self.recovery.next_depth(),
                 }
             } else {
                 for orphan in std::mem::take(&mut self.recovery.orphans) {
@@ -174,25 +180,40 @@ impl Cache {
     }
 
     /// Every lookup of a big index misses the caches: several are under way at a time.
-    fn fetch_ahead(&self) {
-        const AHEAD: usize = 16;
-        let (Some(disk), Some(piece)) = (&self.disk, self.recovery.pieces.front()) else { return };
-        if let Some(slot) = piece.get(self.recovery.next + 2 * AHEAD) {
-            disk.prefetch_header(*slot);
+    fn fetch_ahead(&self, headers: &[Header], next: usize) {
+        const AHEAD: usize = 12;
+        // A parent that comes right before is at hand.
+        let parent_of = |at: usize| {
+            let header = headers.get(at)?;
+            (headers[at - 1].key != header.parent).then_some(header.parent)
+        };
+        if let Some(header) = headers.get(next + 3 * AHEAD) {
+            self.index.prefetch(header.key);
         }
-        if let Some(slot) = piece.get(self.recovery.next + AHEAD) {
-            self.index.prefetch(disk.key(*slot));
+        if let Some(parent) = parent_of(next + 3 * AHEAD) {
+            self.index.prefetch(parent);
+        }
+        if let Some(parent) = parent_of(next + 2 * AHEAD) {
+            self.index.prefetch_parent(Tier::Disk, parent);
+        }
+        if let Some(parent) = parent_of(next + AHEAD) {
+            self.index.prefetch_neighbours(Tier::Disk, parent);
         }
     }
 
-    fn take(&mut self, slot: u32, parent_may_follow: bool) {
-        let Some(header) = self.disk.as_ref().map(|disk| disk.header(slot)) else { return };
-        let adopted = self.adopt(Tier::Disk, &header);
-        if adopted == Adopted::NoParent && parent_may_follow {
-            self.recovery.wait_for_parent(&header);
-        }
+    fn take(&mut self, header: &Header, parent_may_follow: bool) {
+        let block = match self.adopt(Tier::Disk, header) {
+            Adopted::Yes(id) => Some(id),
+            Adopted::No => None,
+            Adopted::NoParent => {
+                if parent_may_follow {
+                    self.recovery.wait_for_parent(header);
+                }
+                None
+            }
+        };
         if let Some(disk) = &mut self.disk {
-            disk.recovered(&header, adopted == Adopted::Yes);
+            disk.recovered(header, block);
         }
     }
 
@@ -200,7 +221,8 @@ impl Cache {
     fn adopt_orphans(&mut self, depth: u32) {
         while let Some(orphan) = self.recovery.orphans.front().filter(|orphan| orphan.depth <= depth).copied() {
             self.recovery.orphans.pop_front();
-            if self.adopt(Tier::Host, &orphan) != Adopted::Yes && !planted::has(Bug::OrphanLeaks) {
+            let taken = matches!(self.adopt(Tier::Host, &orphan), Adopted::Yes(_));
+            if !taken && !planted::has(Bug::OrphanLeaks) {
                 self.host.release(orphan.slot);
             }
         }
@@ -243,6 +265,6 @@ impl Cache {
         self.index.begin(tier, id, header.slot);
         self.index.finish(tier, id);
         self.index.show(id);
-        Adopted::Yes
+        Adopted::Yes(id)
     }
 }

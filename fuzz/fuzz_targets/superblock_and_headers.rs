@@ -7,7 +7,7 @@
 #![no_main]
 
 use std::collections::HashMap;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex};
 
 use bytemuck::Zeroable;
 use kvring_engine::cache::Cache;
@@ -17,6 +17,7 @@ use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
 use kvring_engine::tier::header::{HEADER_BYTES, Header, MAGIC, Superblock};
 use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
+use kvring_engine::tier::piece::HeaderPiece;
 use kvring_fuzz::{Input, mapping};
 use kvring_ipc::config::{EVICTION_POLICIES, OnMismatch};
 use kvring_ipc::key::BlockKey;
@@ -96,21 +97,25 @@ fn open(geometry: &DiskGeometry, how: u8, found: &Superblock, zones: &[Vec<u8>])
     match opened {
         Ok(devices) => {
             for ((device, opened), (superblock, bytes)) in (0..).zip(&devices).zip(&written) {
+                let found = Mutex::new(Vec::new());
                 if let Some(path) = &opened.reused {
                     // A file that is shorter than its header zone was made longer: it is zeros there.
-                    files::read_headers(path, &opened.headers, |_| ()).expect("it can be read");
+                    let add =
+                        |piece: HeaderPiece| found.lock().expect("nobody panics").extend(piece.headers().to_vec());
+                    files::read_headers(path, geometry, *FINGERPRINT, device as u32, add).expect("it can be read");
                 }
-                let mut headers = vec![0; (geometry.header_sectors() * SECTOR_BYTES) as usize];
-                opened.headers.copy_out(0, &mut headers);
+                let found = found.into_inner().expect("nobody panics");
                 let whole = *bytes >= size_of::<Superblock>();
-                let zone = &zones[device as usize];
                 if whole && expected(superblock, device) {
+                    let mut zone = zones[device as usize].clone();
                     let there = bytes.saturating_sub(SECTOR_BYTES as usize).min(zone.len());
-                    assert!(headers[..there] == zone[..there], "the header zone as it is on the disk");
+                    zone[there..].fill(0);
+                    let all = HeaderPiece::of(geometry, *FINGERPRINT, device as u32, 0, &zone);
+                    assert_eq!(found, all.headers(), "the header zone as it is on the disk");
                 } else {
                     let nothing = !whole || *superblock == Superblock::zeroed();
                     assert!(nothing || on_mismatch == OnMismatch::Reset, "taken for ours: {superblock:?}");
-                    assert!(headers.iter().all(|byte| *byte == 0), "a new cache has no headers");
+                    assert!(opened.reused.is_none(), "a new cache has no headers");
                 }
             }
         }
@@ -177,14 +182,7 @@ fuzz_target!(|data: &[u8]| {
         open(&geometry, how, &superblock, &zones);
     }
 
-    let images = zones
-        .iter()
-        .map(|zone| {
-            let image = mapping(zone.len() as u64);
-            image.copy_in(0, zone);
-            image
-        })
-        .collect();
+    let images = zones.iter().map(|zone| mapping(zone.len() as u64)).collect();
     let options = IndexOptions {
         host_slots: 4,
         disk_slots: geometry.slots_count(),
@@ -195,7 +193,8 @@ fuzz_target!(|data: &[u8]| {
     let mut host = HostSlots::new(4, 1);
     host.bear(0..4);
     let mut cache = Cache::new(&options, host, Some(DiskSlots::new(geometry, *FINGERPRINT, images)));
-    let recovered = cache.recover().disk;
+    let found = (0..).zip(&zones).map(|(device, zone)| HeaderPiece::of(&geometry, *FINGERPRINT, device, 0, zone));
+    let recovered = cache.recover(found).disk;
     cache.check();
     cache.check_at_rest();
 

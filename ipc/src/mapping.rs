@@ -106,7 +106,7 @@ impl Mapping {
         Self::with(fd, bytes, ProtFlags::READ)
     }
 
-    /// Memory of this process alone, zeroed, on transparent hugepages where the kernel grants them.
+    /// Memory of this process alone, zeroed; pages come as they are touched.
     ///
     /// # Errors
     /// What mmap says.
@@ -121,9 +121,7 @@ impl Mapping {
             )?
         };
         let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
-        let mapping = Self { base, bytes };
-        mapping.advise_hugepages();
-        Ok(mapping)
+        Ok(Self { base, bytes })
     }
 
     fn with(fd: impl AsFd, bytes: usize, protection: ProtFlags) -> Result<Self> {

@@ -12,7 +12,9 @@ use kvring_engine::metrics::Metrics;
 use kvring_engine::shard::session::Session as ServerSession;
 use kvring_engine::shard::{End, Shard, ShardOptions};
 use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
+use kvring_engine::tier::header::HEADER_BYTES;
 use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
+use kvring_engine::tier::piece::HeaderPiece;
 use kvring_engine::tier::table::{SlotTable, TableShape};
 use kvring_ipc::client::{Lease, Matched, Pool, PostError, Session};
 use kvring_ipc::config::{EVICTION_POLICIES, EvictionPolicy, Verify};
@@ -202,6 +204,8 @@ pub struct World {
     /// Counters of the current shard.
     pub metrics: Arc<Metrics>,
     platters: Vec<Platter>,
+    /// The header zones as they are at the start, until they are read.
+    header_zones: Vec<Vec<u8>>,
     clients: Vec<Client>,
     zombies: Vec<Zombie>,
     chains: Vec<Vec<BlockKey>>,
@@ -264,6 +268,7 @@ impl World {
             born_late_permille: 1000,
             metrics: Arc::default(),
             platters: Vec::new(),
+            header_zones: Vec::new(),
             clients: Vec::new(),
             zombies: Vec::new(),
             chains: Vec::new(),
@@ -322,14 +327,9 @@ impl World {
         let platters = std::mem::take(&mut self.platters);
         let with_disk = !platters.is_empty();
         let header_bytes = geometry.header_sectors() * SECTOR_BYTES;
-        let images: Vec<_> = platters
-            .iter()
-            .map(|platter| {
-                let image = mapping(header_bytes);
-                image.copy_in(0, &platter[0][SECTOR_BYTES as usize..][..header_bytes as usize]);
-                image
-            })
-            .collect();
+        let images: Vec<_> = platters.iter().map(|_| mapping(header_bytes)).collect();
+        let zone = |platter: &Platter| platter[0][SECTOR_BYTES as usize..][..header_bytes as usize].to_vec();
+        self.header_zones = platters.iter().map(zone).collect();
         let options = IndexOptions {
             host_slots: shape.host_slots,
             disk_slots: if with_disk { geometry.slots_count() } else { 0 },
@@ -478,11 +478,19 @@ impl World {
     pub fn poll_once(&mut self) {
         if self.disk_read_at_ns.is_some_and(|at| at <= self.now_ns) {
             self.disk_read_at_ns = None;
-            let mut found = self.shard().cache().disk.as_ref().map(DiskSlots::sound_headers).unwrap_or_default();
-            // In pieces, as several readers find them.
-            while !found.is_empty() {
-                let rest = found.split_off(1 + self.chance.below(found.len() as u64) as usize);
-                self.shard().found_on_disk(std::mem::replace(&mut found, rest));
+            let geometry = self.geometry();
+            for (device, mut zone) in (0..).zip(std::mem::take(&mut self.header_zones)) {
+                // In pieces, as several readers find them: each with some of the headers, the last with the rest.
+                for permille in [300, 500, 1000] {
+                    let mut some = vec![0; zone.len()];
+                    let headers = zone.chunks_mut(HEADER_BYTES as usize).zip(some.chunks_mut(HEADER_BYTES as usize));
+                    for (header, taken) in headers {
+                        if self.chance.happens(permille) {
+                            taken.swap_with_slice(header);
+                        }
+                    }
+                    self.shard().found_on_disk(HeaderPiece::of(&geometry, LAYOUT, device, 0, &some));
+                }
             }
             self.shard().disk_was_read();
         }

@@ -2,7 +2,7 @@
 //! run what a cut may leave (writes lost, torn, reordered) is put on real files, opened and verified.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use kvring_engine::cache::Cache;
 use kvring_engine::device::aio::Aio;
@@ -53,9 +53,12 @@ impl Machine {
         let opened = files::open(dirs, &geometry, &layout, OnMismatch::Refuse).unwrap();
         let pool = Arc::new(Mapping::private(HOST_SLOTS as usize * SLOT as usize).unwrap());
         let images: Vec<_> = opened.iter().map(|device| device.headers.clone()).collect();
-        for device in &opened {
+        let found = Mutex::new(Vec::new());
+        for (number, device) in (0..).zip(&opened) {
             if let Some(path) = &device.reused {
-                files::read_headers(path, &device.headers, |_| ()).unwrap();
+                let fingerprint = layout.fingerprint();
+                let found = |piece| found.lock().unwrap().push(piece);
+                files::read_headers(path, &geometry, fingerprint, number, found).unwrap();
             }
         }
         let options = IndexOptions {
@@ -67,7 +70,7 @@ impl Machine {
         };
         let disk = DiskSlots::new(geometry, layout.fingerprint(), images);
         let mut cache = Cache::new(&options, HostSlots::new(HOST_SLOTS, 1), Some(disk));
-        cache.recover();
+        cache.recover(found.into_inner().unwrap());
         let mut locks = Vec::new();
         let devices = opened.into_iter().enumerate().map(|(number, device)| {
             let DeviceFiles { files, headers, lock, .. } = device;

@@ -31,9 +31,9 @@ use crate::recovery::Recovered;
 use crate::shard::hasher::Hasher;
 use crate::shard::session::Session;
 use crate::shard::{End, Shard, ShardOptions};
-use crate::tier::disk::{DiskGeometry, DiskSlots, sound_headers};
-use crate::tier::header::HEADER_BYTES;
+use crate::tier::disk::{DiskGeometry, DiskSlots};
 use crate::tier::host::{HostSlots, SessionId};
+use crate::tier::piece::HeaderPiece;
 use crate::tier::table::{SlotTable, TEXT_BYTES_MAX, TableShape};
 
 /// Why there is no data plane, and what to do.
@@ -77,7 +77,7 @@ pub enum ToShard {
     /// Forget every block; the number names whoever asked.
     Reset(u64),
     /// Slots of the SSD that have sound headers.
-    FoundOnDisk(Vec<u32>),
+    FoundOnDisk(HeaderPiece),
     /// Not all headers of a device could be read: what they say is not known.
     DiskUnread(u32),
     /// All headers of the SSD were read.
@@ -240,7 +240,7 @@ impl Engine {
         }
         let mut host = HostSlots::new(pool.slots_count, layout.tp_size);
         host.keep_in(table.clone());
-        let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images.clone()));
+        let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images));
         let options = IndexOptions {
             host_slots: pool.slots_count,
             disk_slots: geometry.map_or(0, |geometry| geometry.slots_count()),
@@ -340,7 +340,7 @@ impl Engine {
             thread,
         };
         if let Some(geometry) = geometry {
-            read_the_disk(engine.teller.clone(), geometry, fingerprint, images, to_read, config.checksum);
+            read_the_disk(engine.teller.clone(), geometry, fingerprint, to_read, config.checksum);
         }
         engine.touch_the_rest(first_piece);
         Ok(engine)
@@ -430,34 +430,23 @@ impl Drop for TellAtEnd {
 }
 
 /// Reads what the SSD holds, behind: serving does not wait for it.
-fn read_the_disk(
-    teller: Teller,
-    geometry: DiskGeometry,
-    layout: u64,
-    images: Vec<Arc<Mapping>>,
-    to_read: Vec<Option<PathBuf>>,
-    take: bool,
-) {
+fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: Vec<Option<PathBuf>>, take: bool) {
     let (behind, end) = (teller.clone(), TellAtEnd(teller.clone()));
     let devices_count = to_read.len() as u32;
     let read = move || {
         // However this thread ends, the recovery does.
         let _end = end;
         std::thread::scope(|scope| {
-            for (device, (image, path)) in (0..).zip(images.iter().zip(&to_read)) {
+            for (device, path) in (0..).zip(&to_read) {
                 let Some(path) = path else { continue };
                 let (teller, geometry) = (&behind, &geometry);
-                let found = move |piece: std::ops::Range<usize>| {
-                    let header = |at: usize| (at as u64 / HEADER_BYTES) as u32;
-                    let locals = header(piece.start)..header(piece.end);
-                    teller.tell(ToShard::FoundOnDisk(sound_headers(geometry, layout, device, image, locals)));
-                };
                 scope.spawn(move || {
-                    // Without checksums a header may name a block whose slot was written anew since.
-                    let read = files::read_headers(path, image, |piece| {
-                        if take {
-                            found(piece)
+                    let read = files::read_headers(path, geometry, layout, device, |mut piece| {
+                        // Without checksums a header may name a block whose slot was written anew since.
+                        if !take {
+                            piece.distrust();
                         }
+                        teller.tell(ToShard::FoundOnDisk(piece));
                     });
                     if let Err(error) = read {
                         let path = path.display();
@@ -690,7 +679,7 @@ impl Runner {
                 let blocks = self.shard.reset();
                 self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
             }
-            ToShard::FoundOnDisk(slots) => self.shard.found_on_disk(slots),
+            ToShard::FoundOnDisk(piece) => self.shard.found_on_disk(piece),
             ToShard::DiskUnread(device) => self.shard.disk_was_not_read(device),
             ToShard::DiskRead => self.shard.disk_was_read(),
             ToShard::EndFormer(session, end) => {
@@ -743,7 +732,7 @@ impl Runner {
         let recovering = |shard: &Shard<AnyDevice>| write_back && shard.cache().is_recovering();
         while (recovering(&self.shard) || !self.shard.is_drained()) && monotonic_ns() < deadline_ns {
             match self.for_shard.try_recv() {
-                Ok(ToShard::FoundOnDisk(slots)) => self.shard.found_on_disk(slots),
+                Ok(ToShard::FoundOnDisk(piece)) => self.shard.found_on_disk(piece),
                 Ok(ToShard::DiskRead) => self.shard.disk_was_read(),
                 _ => {}
             }

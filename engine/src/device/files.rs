@@ -17,6 +17,7 @@ use rustix::fs::{FallocateFlags, FlockOperation};
 use crate::limits::SECTOR_BYTES;
 use crate::tier::disk::DiskGeometry;
 use crate::tier::header::{MAGIC, Superblock};
+use crate::tier::piece::HeaderPiece;
 
 /// Why the SSD tier cannot be had, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +58,7 @@ const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(2);
 pub struct DeviceFiles {
     /// Opened with O_DIRECT, in the order of the geometry's files.
     pub files: Vec<OwnedFd>,
-    /// The header zone in memory: zeros, until [`read_headers`] of `reused`.
+    /// The header zone in memory, for what will be written: zeros.
     pub headers: Arc<Mapping>,
     /// The file whose headers are to be read, unless it is new.
     pub reused: Option<PathBuf>,
@@ -395,34 +396,47 @@ fn write_superblock(
     file.sync_data()
 }
 
-/// Bytes of headers read at once: 65,536 headers.
-const READ_BYTES: usize = 4 << 20;
+/// Sectors of headers read at once: 65,536 headers, 4 MiB.
+const READ_SECTORS: u64 = 1024;
 /// Readers of one header zone: enough to keep a device busy.
 const READERS: usize = 4;
+/// Pieces that are being read, or were and are being used: readers wait for those who use them.
+const PIECES: usize = 2 * READERS;
 
-/// Reads a file's header zone into its image, several pieces at a time and past the page cache; `read` is
-/// told of each piece of the image that is there. Blocks, for as long as reading 64 bytes a slot takes.
+/// Reads a file's header zone, several pieces at a time and past the page cache; `found` is given each piece.
+/// Blocks, for as long as reading 64 bytes a slot takes, and until pieces come back.
 ///
 /// # Errors
-/// What the system says; what was read until then is in the image.
-pub fn read_headers(path: &Path, image: &Mapping, read: impl Fn(std::ops::Range<usize>) + Sync) -> std::io::Result<()> {
+/// What the system says.
+pub fn read_headers(
+    path: &Path,
+    geometry: &DiskGeometry,
+    layout: u64,
+    device: u32,
+    found: impl Fn(HeaderPiece) + Sync,
+) -> std::io::Result<()> {
     let file = OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32).open(path)?;
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let (file, next, read) = (&file, &next, &read);
+    let sectors = geometry.header_sectors();
+    let next = std::sync::atomic::AtomicU64::new(0);
+    let (home, memories) = crossbeam_channel::unbounded();
+    for _ in 0..PIECES {
+        let _ = home.send(Vec::new());
+    }
     let reader = || -> std::io::Result<()> {
-        // O_DIRECT wants aligned memory: a part of a larger piece is.
-        let mut memory = vec![0u8; READ_BYTES + SECTOR_BYTES as usize];
-        let skip = memory.as_ptr().align_offset(SECTOR_BYTES as usize);
-        let piece = &mut memory[skip..skip + READ_BYTES];
         loop {
-            let at = next.fetch_add(READ_BYTES, std::sync::atomic::Ordering::Relaxed);
-            if at >= image.bytes() {
-                return Ok(());
-            }
-            let piece = &mut piece[..READ_BYTES.min(image.bytes() - at)];
-            file.read_exact_at(piece, SECTOR_BYTES + at as u64)?;
-            image.copy_in(at, piece);
-            read(at..at + piece.len());
+            let first = next.fetch_add(READ_SECTORS, std::sync::atomic::Ordering::Relaxed);
+            let Some(count) = sectors.checked_sub(first).filter(|left| *left > 0) else { return Ok(()) };
+            // As long as `home` is here, somebody may send.
+            let mut memory: Vec<u8> = memories.recv().map_err(std::io::Error::other)?;
+            // O_DIRECT wants aligned memory: a part of a larger piece is.
+            let bytes = (READ_SECTORS.min(count) * SECTOR_BYTES) as usize;
+            memory.resize(bytes + SECTOR_BYTES as usize, 0);
+            let skip = memory.as_ptr().align_offset(SECTOR_BYTES as usize);
+            memory.truncate(skip + bytes);
+            file.read_exact_at(&mut memory[skip..], (1 + first) * SECTOR_BYTES)?;
+            let mut piece = HeaderPiece::parse(geometry, layout, device, first as u32, memory, skip);
+            piece.return_to(home.clone());
+            found(piece);
         }
     };
     std::thread::scope(|scope| {

@@ -181,6 +181,16 @@ impl Evict {
         crate::dma::prefetch(&self.links[block.0 as usize]);
     }
 
+    /// Brings those closer between which the block stands.
+    pub fn prefetch_neighbours(&self, block: BlockId) {
+        let Link { prev, next, .. } = self.links[block.0 as usize];
+        for neighbour in [prev, next] {
+            if let Some(link) = self.links.get(neighbour as usize) {
+                crate::dma::prefetch(link);
+            }
+        }
+    }
+
     /// The two that come after `block` in its line, for whoever wants to fetch them ahead.
     pub fn after(&self, block: BlockId) -> [Option<BlockId>; 2] {
         let from_front = matches!(self.policy, EvictionPolicy::Mru | EvictionPolicy::Filo);

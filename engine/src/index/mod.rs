@@ -551,6 +551,21 @@ impl Index {
         self.evict[Tier::Host as usize].prefetch_ghost(self.table.fingerprint(key));
     }
 
+    /// Brings a block closer that soon gets a child; the place of its key has come.
+    pub fn prefetch_parent(&self, tier: Tier, key: BlockKey) {
+        if let Some(id) = self.table.find_by_hash(key) {
+            crate::dma::prefetch(&self.blocks[id.0 as usize]);
+            self.evict[tier as usize].prefetch(id);
+        }
+    }
+
+    /// And what stands beside it in the tier's lists; its own place there has come.
+    pub fn prefetch_neighbours(&self, tier: Tier, key: BlockKey) {
+        if let Some(id) = self.table.find_by_hash(key) {
+            self.evict[tier as usize].prefetch_neighbours(id);
+        }
+    }
+
     /// Checks that nobody uses a block. Says how many slots of each tier hold one.
     ///
     /// # Panics

@@ -62,6 +62,11 @@ impl Table {
         }
     }
 
+    /// A block that probably has this key, by its hash alone.
+    pub fn find_by_hash(&self, key: BlockKey) -> Option<BlockId> {
+        self.find(key, |_| true)
+    }
+
     /// Adds a block. Its key is not in the table, and the table is not full: the caller's facts.
     pub fn insert(&mut self, key: BlockKey, block: BlockId) {
         let hash = self.hash(key);

@@ -34,6 +34,7 @@ use crate::limits::{
 use crate::metrics::Metrics;
 use crate::planted::{self, Bug};
 use crate::tier::host::{SessionId, Writer};
+use crate::tier::piece::HeaderPiece;
 use hasher::{Hasher, Hashing};
 use load::{Asked, Dirty, Loads, Waiter};
 use session::Session;
@@ -261,9 +262,9 @@ impl<D: Device> Shard<D> {
     pub fn is_reset(&self) -> bool {
         self.cache.disk.as_ref().is_none_or(crate::tier::disk::DiskSlots::is_cleared)
     }
-    /// These slots of the disk have sound headers: their blocks are taken back bit by bit.
-    pub fn found_on_disk(&mut self, slots: Vec<u32>) {
-        self.cache.found_on_disk(slots);
+    /// This lies on the disk: its blocks are taken back bit by bit.
+    pub fn found_on_disk(&mut self, piece: HeaderPiece) {
+        self.cache.found_on_disk(piece);
     }
     /// No more will be found on the disk.
     pub fn disk_was_read(&mut self) {
@@ -1016,7 +1017,7 @@ impl<D: Device> Shard<D> {
         let mut count = transfers.start_waiting();
         if let Some(disk) = &mut self.cache.disk
             && transfers.wants_header()
-            && let Some(sector) = disk.next_header_sector(at)
+            && let Some(sector) = disk.next_header_sector(at, &self.cache.index)
         {
             transfers.start_header(sector);
             count += 1;

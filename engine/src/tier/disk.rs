@@ -1,5 +1,8 @@
 //! Slots of the SSD tier: where each lies, what its header says, which headers must be written.
 //! Knows no I/O: the shard moves the bytes.
+//!
+//! Headers are written by the sector. A sector's image in memory is made from the index when it is first
+//! written, and kept: a start reads every header and needs none of their images.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,9 +10,9 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
-use kvring_ipc::sync::Ordering;
 
 use super::header::{HEADER_BYTES, HEADERS_PER_SECTOR, Header};
+use crate::index::{BlockId, Index, Place, Tier};
 use crate::limits::SECTOR_BYTES;
 
 /// Where slots lie on the devices. A slot is on device `slot % devices`, so blocks are striped.
@@ -68,10 +71,19 @@ impl DiskGeometry {
     }
 }
 
+/// All zeros is none: memory that nobody has touched yet.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     generation: u32,
+    /// The block whose header it has, plus one; 0 for none.
+    block: u32,
     data_crc: u64,
+}
+
+impl Slot {
+    fn block(&self) -> Option<BlockId> {
+        self.block.checked_sub(1).map(BlockId)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,11 +101,34 @@ struct Headers {
     image: Arc<Mapping>,
     sectors: Box<[Sector]>,
     queue: VecDeque<u32>,
+    /// Sectors whose image is made.
+    made: Box<[bool]>,
+    /// Sectors that may hold anything on the device.
+    held: Box<[bool]>,
+    /// The sector that is being written was empty when its write began.
+    writing_nothing: bool,
     /// Sectors whose old headers may still be on the device after a reset.
     uncleared: Box<[bool]>,
     uncleared_count: u32,
-    /// What lies on the device is not known: its image is zeros in places.
+    /// What lies on the device is not known.
     unread: bool,
+}
+
+const NOTHING: [u8; SECTOR_BYTES as usize] = [0; SECTOR_BYTES as usize];
+
+impl Headers {
+    /// A sector is to be written.
+    fn queue(&mut self, sector: u32) {
+        let state = &mut self.sectors[sector as usize];
+        match *state {
+            Sector::Clean => {
+                *state = Sector::Queued;
+                self.queue.push_back(sector);
+            }
+            Sector::Writing => *state = Sector::WritingStale,
+            Sector::Queued | Sector::WritingStale => {}
+        }
+    }
 }
 
 /// All slots of the SSD tier.
@@ -106,33 +141,13 @@ pub struct DiskSlots {
     free: Vec<Vec<u32>>,
     next_device: usize,
     headers: Vec<Headers>,
-    /// Slots that recovery has taken so far; `None` once it is over.
-    recovering: Option<Vec<bool>>,
-    /// A reset came before the images were read: what they hold goes as soon as they are.
+    recovering: bool,
+    /// A reset came before all was read: what was found goes as soon as it is.
     clear_when_read: bool,
 }
 
-/// The slots among these of a device that have sound headers. Touches only the image.
-pub fn sound_headers(
-    geometry: &DiskGeometry,
-    layout: u64,
-    device: u32,
-    image: &Mapping,
-    locals: std::ops::Range<u32>,
-) -> Vec<u32> {
-    let locals = locals.start..locals.end.min(geometry.slots_per_device);
-    let slot_of = |local: u32| local * geometry.devices_count + device;
-    locals.filter(|local| header_at(image, *local).is_sound(slot_of(*local), layout)).map(slot_of).collect()
-}
-
-fn header_at(image: &Mapping, local: u32) -> Header {
-    let words = image.words64((u64::from(local) * HEADER_BYTES) as usize, 8);
-    let words: [u64; 8] = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
-    bytemuck::cast(words)
-}
-
 impl DiskSlots {
-    /// Empty slots over these header images, one a device, as read from the disk or zeros.
+    /// Empty slots over these header images, one a device: zeros.
     pub fn new(geometry: DiskGeometry, layout: u64, images: Vec<Arc<Mapping>>) -> Self {
         assert_eq!(images.len(), geometry.devices_count as usize);
         let free = (0..geometry.devices_count)
@@ -145,6 +160,9 @@ impl DiskSlots {
             image,
             sectors: vec![Sector::Clean; sectors].into_boxed_slice(),
             queue: VecDeque::with_capacity(sectors),
+            made: vec![false; sectors].into_boxed_slice(),
+            held: vec![false; sectors].into_boxed_slice(),
+            writing_nothing: false,
             uncleared: vec![false; sectors].into_boxed_slice(),
             uncleared_count: 0,
             unread: false,
@@ -156,62 +174,43 @@ impl DiskSlots {
             free,
             next_device: 0,
             headers: headers.collect(),
-            recovering: None,
+            recovering: false,
             clear_when_read: false,
         }
     }
 
-    /// The images are yet to be read: until [`DiskSlots::end_recovery`] no slot is given out.
+    /// What the disk holds is yet to be read: until [`DiskSlots::end_recovery`] no slot is given out, and no
+    /// header written.
     pub fn begin_recovery(&mut self) {
-        self.recovering = Some(vec![false; self.slots.len()]);
+        self.recovering = true;
     }
     /// Whether what the disk holds is still being looked through.
     pub fn is_recovering(&self) -> bool {
-        self.recovering.is_some()
+        self.recovering
     }
-    /// The header of a slot, as the image says.
-    pub fn header(&self, slot: u32) -> Header {
-        header_at(&self.headers[self.geometry.device_of(slot)].image, self.geometry.local_of(slot))
+    /// These sectors of a device are not empty.
+    pub fn holds(&mut self, device: u32, sectors: &[u32]) {
+        let held = &mut self.headers[device as usize].held;
+        sectors.iter().for_each(|sector| held[*sector as usize] = true);
     }
-    /// The key in the header of a slot.
-    pub fn key(&self, slot: u32) -> BlockKey {
-        let image = &self.headers[self.geometry.device_of(slot)].image;
-        let words = image.words64((u64::from(self.geometry.local_of(slot)) * HEADER_BYTES) as usize, 2);
-        BlockKey::from_words(std::array::from_fn(|i| words[i].load(Ordering::Relaxed)))
-    }
-    /// Brings a slot's header closer.
-    pub fn prefetch_header(&self, slot: u32) {
-        let image = &self.headers[self.geometry.device_of(slot)].image;
-        let offset = u64::from(self.geometry.local_of(slot)) * HEADER_BYTES;
-        crate::dma::prefetch(&image.words64(offset as usize, 1)[0]);
-        crate::dma::prefetch(&self.slots[slot as usize]);
-    }
-    /// What a sound header says of its slot; `taken` if its block is in the index because of it.
-    pub fn recovered(&mut self, header: &Header, taken: bool) {
-        self.slots[header.slot as usize] = Slot { generation: header.generation, data_crc: header.data_crc };
-        if let Some(recovering) = &mut self.recovering {
-            recovering[header.slot as usize] = taken;
-        }
+    /// What a sound header says of its slot; `block` if that is in the index because of it.
+    pub fn recovered(&mut self, header: &Header, block: Option<BlockId>) {
+        let Header { generation, data_crc, .. } = *header;
+        self.slots[header.slot as usize] = Slot { generation, block: block.map_or(0, |id| id.0 + 1), data_crc };
     }
     /// What the disk holds is known: its free slots may be used.
     pub fn end_recovery(&mut self) {
-        let Some(taken) = self.recovering.take() else { return };
+        if !std::mem::take(&mut self.recovering) {
+            return;
+        }
         for free in &mut self.free {
-            free.retain(|slot| !taken[*slot as usize]);
+            free.retain(|slot| self.slots[*slot as usize].block().is_none());
         }
         if std::mem::take(&mut self.clear_when_read) {
             self.clear_headers();
         }
     }
-    /// Every slot that has a sound header.
-    pub fn sound_headers(&self) -> Vec<u32> {
-        let all = 0..self.geometry.slots_per_device;
-        let of = |(device, headers): (u32, &Headers)| {
-            sound_headers(&self.geometry, self.layout, device, &headers.image, all.clone())
-        };
-        (0..).zip(&self.headers).flat_map(of).collect()
-    }
-    /// Whether a reset came while the images were being read: none of it is to be taken.
+    /// Whether a reset came while the headers were being read: none of it is to be taken.
     pub fn is_forgotten(&self) -> bool {
         self.clear_when_read
     }
@@ -244,11 +243,11 @@ impl DiskSlots {
     /// Takes a slot back. Its header stays on the disk: should it be found again after a crash, the
     /// bytes are the block's, or fail their checksum.
     pub fn release(&mut self, slot: u32) {
-        if let Some(taken) = &mut self.recovering {
-            taken[slot as usize] = false;
-            return;
+        self.slots[slot as usize].block = 0;
+        // At the end of the recovery it is free.
+        if !self.recovering {
+            self.free[self.geometry.device_of(slot)].push(slot);
         }
-        self.free[self.geometry.device_of(slot)].push(slot);
     }
 
     /// The bytes about to be written have this checksum.
@@ -265,60 +264,77 @@ impl DiskSlots {
         self.slots[slot as usize].generation
     }
 
+    /// The block whose bytes it holds, as its header says.
+    pub fn block(&self, slot: u32) -> Option<BlockId> {
+        self.slots[slot as usize].block()
+    }
+
     /// Its bytes are not what was written: a restart finds nothing there.
     pub fn clear_header(&mut self, slot: u32) {
+        self.slots[slot as usize].block = 0;
         self.write_header(slot, &Header::zeroed());
     }
 
     /// The bytes are on the device: their header may follow.
-    pub fn describe(&mut self, slot: u32, key: BlockKey, parent: BlockKey, depth: u32) {
-        let Slot { generation, data_crc } = self.slots[slot as usize];
-        let header = Header { key, parent, data_crc, generation, depth, slot, flags: 0, crc: 0 }.sealed(self.layout);
+    pub fn describe(&mut self, slot: u32, block: BlockId, key: BlockKey, parent: BlockKey, depth: u32) {
+        self.slots[slot as usize].block = block.0 + 1;
+        let header = self.header(slot, key, parent, depth);
         self.write_header(slot, &header);
+    }
+
+    fn header(&self, slot: u32, key: BlockKey, parent: BlockKey, depth: u32) -> Header {
+        let Slot { generation, data_crc, .. } = self.slots[slot as usize];
+        Header { key, parent, data_crc, generation, depth, slot, flags: 0, crc: 0 }.sealed(self.layout)
     }
 
     fn write_header(&mut self, slot: u32, header: &Header) {
         let sector = self.geometry.header_sector_of(slot);
         let device = &mut self.headers[self.geometry.device_of(slot)];
-        let offset = u64::from(self.geometry.local_of(slot)) * HEADER_BYTES;
-        device.image.copy_in(offset as usize, bytemuck::bytes_of(header));
-        let state = &mut device.sectors[sector as usize];
-        match *state {
-            Sector::Clean => {
-                *state = Sector::Queued;
-                device.queue.push_back(sector);
-            }
-            Sector::Writing => *state = Sector::WritingStale,
-            Sector::Queued | Sector::WritingStale => {}
+        if device.made[sector as usize] {
+            let offset = u64::from(self.geometry.local_of(slot)) * HEADER_BYTES;
+            device.image.copy_in(offset as usize, bytemuck::bytes_of(header));
         }
+        device.queue(sector);
     }
 
-    /// Wipes every header: a restart finds nothing, once [`DiskSlots::is_cleared`].
+    /// Makes the image of a sector that was not written before: of what the index has in its slots.
+    fn make_image(&mut self, device: usize, sector: u32, index: &Index) {
+        let first = sector * HEADERS_PER_SECTOR as u32;
+        let locals = first..(first + HEADERS_PER_SECTOR as u32).min(self.geometry.slots_per_device);
+        for local in locals {
+            let slot = local * self.geometry.devices_count + device as u32;
+            let Some(id) = self.block(slot) else { continue };
+            let block = index.block(id);
+            if block.is_detached() || block.place(Tier::Disk) != Place::Ready(slot) {
+                continue;
+            }
+            let parent = block.parent().map(|parent| index.block(parent).key).unwrap_or_default();
+            let header = self.header(slot, block.key, parent, block.depth);
+            let offset = u64::from(local) * HEADER_BYTES;
+            self.headers[device].image.copy_in(offset as usize, bytemuck::bytes_of(&header));
+        }
+        self.headers[device].made[sector as usize] = true;
+    }
+
+    /// Wipes every header: a restart finds nothing, once [`DiskSlots::is_cleared`]. The index has let go of
+    /// every block by now.
     pub fn clear_headers(&mut self) {
-        if self.is_recovering() {
+        if self.recovering {
             self.clear_when_read = true;
             return;
         }
-        const NOTHING: [u8; SECTOR_BYTES as usize] = [0; SECTOR_BYTES as usize];
         for device in &mut self.headers {
-            for (index, state) in device.sectors.iter_mut().enumerate() {
-                let offset = index * SECTOR_BYTES as usize;
-                let mut bytes = NOTHING;
-                device.image.copy_out(offset, &mut bytes);
-                // What is empty here is empty there, unless it is on its way.
-                if bytes == NOTHING && *state == Sector::Clean && !device.uncleared[index] && !device.unread {
+            for index in 0..device.sectors.len() {
+                // What is empty there stays so, unless something is on its way.
+                let held = device.held[index] || device.unread;
+                if !held && device.sectors[index] == Sector::Clean && !device.uncleared[index] {
                     continue;
                 }
-                device.image.copy_in(offset, &NOTHING);
-                device.uncleared_count += u32::from(!std::mem::replace(&mut device.uncleared[index], true));
-                match *state {
-                    Sector::Clean => {
-                        *state = Sector::Queued;
-                        device.queue.push_back(index as u32);
-                    }
-                    Sector::Writing => *state = Sector::WritingStale,
-                    Sector::Queued | Sector::WritingStale => {}
+                if device.made[index] {
+                    device.image.copy_in(index * SECTOR_BYTES as usize, &NOTHING);
                 }
+                device.uncleared_count += u32::from(!std::mem::replace(&mut device.uncleared[index], true));
+                device.queue(index as u32);
             }
         }
     }
@@ -333,23 +349,35 @@ impl DiskSlots {
 
     /// The next header sector of a device to write. It is written from the image as it is then: if it
     /// changes meanwhile it is torn on the disk, its checksum says so, and it is written again.
-    pub fn next_header_sector(&mut self, device: usize) -> Option<u32> {
+    pub fn next_header_sector(&mut self, device: usize, index: &Index) -> Option<u32> {
+        // Headers that were not looked at yet would be overwritten.
+        if self.recovering {
+            return None;
+        }
+        let sector = self.headers[device].queue.pop_front()?;
+        if !self.headers[device].made[sector as usize] {
+            self.make_image(device, sector, index);
+        }
         let device = &mut self.headers[device];
-        let sector = device.queue.pop_front()?;
+        let mut bytes = NOTHING;
+        device.image.copy_out(sector as usize * SECTOR_BYTES as usize, &mut bytes);
+        device.writing_nothing = bytes == NOTHING;
+        device.held[sector as usize] = true;
         device.sectors[sector as usize] = Sector::Writing;
         Some(sector)
     }
-    /// Whether any header of the device waits.
+    /// Whether any header of the device waits, and may be written.
     pub fn has_header_to_write(&self, device: usize) -> bool {
-        !self.headers[device].queue.is_empty()
+        !self.recovering && !self.headers[device].queue.is_empty()
     }
     /// A header sector was written, or could not be: then its blocks are lost with the next restart.
     pub fn header_written(&mut self, device: usize, sector: u32, good: bool) {
         let device = &mut self.headers[device];
         let state = &mut device.sectors[sector as usize];
         let stale = *state == Sector::WritingStale;
-        if good && !stale && std::mem::take(&mut device.uncleared[sector as usize]) {
-            device.uncleared_count -= 1;
+        if good && !stale {
+            device.uncleared_count -= u32::from(std::mem::take(&mut device.uncleared[sector as usize]));
+            device.held[sector as usize] = !device.writing_nothing;
         }
         *state = if stale { Sector::Queued } else { Sector::Clean };
         if stale {
@@ -361,6 +389,9 @@ impl DiskSlots {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::index::IndexOptions;
+    use crate::tier::piece::HeaderPiece;
+    use kvring_ipc::config::EvictionPolicy;
     use kvring_ipc::mapping::{Pages, sealed_memfd};
 
     fn image(bytes: u64) -> Arc<Mapping> {
@@ -385,39 +416,126 @@ mod test {
         }
     }
 
-    #[test]
-    fn what_was_described_is_recovered_and_a_changed_sector_is_written_again() {
-        let geometry = DiskGeometry { devices_count: 1, slots_per_device: 100, slots_per_file: 100, slot_bytes: 4096 };
-        let images = vec![image(8192)];
-        let mut slots = DiskSlots::new(geometry, 1, images.clone());
-        let key = |n| BlockKey::from_words([n, n]);
-        let first = slots.acquire().unwrap();
-        slots.set_data_crc(first, 77);
-        slots.describe(first, key(1), BlockKey::default(), 0);
-        let sector = slots.next_header_sector(0).unwrap();
-        let second = slots.acquire().unwrap();
-        slots.describe(second, key(2), key(1), 1);
-        assert!(!slots.has_header_to_write(0), "not while it is being written");
-        slots.header_written(0, sector, true);
-        assert_eq!(slots.next_header_sector(0), Some(sector));
-        slots.header_written(0, sector, true);
-        assert!(!slots.has_header_to_write(0));
+    struct World {
+        geometry: DiskGeometry,
+        image: Arc<Mapping>,
+        index: Index,
+        slots: DiskSlots,
+        /// What lies on the device.
+        zone: Vec<u8>,
+    }
 
-        let mut again = DiskSlots::new(geometry, 1, images.clone());
-        again.begin_recovery();
-        let order = again.sound_headers();
-        assert_eq!(order, [first, second]);
-        assert_eq!(again.acquire(), None, "which slots are free is not known yet");
-        for slot in order {
-            let header = again.header(slot);
-            again.recovered(&header, true);
+    impl World {
+        fn new(zone: Vec<u8>) -> Self {
+            let geometry =
+                DiskGeometry { devices_count: 1, slots_per_device: 100, slots_per_file: 100, slot_bytes: 4096 };
+            let image = image(8192);
+            let options = IndexOptions {
+                host_slots: 1,
+                disk_slots: 100,
+                policy: EvictionPolicy::Lru,
+                protected_hits: 2,
+                secret: [1, 2],
+            };
+            let slots = DiskSlots::new(geometry, 1, vec![image.clone()]);
+            Self { geometry, image, index: Index::new(&options), slots, zone }
         }
-        again.release(second);
-        again.end_recovery();
-        assert_eq!((again.free_count(), again.data_crc(first)), (99, 77));
-        assert!(
-            DiskSlots::new(geometry, 2, images).sound_headers().is_empty(),
-            "another layout's headers are no headers"
-        );
+
+        fn key(name: u64) -> BlockKey {
+            BlockKey::from_words([name, name])
+        }
+
+        fn store(&mut self, name: u64, parent: Option<BlockId>) -> (u32, BlockId) {
+            let slot = self.slots.acquire().unwrap();
+            let depth = parent.map_or(0, |id| self.index.block(id).depth + 1);
+            let id = self.index.insert(Self::key(name), parent, depth).unwrap();
+            self.index.begin(Tier::Disk, id, slot);
+            self.slots.set_data_crc(slot, 70 + name);
+            let parent = parent.map(|id| self.index.block(id).key).unwrap_or_default();
+            self.slots.describe(slot, id, Self::key(name), parent, depth);
+            self.index.finish(Tier::Disk, id);
+            self.index.show(id);
+            (slot, id)
+        }
+
+        fn begin(&mut self) -> Option<u32> {
+            let sector = self.slots.next_header_sector(0, &self.index)?;
+            let at = sector as usize * SECTOR_BYTES as usize;
+            self.image.copy_out(at, &mut self.zone[at..][..SECTOR_BYTES as usize]);
+            Some(sector)
+        }
+
+        fn write_all(&mut self) {
+            while let Some(sector) = self.begin() {
+                self.slots.header_written(0, sector, true);
+            }
+        }
+
+        fn found(&self, layout: u64) -> Vec<Header> {
+            HeaderPiece::of(&self.geometry, layout, 0, 0, &self.zone).headers().to_vec()
+        }
+    }
+
+    #[test]
+    fn what_was_described_is_found_and_a_changed_sector_is_written_again() {
+        let mut world = World::new(vec![0; 8192]);
+        let (_, first) = world.store(1, None);
+        let sector = world.begin().unwrap();
+        world.store(2, Some(first));
+        assert!(!world.slots.has_header_to_write(0), "not while it is being written");
+        world.slots.header_written(0, sector, true);
+        assert_eq!(world.found(1).iter().map(|header| header.key).collect::<Vec<_>>(), [World::key(1)]);
+        assert_eq!(world.begin(), Some(sector));
+        world.slots.header_written(0, sector, true);
+        assert!(!world.slots.has_header_to_write(0));
+        let found = world.found(1);
+        assert_eq!(found.len(), 2);
+        assert_eq!((found[1].key, found[1].parent, found[1].depth), (World::key(2), World::key(1), 1));
+        assert!(world.found(2).is_empty(), "another layout's headers are no headers");
+    }
+
+    /// A start makes no images: the first write of a sector writes the neighbours as they were.
+    #[test]
+    fn what_was_found_is_written_again_with_its_neighbours() {
+        let mut world = World::new(vec![0; 8192]);
+        let mut parent = None;
+        for name in 0..80 {
+            parent = Some(world.store(name, parent).1);
+        }
+        world.write_all();
+        let (before, zone) = (world.found(1), world.zone);
+        assert_eq!(before.len(), 80);
+
+        let mut world = World::new(zone);
+        world.slots.begin_recovery();
+        assert_eq!(world.slots.acquire(), None, "which slots are free is not known yet");
+        let piece = HeaderPiece::of(&world.geometry, 1, 0, 0, &world.zone);
+        world.slots.holds(0, piece.held_sectors());
+        let mut parent = None;
+        for header in piece.headers() {
+            let id = world.index.insert(header.key, parent, header.depth).unwrap();
+            world.index.begin(Tier::Disk, id, header.slot);
+            world.index.finish(Tier::Disk, id);
+            world.slots.recovered(header, Some(id));
+            parent = Some(id);
+        }
+        // Found bad while the rest is being looked through: it goes when all of it is known.
+        let (bad, leaf) = (before[79].slot, parent.unwrap());
+        world.index.leave(Tier::Disk, leaf);
+        world.slots.clear_header(bad);
+        world.slots.release(bad);
+        assert!(world.begin().is_none() && !world.slots.has_header_to_write(0));
+        world.slots.end_recovery();
+        assert_eq!((world.slots.free_count(), world.slots.data_crc(before[0].slot)), (21, 70));
+        world.write_all();
+        assert_eq!(world.found(1), before[..79], "the same, but for the bad one");
+
+        world.index.detach_all();
+        world.slots.clear_headers();
+        assert!(!world.slots.is_cleared());
+        world.write_all();
+        assert!(world.slots.is_cleared() && world.zone.iter().all(|byte| *byte == 0));
+        world.slots.clear_headers();
+        assert!(!world.slots.has_header_to_write(0), "what is empty is not cleared again");
     }
 }

@@ -3,4 +3,5 @@
 pub mod disk;
 pub mod header;
 pub mod host;
+pub mod piece;
 pub mod table;

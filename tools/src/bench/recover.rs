@@ -28,6 +28,9 @@ pub struct RecoverArgs {
     /// Blocks on the SSD, of 4 KiB: only their headers are read.
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(1000..=100_000_000))]
     blocks: u32,
+    /// Blocks in no order, as in a cache that has evicted for long: every second one is read before its parent.
+    #[arg(long)]
+    scattered: bool,
     /// Rounds of each.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -50,7 +53,7 @@ pub fn measure(run: &mut Run, args: &RecoverArgs) -> Measured {
     let layout = Layout::opaque(BLOCK_BYTES);
     drop(files::open(std::slice::from_ref(&dir), &geometry, &layout, OnMismatch::Refuse)?);
     let file = files::path_of(&dir, 0);
-    write_headers(&file, &geometry, layout.fingerprint(), blocks)?;
+    write_headers(&file, &geometry, layout.fingerprint(), blocks, args.scattered)?;
     let bytes = geometry.header_sectors() * SECTOR_BYTES;
     let has_fio =
         Command::new("fio").arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success());
@@ -92,16 +95,25 @@ pub fn measure(run: &mut Run, args: &RecoverArgs) -> Measured {
 }
 
 /// Headers of full chains; the blocks themselves are never read.
-fn write_headers(file: &Path, geometry: &DiskGeometry, layout: u64, blocks: u32) -> std::io::Result<()> {
+fn write_headers(
+    file: &Path,
+    geometry: &DiskGeometry,
+    layout: u64,
+    blocks: u32,
+    scattered: bool,
+) -> std::io::Result<()> {
+    // A prime larger than any number of blocks: times it, modulo that number, each block has a slot of its own.
+    const STRIDE: u64 = 2_654_435_761;
     let file = OpenOptions::new().write(true).open(file)?;
-    let key = |slot: u32| BlockKey::from_words([u64::from(slot).wrapping_mul(0x9e37_79b9_7f4a_7c15), u64::from(slot)]);
+    let key = |block: u32| BlockKey::from_words([u64::from(block).wrapping_mul(0x9e37_79b9_7f4a_7c15), block.into()]);
     let mut piece: Vec<u8> = Vec::with_capacity(READ_BYTES as usize);
     let mut at = SECTOR_BYTES;
     for slot in 0..blocks {
-        let depth = slot % CHAIN;
-        let parent = if depth == 0 { BlockKey::default() } else { key(slot - 1) };
-        let header =
-            Header { key: key(slot), parent, data_crc: 1, generation: 1, depth, slot, flags: 0, crc: 0 }.sealed(layout);
+        let block = if scattered { (u64::from(slot) * STRIDE % u64::from(blocks)) as u32 } else { slot };
+        let depth = block % CHAIN;
+        let parent = if depth == 0 { BlockKey::default() } else { key(block - 1) };
+        let header = Header { key: key(block), parent, data_crc: 1, generation: 1, depth, slot, flags: 0, crc: 0 };
+        let header = header.sealed(layout);
         piece.extend_from_slice(bytemuck::bytes_of(&header));
         if piece.len() as u64 == READ_BYTES || slot + 1 == blocks {
             file.write_all_at(&piece, at)?;
