@@ -4,7 +4,7 @@
 //! Headers come as they are read, in the order of slots. A block whose parent is not there yet waits until
 //! all were read; those are then taken in the order of depth, so a parent comes before its children.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use kvring_ipc::wire::MATCH_BLOCKS_MAX;
 
@@ -99,14 +99,22 @@ impl Cache {
     /// Takes back what the pool's table says: blocks that were in the pool, with all that come before
     /// them, are resident again when this returns. With `with_disk` the others follow, as they are found.
     pub fn begin_recovery(&mut self, with_disk: bool) {
-        let mut found = self.host.recover();
-        found.sort_unstable_by_key(|header| (header.depth, header.slot));
+        let found = self.host.recover();
         let disk = self.disk.as_mut().filter(|_| with_disk);
         if let Some(disk) = disk {
             disk.begin_recovery();
             self.recovery.late = vec![Vec::new(); DEPTHS];
         }
-        for header in found {
+        let mut late: BTreeMap<u32, Vec<Header>> = BTreeMap::new();
+        for (at, header) in found.iter().enumerate() {
+            self.fetch_ahead(Tier::Host, &found, at);
+            match self.adopt(Tier::Host, header) {
+                Adopted::Yes(_) => {}
+                Adopted::No => self.host.release(header.slot),
+                Adopted::NoParent => late.entry(header.depth).or_default().push(*header),
+            }
+        }
+        for header in late.into_values().flatten() {
             match self.adopt(Tier::Host, &header) {
                 Adopted::Yes(_) => {}
                 // Its parent may be on the disk.
@@ -150,7 +158,7 @@ impl Cache {
             }
             if let Some(header) = self.recovery.next_found() {
                 if let Some(piece) = self.recovery.pieces.front() {
-                    self.fetch_ahead(piece.headers(), self.recovery.next);
+                    self.fetch_ahead(Tier::Disk, piece.headers(), self.recovery.next);
                 }
                 self.take(&header, true);
             } else if !self.recovery.all_read {
@@ -159,7 +167,8 @@ impl Cache {
                 self.adopt_orphans(self.recovery.late_depth as u32);
                 match self.recovery.next_late() {
                     Some(header) => {
-                        self.fetch_ahead(&self.recovery.late[self.recovery.late_depth], self.recovery.late_next);
+                        let late = &self.recovery.late[self.recovery.late_depth];
+                        self.fetch_ahead(Tier::Disk, late, self.recovery.late_next);
                         self.take(&header, false);
                     }
                     None => self.recovery.next_depth(),
@@ -180,7 +189,7 @@ impl Cache {
     }
 
     /// Every lookup of a big index misses the caches: several are under way at a time.
-    fn fetch_ahead(&self, headers: &[Header], next: usize) {
+    fn fetch_ahead(&self, tier: Tier, headers: &[Header], next: usize) {
         const AHEAD: usize = 12;
         // A parent that comes right before is at hand.
         let parent_of = |at: usize| {
@@ -194,10 +203,10 @@ impl Cache {
             self.index.prefetch(parent);
         }
         if let Some(parent) = parent_of(next + 2 * AHEAD) {
-            self.index.prefetch_parent(Tier::Disk, parent);
+            self.index.prefetch_parent(tier, parent);
         }
         if let Some(parent) = parent_of(next + AHEAD) {
-            self.index.prefetch_neighbours(Tier::Disk, parent);
+            self.index.prefetch_neighbours(tier, parent);
         }
     }
 

@@ -433,8 +433,12 @@ impl Instance {
     }
 
     /// Runs one exchange; if the session turns out broken, forgets it and connects anew behind.
-    fn exchange<T>(&mut self, miss: T, exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>) -> T {
-        let deadline = Instant::now() + self.config.client_wait;
+    fn exchange<T>(
+        &mut self,
+        deadline: Instant,
+        miss: T,
+        exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>,
+    ) -> T {
         self.await_successor(deadline);
         self.look_for_session(None);
         self.exchange_now(miss, deadline, exchange)
@@ -496,12 +500,20 @@ impl Instance {
             return Matched::MISS;
         }
         let keys = &keys[..keys.len().min(MATCH_BLOCKS_MAX as usize)];
-        let mut matched = self.exchange(Matched::MISS, |session, deadline| {
-            let tag = session.post_match(keys)?;
-            let mut matched = Matched::MISS;
-            session.wait(tag, deadline, |_, completion| matched = Matched::from_completion(&completion))?;
-            Ok(matched)
-        });
+        let deadline = Instant::now() + self.config.client_wait;
+        let mut matched = loop {
+            let matched = self.exchange(deadline, Matched::MISS, |session, deadline| {
+                let tag = session.post_match(keys)?;
+                let mut matched = Matched::MISS;
+                session.wait(tag, deadline, |_, completion| matched = Matched::from_completion(&completion))?;
+                Ok(matched)
+            });
+            // Handed over while it was asked: the next engine process is asked the same.
+            let again = self.session.is_none() && self.is_expected() && Instant::now() < deadline;
+            if !again {
+                break matched;
+            }
+        };
         if let Some(lease) = &mut matched.lease {
             lease.session = self.sessions_count;
         }

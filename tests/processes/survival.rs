@@ -103,6 +103,84 @@ fn a_crash_loop_costs_the_pool_and_not_the_service() {
     assert_eq!(load(&mut agent, &keys), 20);
 }
 
+/// A server whose program is a file of its own, which an upgrade may find replaced.
+fn serve_a_copy(place: &mut Place) -> PathBuf {
+    let program = place.path("kvring");
+    std::fs::copy(KVRING, &program).unwrap();
+    let mut command = Command::new(&program);
+    command.args(["serve", "--block-kib", "64"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    for (name, value) in place.settings() {
+        command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
+    }
+    place.children.push(not_busy(|| command.spawn()));
+    place.wait_for_server();
+    program
+}
+
+fn replace(program: &Path, script: &str) {
+    std::fs::remove_file(program).unwrap();
+    std::fs::write(program, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+/// Processes that run this program or a script of it.
+fn processes_of(program: &Path) -> usize {
+    let name = program.to_str().unwrap().as_bytes();
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    lines.filter(|line| line.windows(name.len()).any(|part| part == name)).count()
+}
+
+#[test]
+fn an_upgrade_fails_no_match() {
+    let place = Place::new();
+    let keys = chain("a", 20);
+    // No bound that a busy machine might reach.
+    let mut agent = place.agent(0, &[("client_wait_ms", "20000")]);
+    store(&mut agent, &keys);
+    let instance = agent.instance();
+    let mut matches = 0;
+    for upgrade in 2..6 {
+        let mut upgrading = place.kvring(&["upgrade"]).stdout(Stdio::null()).spawn().unwrap();
+        while instance.sessions_count() < upgrade {
+            let matched = instance.match_prefix(&keys);
+            assert_eq!(matched.blocks, 20, "match {matches}, session {}", instance.sessions_count());
+            instance.release(matched.lease.unwrap());
+            matches += 1;
+        }
+        assert!(upgrading.wait().unwrap().success());
+    }
+    println!("{matches} matches over 4 upgrades");
+}
+
+/// The next engine process is there, and not ready yet: whatever ends meanwhile, it is of use or it goes.
+#[test]
+fn what_prepares_itself_takes_over_early_or_goes() {
+    let mut place = Place::new();
+    let program = serve_a_copy(&mut place);
+    let keys = chain("a", 20);
+    let mut agent = place.agent(0, &[]);
+    store(&mut agent, &keys);
+    let slow = format!("sleep 1; exec {KVRING} \"$@\"");
+    replace(&program, &slow);
+    let keeper = |place: &Place| place.stats().unwrap()["keeper_pid"].as_u64().unwrap() as u32;
+
+    let killed = place.server_pid();
+    signal(keeper(&place), Signal::HUP);
+    eventually("the next one is there", || processes_of(&program) == 3);
+    assert_eq!(load(&mut agent, &keys), 20, "and the last one serves");
+    signal(killed, Signal::KILL);
+    eventually("it takes over from the dead", || load(&mut agent, &keys) == 20);
+    let stats = place.stats().unwrap();
+    assert_eq!((stats["crashes"].as_u64(), stats["epoch"].as_u64()), (Some(1), Some(2)), "no third one was needed");
+
+    signal(keeper(&place), Signal::HUP);
+    eventually("another one is there", || processes_of(&program) == 2);
+    let stopped = place.kvring(&["stop"]).output().unwrap();
+    assert!(stopped.status.success(), "{}", text(&stopped));
+    eventually("nobody is left", || processes_of(&program) == 0);
+}
+
 #[test]
 fn an_upgrade_loses_no_block() {
     let place = Place::new();
@@ -126,27 +204,20 @@ fn an_upgrade_loses_no_block() {
 }
 
 #[test]
-fn an_upgrade_to_a_program_that_does_not_start_goes_back() {
+fn an_upgrade_to_a_program_that_does_not_start_does_not_happen() {
     let mut place = Place::new();
-    let program = place.path("kvring");
-    std::fs::copy(KVRING, &program).unwrap();
-    let mut command = Command::new(&program);
-    command.args(["serve", "--block-kib", "64"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    for (name, value) in place.settings() {
-        command.env(format!("KVRING_{}", name.to_ascii_uppercase()), value);
-    }
-    place.children.push(not_busy(|| command.spawn()));
-    place.wait_for_server();
+    let program = serve_a_copy(&mut place);
     let keys = chain("a", 20);
     let mut agent = place.agent(0, &[]);
     store(&mut agent, &keys);
-    std::fs::remove_file(&program).unwrap();
-    std::fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
-    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    replace(&program, "exit 1");
+    let before = (place.server_pid(), agent.instance().sessions_count());
     let output = place.kvring(&["upgrade"]).output().unwrap();
     assert!(!output.status.success() && text(&output).contains("does not start"), "{}", text(&output));
-    eventually("the old program serves the same blocks", || load(&mut agent, &keys) == 20);
-    assert_eq!(place.stats().unwrap()["crashes"], 0, "it has died of nothing that it had");
+    assert_eq!(load(&mut agent, &keys), 20, "the old program serves the same blocks");
+    assert_eq!((place.server_pid(), agent.instance().sessions_count()), before, "as if nothing had been");
+    let stats = place.stats().unwrap();
+    assert_eq!((stats["crashes"].as_u64(), stats["upgrades_failed"].as_u64()), (Some(0), Some(1)));
 
     // Nothing there at all, and a crash: the program that runs is still there to be run.
     std::fs::remove_file(&program).unwrap();

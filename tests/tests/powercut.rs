@@ -52,7 +52,7 @@ impl Machine {
         let layout = Layout::opaque(SLOT);
         let opened = files::open(dirs, &geometry, &layout, OnMismatch::Refuse).unwrap();
         let pool = Arc::new(Mapping::private(HOST_SLOTS as usize * SLOT as usize).unwrap());
-        let images: Vec<_> = opened.iter().map(|device| device.headers.clone()).collect();
+        let images = geometry.header_images().unwrap();
         let found = Mutex::new(Vec::new());
         for (number, device) in (0..).zip(&opened) {
             if let Some(path) = &device.reused {
@@ -68,12 +68,12 @@ impl Machine {
             protected_hits: 2,
             secret: [1, 2],
         };
-        let disk = DiskSlots::new(geometry, layout.fingerprint(), images);
+        let disk = DiskSlots::new(geometry, layout.fingerprint(), images.clone());
         let mut cache = Cache::new(&options, HostSlots::new(HOST_SLOTS, 1), Some(disk));
         cache.recover(found.into_inner().unwrap());
         let mut locks = Vec::new();
-        let devices = opened.into_iter().enumerate().map(|(number, device)| {
-            let DeviceFiles { files, headers, lock, .. } = device;
+        let devices = opened.into_iter().zip(images).enumerate().map(|(number, (device, headers))| {
+            let DeviceFiles { files, lock, .. } = device;
             let memory = DeviceMemory { pool: pool.clone(), headers, piece_bytes: pool.bytes() };
             let device: AnyDevice = match uring::probe() {
                 Ok(()) => Box::new(Uring::new(files, None, memory.clone(), 16, false).unwrap()),

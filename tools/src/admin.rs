@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvring_ipc::handshake::{ChannelError, Reply, Request, ask};
+use serde_json::Value;
 
 use crate::Outcome;
 use crate::settings::Settings;
@@ -80,11 +81,14 @@ pub fn upgrade(args: &AdminArgs) -> Outcome {
     let deadline = Instant::now() + Duration::from_secs(30);
     while Instant::now() < deadline {
         // Between the two nobody answers.
-        let Some(now) = stats(&socket).ok().filter(|now| now["epoch"] != before["epoch"]) else {
+        let now = stats(&socket).ok();
+        let is_another = |now: &Value| now["epoch"] != before["epoch"];
+        let is_off = |now: &Value| !is_another(now) && now["upgrades_failed"] != before["upgrades_failed"];
+        let Some(now) = now.filter(|now| is_another(now) || is_off(now)) else {
             std::thread::sleep(Duration::from_millis(1));
             continue;
         };
-        if now["fell_back"] == true {
+        if is_off(&now) || now["fell_back"] == true {
             return Err(
                 "the program does not start (see the server's log): the one that ran goes on, with the cache".into()
             );

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use kvring_engine::control::engine::Prepared;
 use kvring_engine::control::keeper::{Inheritance, Keeper, Signals};
 use kvring_engine::control::{ServeError, Server};
 use kvring_ipc::config::Config;
@@ -74,8 +75,10 @@ pub fn run(args: ServeArgs) -> Outcome {
     if args.engine {
         // A hangup is the keeper's to hear.
         let _hangup = readable_on(&[SIGHUP])?;
-        let inheritance = Inheritance::receive().map_err(ServeError::NoKeeper)?;
-        let server = Server::new(loaded.config, layout, inheritance, stop)?;
+        let mut prepared = None;
+        let prepare = |kept| prepared = Prepared::over(&loaded.config, layout.as_ref(), kept);
+        let inheritance = Inheritance::receive(prepare).map_err(ServeError::NoKeeper)?;
+        let server = Server::new(loaded.config, layout, inheritance, prepared, stop)?;
         if server.run() {
             return Ok(());
         }

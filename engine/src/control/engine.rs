@@ -130,7 +130,7 @@ impl Kept {
         Ok(Self { pool, table, table_fd, layout, dirs })
     }
 
-    /// Whether it is what is asked for now.
+    /// Whether it is what is asked for now. Waits for directories that are not used any more.
     ///
     /// # Errors
     /// Why not, in words.
@@ -141,8 +141,7 @@ impl Kept {
         if u64::from(self.table.shape().slots_count) != dma::slots_of(config, layout.block_bytes) {
             return Err("cpu_cache_gb is another now".into());
         }
-        let now: &[PathBuf] = if config.ssd_cache_bytes > 0 { &config.ssd_cache_dirs } else { &[] };
-        for dir in self.dirs.iter().filter(|dir| !now.contains(dir)) {
+        for dir in self.left_dirs(config) {
             // Who has its lock knows that nothing is read from there into the pool any more.
             let free = dir.is_dir().then(|| files::lock(dir, files::Patience::Wait));
             if !matches!(free, Some(Ok(_))) {
@@ -150,6 +149,111 @@ impl Kept {
             }
         }
         Ok(())
+    }
+}
+
+impl Kept {
+    /// Directories that are not to be used any more.
+    fn left_dirs<'a>(&'a self, config: &'a Config) -> impl Iterator<Item = &'a PathBuf> {
+        let now: &[PathBuf] = if config.ssd_cache_bytes > 0 { &config.ssd_cache_dirs } else { &[] };
+        self.dirs.iter().filter(|dir| !now.contains(dir))
+    }
+}
+
+/// How `ssd_cache_gb` becomes slots, if there is any, and whether the index has room for them.
+fn geometry_of(config: &Config, layout: &Layout) -> Result<Option<DiskGeometry>, BuildError> {
+    layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
+    let dirs = config.ssd_cache_dirs.len();
+    let of_disk = || files::geometry(dirs, config.ssd_cache_bytes, layout.block_bytes, config.max_file_bytes);
+    let geometry = (config.ssd_cache_bytes > 0).then(of_disk).transpose()?;
+    check_index(config, layout, geometry.map_or(0, |geometry| u64::from(geometry.slots_count())))?;
+    Ok(geometry)
+}
+
+fn open_files(
+    config: &Config,
+    geometry: Option<&DiskGeometry>,
+    layout: &Layout,
+    on_mismatch: OnMismatch,
+) -> Result<Vec<files::DeviceFiles>, BuildError> {
+    Ok(match geometry {
+        Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, layout, on_mismatch)?,
+        None => Vec::new(),
+    })
+}
+
+/// All of a data plane that needs nobody's leave: an engine process makes it while another one serves.
+pub struct Prepared {
+    layout: Layout,
+    geometry: Option<DiskGeometry>,
+    images: Vec<Arc<Mapping>>,
+    pool: Arc<PoolMemory>,
+    table: SlotTable,
+    table_fd: OwnedFd,
+    is_kept: bool,
+    is_touched: bool,
+    cache: Cache,
+    events: OwnedFd,
+}
+
+impl Prepared {
+    /// For the pool and the table of the engine process that serves. `None` if they will not be taken over, or if
+    /// that is to be seen later: there is time enough to say why.
+    pub fn over(config: &Config, layout: Option<&Layout>, [pool, table]: [OwnedFd; 2]) -> Option<Self> {
+        let kept = Kept::open(pool, &table).ok()?;
+        let layout = layout.unwrap_or(&kept.layout).clone();
+        if kept.left_dirs(config).next().is_some() || kept.suits(config, &layout).is_err() {
+            return None;
+        }
+        let geometry = geometry_of(config, &layout).ok()?;
+        let mut prepared = Self::new(config, layout, geometry, Some(kept)).ok()?;
+        // Its pages are there; with their places in this process' page table nothing waits for them.
+        prepared.is_touched = (0..prepared.pool.pieces_count()).all(|piece| prepared.pool.touch(piece).is_ok());
+        Some(prepared)
+    }
+
+    fn new(
+        config: &Config,
+        layout: Layout,
+        geometry: Option<DiskGeometry>,
+        kept: Option<Kept>,
+    ) -> Result<Self, BuildError> {
+        let failed = |what| move |errno: rustix::io::Errno| BuildError::System { what, errno: errno.into() };
+        let is_kept = kept.is_some();
+        let (pool, table, table_fd) = make_pool(config, &layout, kept)?;
+        if let Some(warning) = &pool.warning {
+            tracing::warn!("{warning}");
+        }
+        let images = geometry.map(|geometry| geometry.header_images()).transpose();
+        let images = images.map_err(failed("map the headers"))?.unwrap_or_default();
+        let mut host = HostSlots::new(pool.slots_count, layout.tp_size);
+        host.keep_in(table.clone());
+        let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images.clone()));
+        let options = IndexOptions {
+            host_slots: pool.slots_count,
+            disk_slots: geometry.map_or(0, |geometry| geometry.slots_count()),
+            policy: config.eviction_policy,
+            protected_hits: config.slru_protected_threshold,
+            secret: secret(),
+        };
+        let mut cache = Cache::new(&options, host, disk);
+        let (log, events) = EventLog::create().map_err(failed("make the event log"))?;
+        cache.index.log = Some(log);
+        Ok(Self { layout, geometry, images, pool, table, table_fd, is_kept, is_touched: false, cache, events })
+    }
+
+    /// Whether it is made over this table.
+    pub fn is_over(&self, table: &OwnedFd) -> bool {
+        let id = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|file| (file.st_dev, file.st_ino)).ok();
+        id(&self.table_fd).is_some_and(|ours| Some(ours) == id(table))
+    }
+
+    /// Opens what the SSD tier lies in, which is this process' alone from now on.
+    ///
+    /// # Errors
+    /// [`BuildError`].
+    pub fn open_files(&self, config: &Config, on_mismatch: OnMismatch) -> Result<Vec<files::DeviceFiles>, BuildError> {
+        open_files(config, self.geometry.as_ref(), &self.layout, on_mismatch)
     }
 }
 
@@ -212,46 +316,33 @@ impl Engine {
         forget: bool,
         kept: Option<Kept>,
     ) -> Result<Self, BuildError> {
-        layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
-        let slot_bytes = layout.block_bytes;
+        let geometry = geometry_of(config, &layout)?;
         // The disk first: what can be refused is refused before the pool takes memory.
-        let with_disk = config.ssd_cache_bytes > 0;
-        let geometry = with_disk
-            .then(|| {
-                files::geometry(config.ssd_cache_dirs.len(), config.ssd_cache_bytes, slot_bytes, config.max_file_bytes)
-            })
-            .transpose()?;
-        check_index(config, &layout, geometry.map_or(0, |geometry| u64::from(geometry.slots_count())))?;
-        let opened = match &geometry {
-            Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, &layout, on_mismatch)?,
-            None => Vec::new(),
-        };
+        let opened = open_files(config, geometry.as_ref(), &layout, on_mismatch)?;
+        let prepared = Prepared::new(config, layout, geometry, kept)?;
+        Self::begin(config, prepared, opened, forget)
+    }
+
+    /// Starts the shard over what was prepared.
+    ///
+    /// # Errors
+    /// [`BuildError`]: nothing was started.
+    pub fn begin(
+        config: &Config,
+        prepared: Prepared,
+        opened: Vec<files::DeviceFiles>,
+        forget: bool,
+    ) -> Result<Self, BuildError> {
+        let Prepared { layout, geometry, images, pool, table, table_fd, is_kept, is_touched, mut cache, events } =
+            prepared;
+        let slot_bytes = layout.block_bytes;
+        let with_disk = geometry.is_some();
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
         let (to_shard, for_shard) = crossbeam_channel::unbounded();
         let teller = Teller { to_shard, bell };
-        let images: Vec<_> = opened.iter().map(|device| device.headers.clone()).collect();
         let to_read: Vec<_> = opened.iter().map(|device| device.reused.clone()).collect();
         let fingerprint = layout.fingerprint();
-        let is_kept = kept.is_some();
-        let (pool, table, table_fd) = make_pool(config, &layout, kept)?;
-        if let Some(warning) = &pool.warning {
-            tracing::warn!("{warning}");
-        }
-        let mut host = HostSlots::new(pool.slots_count, layout.tp_size);
-        host.keep_in(table.clone());
-        let disk = geometry.map(|geometry| DiskSlots::new(geometry, layout.fingerprint(), images));
-        let options = IndexOptions {
-            host_slots: pool.slots_count,
-            disk_slots: geometry.map_or(0, |geometry| geometry.slots_count()),
-            policy: config.eviction_policy,
-            protected_hits: config.slru_protected_threshold,
-            secret: secret(),
-        };
-        let mut cache = Cache::new(&options, host, disk);
-        let (log, events) = EventLog::create()
-            .map_err(|errno| BuildError::System { what: "make the event log", errno: errno.into() })?;
-        cache.index.log = Some(log);
         let metrics = Arc::new(Metrics::default());
         cache.begin_recovery(with_disk);
         let suspects = cache.host.suspects();
@@ -266,7 +357,7 @@ impl Engine {
         if forget {
             cache.reset();
         }
-        let (devices, locks) = open_devices(config, &pool, opened)?;
+        let (devices, locks) = open_devices(config, &pool, opened, images)?;
         let described: Vec<String> =
             devices.iter().map(|(dir, device)| format!("{}: {}", dir.display(), device.describe())).collect();
         for line in &described {
@@ -342,7 +433,7 @@ impl Engine {
         if let Some(geometry) = geometry {
             read_the_disk(engine.teller.clone(), geometry, fingerprint, to_read, config.checksum);
         }
-        engine.touch_the_rest(first_piece);
+        engine.touch_the_rest(first_piece, is_touched);
         Ok(engine)
     }
 
@@ -363,20 +454,27 @@ impl Engine {
         u64::from(self.pool.slots_count) + u64::from(disk)
     }
 
-    /// Gives the rest of the pool its pages, in parallel and behind.
-    fn touch_the_rest(&self, first_piece: u32) {
+    /// Gives the rest of the pool its pages, in parallel and behind; if it `has` them, the shard is only told.
+    fn touch_the_rest(&self, first_piece: u32, has: bool) {
         let next = Arc::new(AtomicU32::new(first_piece));
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
+        let threads = if has { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
         for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(first_piece) as usize) {
             let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_touching.clone());
             let teller = self.teller.clone();
+            let pauses = has && !self.devices.is_empty();
             let touch = move || {
                 loop {
                     let piece = next.fetch_add(1, Ordering::Relaxed);
                     if piece >= pool.pieces_count() || stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    if let Err(errno) = pool.touch(piece) {
+                    if pauses {
+                        // To register one takes the shard a while: it serves in between.
+                        #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                    let touched = if has { Ok(()) } else { pool.touch(piece) };
+                    if let Err(errno) = touched {
                         tracing::error!("piece {piece} of the pool has no memory ({errno}): its slots are not used");
                         continue;
                     }
@@ -505,7 +603,12 @@ type AnyDevice = Box<dyn Device + Send>;
 /// Devices with where each lies, and the locks that make them ours.
 type Opened = (Vec<(PathBuf, AnyDevice)>, Vec<std::fs::File>);
 
-fn open_devices(config: &Config, pool: &PoolMemory, opened: Vec<files::DeviceFiles>) -> Result<Opened, BuildError> {
+fn open_devices(
+    config: &Config,
+    pool: &PoolMemory,
+    opened: Vec<files::DeviceFiles>,
+    images: Vec<Arc<Mapping>>,
+) -> Result<Opened, BuildError> {
     let use_uring = match config.io_engine {
         IoEngine::Aio => false,
         _ if opened.is_empty() => false,
@@ -523,12 +626,8 @@ fn open_devices(config: &Config, pool: &PoolMemory, opened: Vec<files::DeviceFil
     }
     let mut devices: Vec<(PathBuf, AnyDevice)> = Vec::new();
     let mut locks = Vec::new();
-    for device in opened {
-        let memory = DeviceMemory {
-            pool: pool.mapping.clone(),
-            headers: device.headers,
-            piece_bytes: pool.piece_bytes as usize,
-        };
+    for (device, headers) in opened.into_iter().zip(images) {
+        let memory = DeviceMemory { pool: pool.mapping.clone(), headers, piece_bytes: pool.piece_bytes as usize };
         let opened: AnyDevice = if use_uring {
             Box::new(Uring::new(
                 device.files,

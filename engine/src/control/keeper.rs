@@ -24,9 +24,15 @@ use serde::{Deserialize, Serialize};
 use super::ServeError;
 
 /// What the keeper tells its engine process.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "to_engine", rename_all = "snake_case")]
 pub enum ToEngine {
+    /// Make what can be made while another engine process serves, and say that you are ready; beside it, with
+    /// `keeps_pool`, the pool and its table. `Begin` follows.
+    Prepare {
+        /// Whether there is a pool to take over.
+        keeps_pool: bool,
+    },
     /// What it serves with; beside it listener, lock, epoch, and with `keeps_pool` the pool and its table.
     Begin {
         /// Which engine process it is; what the last one granted is void.
@@ -42,11 +48,16 @@ pub enum ToEngine {
         /// Which file the socket is: its device and inode.
         #[serde(default)]
         socket_id: (u64, u64),
+        /// An upgrade is asked for by [`ToKeeper::Upgrade`], and prepared.
+        #[serde(default)]
+        prepares_upgrades: bool,
     },
     /// Finish what is being written and go.
     Stop,
     /// Hand over to another engine process: finish what is under way and go, the pool stays.
     HandOver,
+    /// The next engine process has not become ready: this one goes on.
+    NotUpgraded,
 }
 
 /// What an engine process tells its keeper.
@@ -57,8 +68,12 @@ pub enum ToKeeper {
     Keep,
     /// Let go of what is kept: it is not what is asked for now.
     LetGo,
+    /// It has prepared itself, and waits for its beginning.
+    Ready,
     /// It serves.
     Serving,
+    /// Somebody has asked for another engine process, from the program file as it is now.
+    Upgrade,
     /// It goes because somebody has asked it to.
     Leaving {
         /// Another engine process is to take over: this one does nothing any more but end.
@@ -87,25 +102,39 @@ pub struct Inheritance {
     pub socket_id: (u64, u64),
     /// A pool and its table, to be taken over.
     pub kept: Option<[OwnedFd; 2]>,
+    /// Whether the keeper has the next engine process prepare itself while this one serves.
+    pub prepares_upgrades: bool,
 }
 
 impl Inheritance {
-    /// What the keeper sends over the socket that is this process's standard input.
+    /// What the keeper sends over the socket that is this process's standard input. If another engine process
+    /// serves yet, `prepare` is called with the pool that is to be taken over, before its turn comes.
     ///
     /// # Errors
     /// Standard input is no keeper's.
-    pub fn receive() -> Result<Self, ChannelError> {
+    pub fn receive(prepare: impl FnOnce([OwnedFd; 2])) -> Result<Self, ChannelError> {
         let channel = Channel::accepted(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
         channel.bound(Duration::from_secs(10))?;
-        let (said, fds): (ToEngine, Vec<OwnedFd>) = channel.receive(true)?;
-        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id } = said else {
+        let missing = || ChannelError::Malformed("a descriptor is missing".into());
+        let (mut said, mut fds): (ToEngine, Vec<OwnedFd>) = channel.receive(true)?;
+        if let ToEngine::Prepare { keeps_pool } = said {
+            if keeps_pool {
+                prepare(<[OwnedFd; 2]>::try_from(fds).map_err(|_| missing())?);
+            }
+            channel.send(&ToKeeper::Ready, &[])?;
+            // The other one finishes first, or is killed because it does not.
+            channel.bound(2 * STOP_PATIENCE)?;
+            (said, fds) = channel.receive(true)?;
+            channel.bound(Duration::from_secs(10))?;
+        }
+        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id, prepares_upgrades } = said else {
             return Err(ChannelError::Malformed("not a beginning".into()));
         };
         let mut fds = fds.into_iter();
-        let mut next = || fds.next().ok_or_else(|| ChannelError::Malformed("a descriptor is missing".into()));
+        let mut next = || fds.next().ok_or_else(missing);
         let [listener, lock, epoch_fd] = [next()?, next()?, next()?];
         let kept = if keeps_pool { Some([next()?, next()?]) } else { None };
-        Ok(Self { channel, listener, lock, epoch_fd, epoch, crashes, fell_back, socket_id, kept })
+        Ok(Self { channel, listener, lock, epoch_fd, epoch, crashes, fell_back, socket_id, kept, prepares_upgrades })
     }
 }
 
@@ -141,6 +170,62 @@ pub struct Signals {
     pub stop: OwnedFd,
     /// Readable once somebody wants another engine process.
     pub hand_over: OwnedFd,
+}
+
+/// An engine process.
+struct Process {
+    child: Child,
+    /// Readable once it has ended.
+    pidfd: OwnedFd,
+    channel: Channel,
+}
+
+impl Process {
+    fn start(mut command: Command) -> Result<Self, ServeError> {
+        let system = |what| move |errno| ServeError::System { what, errno };
+        let (channel, theirs) = Channel::pair().map_err(system("make a socket pair"))?;
+        channel.bound(Duration::from_secs(10)).map_err(system("bound a socket"))?;
+        command.stdin(Stdio::from(theirs));
+        let spawn = |error: std::io::Error| ServeError::Engine { what: "start", error };
+        let mut child = command.spawn().map_err(spawn)?;
+        match rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(Self { child, pidfd, channel }),
+            Err(errno) => {
+                // Nobody would know of it: it must not live on beside the next one.
+                kill(&mut child);
+                let _ = child.wait();
+                Err(system("pidfd_open")(errno))
+            }
+        }
+    }
+
+    fn end(mut self) {
+        kill(&mut self.child);
+        let _ = self.child.wait();
+    }
+}
+
+/// The next engine process, which prepares itself while this one serves.
+struct Standby {
+    process: Process,
+    ready: bool,
+    since: Instant,
+}
+
+impl Standby {
+    /// What has become of it; None if nothing will.
+    fn looked_at(mut self, now: Instant) -> Option<Self> {
+        let said = self.process.channel.receive::<ToKeeper>(false);
+        self.ready = matches!(said, Ok((ToKeeper::Ready, _)));
+        let talks = matches!(said, Ok(_) | Err(ChannelError::TimedOut));
+        let lives = matches!(self.process.child.try_wait(), Ok(None));
+        if self.ready || talks && lives && now - self.since < START_PATIENCE {
+            return Some(self);
+        }
+        tracing::error!("no upgrade: the program does not start; the engine process that serves goes on");
+        self.process.end();
+        None
+    }
 }
 
 /// How an engine process ended.
@@ -201,12 +286,15 @@ impl Keeper {
     pub fn run(mut self, signals: &Signals, engine: impl Fn(bool) -> Command) -> Result<(), ServeError> {
         let mut ever_served = false;
         let mut own_program = false;
+        let mut standby: Option<Standby> = None;
         let ended = loop {
             // The last engine process is dead: what it granted ends before the next one can grant anything.
             self.number += 1;
             self.epoch.advance(self.number);
-            self.fell_back = own_program;
-            let end = match self.run_one(signals, engine(own_program)) {
+            let prepared = standby.take().map(|standby| standby.process);
+            self.fell_back = own_program && prepared.is_none();
+            let process = prepared.map_or_else(|| Process::start(engine(own_program)), Ok);
+            let end = match process.and_then(|process| self.run_one(signals, process, &engine, &mut standby)) {
                 Ok(end) => end,
                 Err(error) if !ever_served => break Err(error),
                 Err(error) => {
@@ -239,6 +327,9 @@ impl Keeper {
                 break Ok(());
             }
         };
+        if let Some(standby) = standby {
+            standby.process.end();
+        }
         remove_socket(&self.config.socket, self.socket_id);
         ended
     }
@@ -290,48 +381,51 @@ impl Keeper {
         !matches!(poll(&mut fds, Some(&timeout)), Ok(1..))
     }
 
-    fn run_one(&mut self, signals: &Signals, mut command: Command) -> Result<End, ServeError> {
-        let system = |what| move |errno| ServeError::System { what, errno };
-        let (channel, theirs) = Channel::pair().map_err(system("make a socket pair"))?;
-        channel.bound(Duration::from_secs(10)).map_err(system("bound a socket"))?;
-        command.stdin(Stdio::from(theirs));
-        let spawn = |error: std::io::Error| ServeError::Engine { what: "start", error };
-        let mut child = command.spawn().map_err(spawn)?;
-        drop(command);
-        let watched = self.watch(&mut child, &channel, signals);
+    fn run_one(
+        &mut self,
+        signals: &Signals,
+        mut process: Process,
+        engine: &impl Fn(bool) -> Command,
+        standby: &mut Option<Standby>,
+    ) -> Result<End, ServeError> {
+        let watched = self.watch(&mut process, signals, engine, standby);
         match &watched {
             Ok(end) if !end.lives => {}
             // It has nothing left to do but to let go of its memory.
-            Ok(_) => bury(child),
-            Err(_) => {
-                // Nobody would know of it: it must not live on beside the next one.
-                kill(&mut child);
-                let _ = child.wait();
-            }
+            Ok(_) => bury(process.child),
+            // Nobody would know of it: it must not live on beside the next one.
+            Err(_) => process.end(),
         }
         watched
     }
 
-    fn watch(&mut self, child: &mut Child, channel: &Channel, signals: &Signals) -> Result<End, ServeError> {
-        let system = |what| move |errno| ServeError::System { what, errno };
+    fn watch(
+        &mut self,
+        process: &mut Process,
+        signals: &Signals,
+        engine: &impl Fn(bool) -> Command,
+        standby: &mut Option<Standby>,
+    ) -> Result<End, ServeError> {
+        let Process { child, pidfd, channel } = process;
         let begin = ToEngine::Begin {
             epoch: self.number,
             crashes: self.crashes,
             keeps_pool: self.kept.is_some(),
             fell_back: self.fell_back,
             socket_id: self.socket_id,
+            prepares_upgrades: true,
         };
         let mut fds: Vec<BorrowedFd<'_>> = vec![self.listener.as_fd(), self.lock.as_fd(), self.epoch_fd.as_fd()];
         fds.extend(self.kept.iter().flatten().map(AsFd::as_fd));
         // One that is dead already is found so below.
         let _ = channel.send(&begin, &fds);
-        let pid = Pid::from_child(child);
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(system("pidfd_open"))?;
         let (mut served, mut leaving) = (false, None);
         let mut stop_by: Option<Instant> = None;
         // What a signal has asked of it.
         let mut asked: Option<ToKeeper> = None;
         let mut channel_open = true;
+        // Somebody wants another engine process.
+        let mut wanted = false;
         #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
         let started = Instant::now();
         loop {
@@ -341,23 +435,27 @@ impl Keeper {
             let stop = if stop_by.is_none() { signals.stop.as_fd() } else { dead };
             let hand_over = if stop_by.is_none() { signals.hand_over.as_fd() } else { dead };
             let said = if channel_open { channel.as_fd() } else { dead };
-            let mut fds = [&dead, &stop, &hand_over, &said].map(|fd| PollFd::new(fd, PollFlags::IN));
-            let timeout = (stop_by.is_some() || !served).then_some(&second);
+            let waits = standby.as_ref().filter(|standby| !standby.ready).map(|standby| &standby.process);
+            let next_dead = waits.map_or(dead, |next| next.pidfd.as_fd());
+            let next_said = waits.map_or(dead, |next| next.channel.as_fd());
+            let mut fds =
+                [&dead, &stop, &hand_over, &said, &next_dead, &next_said].map(|fd| PollFd::new(fd, PollFlags::IN));
+            let timeout = (stop_by.is_some() || !served || waits.is_some()).then_some(&second);
             let _ = poll(&mut fds, timeout);
             let is_ready = |at: usize| !fds[at].revents().is_empty();
             let (died, stop, hand_over, said) = (is_ready(0), is_ready(1), is_ready(2), is_ready(3));
+            #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
+            let now = Instant::now();
             if said && channel_open {
-                channel_open = self.hear(channel, &mut served, &mut leaving);
+                channel_open = self.hear(channel, &mut served, &mut leaving, &mut wanted);
                 if leaving.is_some() && stop_by.is_none() {
                     // It goes by itself; but not for ever.
-                    #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
-                    let now = Instant::now();
                     stop_by = Some(now + STOP_PATIENCE);
                 }
             }
             if died {
                 // What it said last is still there to be heard.
-                while channel_open && self.hear(channel, &mut served, &mut leaving) {}
+                while channel_open && self.hear(channel, &mut served, &mut leaving, &mut wanted) {}
                 let status = child.wait().map_err(|error| ServeError::Engine { what: "wait for", error })?;
                 return Ok(End { status: Some(status), served, leaving: decided(asked, leaving), lives: false });
             }
@@ -365,22 +463,39 @@ impl Keeper {
             if leaving == HANDS_OVER && asked != STOPS {
                 return Ok(End { status: None, served, leaving, lives: true });
             }
-            #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
-            let now = Instant::now();
             if !served && stop_by.is_none() && now - started > START_PATIENCE {
                 kill(child);
                 tracing::error!("the engine process does not serve after {} s: it is killed", START_PATIENCE.as_secs());
             }
-            // Who has said that it stops is not made to hand over.
-            if (stop || hand_over && leaving != STOPS) && stop_by.is_none() {
+            if hand_over && stop_by.is_none() {
+                let _ = rustix::io::read(&signals.hand_over, &mut [0; 16]);
+                wanted = true;
+            }
+            if stop && stop_by.is_none() {
                 stop_by = Some(now + STOP_PATIENCE);
-                let message = if stop { ToEngine::Stop } else { ToEngine::HandOver };
-                if !stop {
-                    let mut bytes = [0; 16];
-                    let _ = rustix::io::read(&signals.hand_over, &mut bytes);
+                asked = STOPS;
+                let _ = channel.send(&ToEngine::Stop, &[]);
+            }
+            if wanted && served && stop_by.is_none() && standby.is_none() {
+                wanted = false;
+                *standby = self.prepare(engine, now);
+                if standby.is_none() {
+                    let _ = channel.send(&ToEngine::NotUpgraded, &[]);
                 }
-                asked = Some(ToKeeper::Leaving { hand_over: !stop });
-                let _ = channel.send(&message, &[]);
+            }
+            if let Some(waiting) = standby.take_if(|standby| !standby.ready) {
+                *standby = waiting.looked_at(now);
+                // Who has said that it stops is not made to hand over.
+                match standby {
+                    _ if stop_by.is_some() => {}
+                    Some(standby) if standby.ready => {
+                        stop_by = Some(now + STOP_PATIENCE);
+                        asked = HANDS_OVER;
+                        let _ = channel.send(&ToEngine::HandOver, &[]);
+                    }
+                    Some(_) => {}
+                    None => drop(channel.send(&ToEngine::NotUpgraded, &[])),
+                }
             }
             if stop_by.is_some_and(|by| now > by) {
                 kill(child);
@@ -390,8 +505,23 @@ impl Keeper {
         }
     }
 
+    /// Starts the next engine process, which does not serve before its turn comes.
+    fn prepare(&self, engine: &impl Fn(bool) -> Command, now: Instant) -> Option<Standby> {
+        let process = Process::start(engine(false));
+        let process = process.inspect_err(|error| tracing::error!("no upgrade: {error}")).ok()?;
+        let fds: Vec<BorrowedFd<'_>> = self.kept.iter().flatten().map(AsFd::as_fd).collect();
+        let _ = process.channel.send(&ToEngine::Prepare { keeps_pool: self.kept.is_some() }, &fds);
+        Some(Standby { process, ready: false, since: now })
+    }
+
     /// Hears one message. False: no more will come.
-    fn hear(&mut self, channel: &Channel, served: &mut bool, leaving: &mut Option<ToKeeper>) -> bool {
+    fn hear(
+        &mut self,
+        channel: &Channel,
+        served: &mut bool,
+        leaving: &mut Option<ToKeeper>,
+        wanted: &mut bool,
+    ) -> bool {
         match channel.receive::<ToKeeper>(false) {
             Ok((ToKeeper::Keep, fds)) => match <[OwnedFd; 2]>::try_from(fds) {
                 Ok(fds) => self.kept = Some(fds),
@@ -399,6 +529,8 @@ impl Keeper {
             },
             Ok((ToKeeper::LetGo, _)) => self.let_go(),
             Ok((ToKeeper::Serving, _)) => *served = true,
+            Ok((ToKeeper::Upgrade, _)) => *wanted = true,
+            Ok((ToKeeper::Ready, _)) => {}
             Ok((said @ ToKeeper::Leaving { .. }, _)) => *leaving = Some(said),
             Err(_) => return false,
         }

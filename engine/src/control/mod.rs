@@ -23,7 +23,7 @@ use crate::shard::End;
 use crate::shard::session::Session;
 use crate::tier::host::{SessionId, Writer};
 use crate::tier::table::FormerSession;
-use engine::{BuildError, Engine, FromShard, Kept, ToShard};
+use engine::{BuildError, Engine, FromShard, Kept, Prepared, ToShard};
 use keeper::{Inheritance, ToEngine, ToKeeper};
 use verify::VerifyState;
 
@@ -135,6 +135,7 @@ pub struct Server {
     leaving: Option<Leaving>,
     keeper_is_gone: bool,
     refusal_told: Option<Instant>,
+    upgrades_failed_count: u64,
     verify: Arc<VerifyState>,
 }
 
@@ -153,6 +154,9 @@ struct Former {
     pid: i32,
     pidfd: OwnedFd,
 }
+
+/// How long an engine process that has handed over keeps still before it lets go of its memory.
+const AFTERLIFE: Duration = Duration::from_millis(300);
 
 const LISTENER: u64 = 0;
 const STOP: u64 = 1;
@@ -176,6 +180,7 @@ impl Server {
         config: Config,
         layout: Option<Layout>,
         mut inheritance: Inheritance,
+        prepared: Option<Prepared>,
         stop: OwnedFd,
     ) -> Result<Self, ServeError> {
         raise_descriptor_limit()?;
@@ -202,22 +207,20 @@ impl Server {
             leaving: None,
             keeper_is_gone: false,
             refusal_told: None,
+            upgrades_failed_count: 0,
             verify: Arc::default(),
         };
         // The data plane before the socket: whoever connects is served at once.
-        let kept = kept.and_then(|[pool, table]| match Kept::open(pool, &table) {
-            Ok(kept) => Some(kept),
-            Err(why) => {
-                tracing::warn!("the pool of the last engine process is not taken over: {why}");
-                // Nobody keeps memory that the next pool may need.
-                let _ = server.inheritance.channel.send(&ToKeeper::LetGo, &[]);
-                None
+        let on_mismatch = server.config.ssd_on_mismatch;
+        match prepared.filter(|prepared| kept.as_ref().is_some_and(|[_, table]| prepared.is_over(table))) {
+            Some(prepared) => server.begin_engine(on_mismatch, prepared)?,
+            None => {
+                let kept = server.open_kept(kept);
+                let layout = server.layout.clone().or_else(|| kept.as_ref().map(|kept| kept.layout.clone()));
+                if let Some(layout) = layout {
+                    server.start_engine(layout, on_mismatch, kept)?;
+                }
             }
-        });
-        let layout = server.layout.clone().or_else(|| kept.as_ref().map(|kept| kept.layout.clone()));
-        if let Some(layout) = layout {
-            let on_mismatch = server.config.ssd_on_mismatch;
-            server.start_engine(layout, on_mismatch, kept)?;
         }
         kvring_ipc::handshake::listen(&server.inheritance.listener).map_err(system("listen"))?;
         server.watch(server.inheritance.listener.as_fd(), LISTENER)?;
@@ -231,6 +234,17 @@ impl Server {
         Ok(server)
     }
 
+    fn open_kept(&self, kept: Option<[OwnedFd; 2]>) -> Option<Kept> {
+        let [pool, table] = kept?;
+        let opened = Kept::open(pool, &table);
+        let told = opened.inspect_err(|why| {
+            tracing::warn!("the pool of the last engine process is not taken over: {why}");
+            // Nobody keeps memory that the next pool may need.
+            let _ = self.inheritance.channel.send(&ToKeeper::LetGo, &[]);
+        });
+        told.ok()
+    }
+
     fn start_engine(&mut self, layout: Layout, on_mismatch: OnMismatch, kept: Option<Kept>) -> Result<(), BuildError> {
         let kept = kept.and_then(|kept| match kept.suits(&self.config, &layout) {
             Ok(()) => Some(kept),
@@ -242,6 +256,18 @@ impl Server {
             }
         });
         let engine = Engine::start(&self.config, layout, on_mismatch, self.forget_at_start, kept)?;
+        self.has_engine(engine);
+        Ok(())
+    }
+
+    fn begin_engine(&mut self, on_mismatch: OnMismatch, prepared: Prepared) -> Result<(), BuildError> {
+        let files = prepared.open_files(&self.config, on_mismatch)?;
+        let engine = Engine::begin(&self.config, prepared, files, false)?;
+        self.has_engine(engine);
+        Ok(())
+    }
+
+    fn has_engine(&mut self, engine: Engine) {
         self.next_session = engine.table.last_session();
         // From now on a death of this process costs nothing that is in the pool.
         let _ = self.inheritance.channel.send(&ToKeeper::Keep, &[engine.pool.fd.as_fd(), engine.table_fd.as_fd()]);
@@ -249,7 +275,6 @@ impl Server {
             self.await_former(&engine, *session);
         }
         self.engine = Some(engine);
-        Ok(())
     }
 
     /// A session of an engine process that is gone had slots: they are free when its process has said that
@@ -343,6 +368,9 @@ impl Server {
         if hand_over {
             // From here on this process touches neither pool nor SSD: the next one need not wait for its end.
             let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
+            // Unmapping a big pool takes a core for long: not while everybody is on his way to the next one.
+            #[expect(clippy::disallowed_methods, reason = "the control plane has nothing else to do any more")]
+            std::thread::sleep(AFTERLIFE);
         }
         true
     }
@@ -359,7 +387,8 @@ impl Server {
         match self.inheritance.channel.receive::<ToEngine>(false) {
             Ok((ToEngine::Stop, _)) => self.leaving = Some(Leaving::Stop),
             Ok((ToEngine::HandOver, _)) => self.leaving = Some(Leaving::HandOver),
-            Ok((ToEngine::Begin { .. }, _)) | Err(ChannelError::TimedOut) => {}
+            Ok((ToEngine::NotUpgraded, _)) => self.upgrades_failed_count += 1,
+            Ok((ToEngine::Begin { .. } | ToEngine::Prepare { .. }, _)) | Err(ChannelError::TimedOut) => {}
             Err(error) => {
                 let _ = epoll::delete(&self.epoll, &self.inheritance.channel);
                 self.keeper_is_gone = true;
@@ -546,7 +575,11 @@ impl Server {
                 self.reply(number, &Reply::Stopping);
             }
             Request::Upgrade => {
-                self.leaving = Some(Leaving::HandOver);
+                if self.inheritance.prepares_upgrades {
+                    let _ = self.inheritance.channel.send(&ToKeeper::Upgrade, &[]);
+                } else {
+                    self.leaving = Some(Leaving::HandOver);
+                }
                 self.reply(number, &Reply::Upgrading);
             }
         }
@@ -862,6 +895,7 @@ impl Server {
             "epoch": self.inheritance.epoch,
             "crashes": self.inheritance.crashes,
             "fell_back": self.inheritance.fell_back,
+            "upgrades_failed": self.upgrades_failed_count,
             "socket": self.config.socket,
             "instances": instances,
         });

@@ -6,12 +6,10 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use kvring_ipc::config::OnMismatch;
 use kvring_ipc::layout::Layout;
-use kvring_ipc::mapping::Mapping;
 use rustix::fs::{FallocateFlags, FlockOperation};
 
 use crate::limits::SECTOR_BYTES;
@@ -58,8 +56,6 @@ const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(2);
 pub struct DeviceFiles {
     /// Opened with O_DIRECT, in the order of the geometry's files.
     pub files: Vec<OwnedFd>,
-    /// The header zone in memory, for what will be written: zeros.
-    pub headers: Arc<Mapping>,
     /// The file whose headers are to be read, unless it is new.
     pub reused: Option<PathBuf>,
     /// Held for as long as the device is used.
@@ -264,8 +260,6 @@ fn open_device(
         }
         files.push(OwnedFd::from(direct));
     }
-    let headers = Mapping::private((geometry.header_sectors() * SECTOR_BYTES) as usize);
-    let headers = Arc::new(headers.map_err(|errno| io(&first)(errno.into()))?);
     match found {
         Found::Super(found) if reuse => *cache_id = Some(cache_id.unwrap_or(found.cache_id)),
         _ => {
@@ -274,7 +268,7 @@ fn open_device(
         }
     }
     let reused = reuse.then_some(first);
-    Ok(DeviceFiles { files, headers, reused, lock, dir: dir.to_path_buf() })
+    Ok(DeviceFiles { files, reused, lock, dir: dir.to_path_buf() })
 }
 
 fn mismatch(on_mismatch: OnMismatch, file: &str, why: &str) -> Result<bool, FilesError> {

@@ -37,6 +37,14 @@ impl DiskGeometry {
     pub fn header_sectors(&self) -> u64 {
         u64::from(self.slots_per_device).div_ceil(HEADERS_PER_SECTOR)
     }
+    /// A header zone in memory for each device, for what will be written: zeros.
+    ///
+    /// # Errors
+    /// What mmap says.
+    pub fn header_images(&self) -> rustix::io::Result<Vec<Arc<Mapping>>> {
+        let image = |_| Mapping::private((self.header_sectors() * SECTOR_BYTES) as usize).map(Arc::new);
+        (0..self.devices_count).map(image).collect()
+    }
     /// Where the slot zone begins in a device's first file: behind superblock and headers, on 1 MiB.
     pub fn data_offset(&self) -> u64 {
         ((1 + self.header_sectors()) * SECTOR_BYTES).next_multiple_of(1 << 20)
