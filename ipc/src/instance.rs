@@ -424,6 +424,10 @@ impl Instance {
         }
         while self.session.is_none() && self.is_expected() && Instant::now() < deadline {
             self.look_for_session(Some(deadline));
+            // Refused, or no thread to connect with: nothing was waited for, and nothing will come.
+            if self.session.is_none() && self.connecting.is_none() {
+                return;
+            }
         }
     }
 

@@ -121,7 +121,8 @@ fn the_killing() {
         let actor = stage.enter(1 + at);
         stage.actors.push(actor);
     }
-    let (mut engines, mut keepers, mut both, mut instances) = (0, 0, 0, 0);
+    let (mut engines, mut keepers, mut both, mut instances, mut upgrades) = (0, 0, 0, 0, 0);
+    let mut dead_keeper = 0;
     let (mut loaded, mut stored) = (0, 0);
     let mut back_ms: Vec<f64> = Vec::new();
     for kill in 0..kills {
@@ -139,6 +140,15 @@ fn the_killing() {
             continue;
         };
         let pid = |name: &str| stats[name].as_u64().unwrap() as u32;
+        if pid("keeper_pid") != dead_keeper && chance.happens(300) {
+            // Whoever is killed next may be at any point of it.
+            upgrades += 1;
+            signal(pid("keeper_pid"), Signal::HUP);
+            std::thread::sleep(Duration::from_micros(chance.below(60_000)));
+        }
+        // It may have handed over since.
+        let Some(stats) = stage.place.stats() else { continue };
+        let pid = |name: &str| stats[name].as_u64().unwrap() as u32;
         match chance.below(10) {
             0..5 => {
                 engines += 1;
@@ -153,14 +163,16 @@ fn the_killing() {
             }
             5 => {
                 both += 1;
-                for who in ["keeper_pid", "server_pid"] {
-                    signal(pid(who), Signal::KILL);
+                for pid in ["keeper_pid", "server_pid"].map(pid).into_iter().filter(|pid| *pid != dead_keeper) {
+                    signal(pid, Signal::KILL);
                 }
+                dead_keeper = pid("keeper_pid");
             }
             6 if kill % 3 == 0 => {
                 // Alone; the engine process goes on, and is killed some time later without a keeper.
                 keepers += 1;
-                signal(pid("keeper_pid"), Signal::KILL);
+                dead_keeper = pid("keeper_pid");
+                signal(dead_keeper, Signal::KILL);
             }
             _ => {
                 instances += 1;
@@ -190,7 +202,7 @@ fn the_killing() {
     back_ms.sort_by(f64::total_cmp);
     let at = |share: f64| back_ms.get(((back_ms.len() as f64 * share) as usize).min(back_ms.len().saturating_sub(1)));
     println!(
-        "killed {engines} engine processes, {keepers} keepers, {both} of both, {instances} instances: {loaded} blocks loaded and compared, {stored} stored; served again after an engine's death in ms: p50 {:.0?}, p90 {:.0?}, most {:.0?}",
+        "killed {engines} engine processes, {keepers} keepers, {both} of both, {instances} instances, {upgrades} upgrades begun: {loaded} blocks loaded and compared, {stored} stored; served again after an engine's death in ms: p50 {:.0?}, p90 {:.0?}, most {:.0?}",
         at(0.5).unwrap_or(&0.0),
         at(0.9).unwrap_or(&0.0),
         at(1.0).unwrap_or(&0.0)
@@ -219,7 +231,7 @@ fn the_killing() {
     ask(&stage.place.socket(), &Request::Stop, Duration::from_secs(5)).unwrap();
     eventually("no process is left", || processes_of(&dir).is_empty());
     eventually("no memory is left", || kvring_memory() == 0);
-    assert_eq!(free_hugepages(), hugepages);
+    eventually("no hugepage is left", || free_hugepages() == hugepages);
     assert!(!exists(&stage.place.socket()), "no socket is left");
     let mut files: Vec<String> = std::fs::read_dir(&dir)
         .unwrap()

@@ -181,6 +181,42 @@ fn what_prepares_itself_takes_over_early_or_goes() {
     eventually("nobody is left", || processes_of(&program) == 0);
 }
 
+/// The second wish is for what lies there by then, whatever became of the first.
+#[test]
+fn an_upgrade_that_is_asked_for_during_another_follows_it() {
+    let mut place = Place::new();
+    let program = serve_a_copy(&mut place);
+    let keeper = place.stats().unwrap()["keeper_pid"].as_u64().unwrap() as u32;
+    replace(&program, "sleep 1; exit 1");
+    signal(keeper, Signal::HUP);
+    eventually("the first one is there", || processes_of(&program) == 3);
+    replace(&program, &format!("exec {KVRING} \"$@\""));
+    signal(keeper, Signal::HUP);
+    eventually("the second one serves", || place.stats().is_some_and(|stats| stats["epoch"] == 2));
+    assert_eq!(place.stats().unwrap()["crashes"], 0);
+}
+
+#[test]
+fn an_upgrade_to_a_configuration_that_cannot_be_served_does_not_happen() {
+    let mut place = Place::new();
+    let config = place.path("kvring.toml");
+    std::fs::write(&config, "ssd_cache_gb = 0.0625\n").unwrap();
+    place.serve(&["--block-kib", "64", "--config", config.to_str().unwrap()]);
+    let keys = chain("a", 20);
+    let mut agent = place.agent(0, &[]);
+    store(&mut agent, &keys);
+    let before = (place.server_pid(), agent.instance().sessions_count());
+    for (bad, times) in [("ssd_cash_gb = 0.0625\n", 1), ("ssd_cache_gb = 0.125\n", 2), ("ssd_cache_gb = 0.00001\n", 3)]
+    {
+        std::fs::write(&config, bad).unwrap();
+        let output = place.kvring(&["upgrade"]).output().unwrap();
+        assert!(!output.status.success() && text(&output).contains("does not start"), "{bad}: {}", text(&output));
+        assert_eq!(load(&mut agent, &keys), 20, "{bad}");
+        assert_eq!((place.server_pid(), agent.instance().sessions_count()), before, "{bad}");
+        assert_eq!(place.stats().unwrap()["upgrades_failed"], times);
+    }
+}
+
 #[test]
 fn an_upgrade_loses_no_block() {
     let place = Place::new();
@@ -242,12 +278,13 @@ fn a_configuration_that_went_bad_does_not_cost_the_pool() {
     eventually("mended, everything is there again", || load(&mut agent, &keys) == 20);
 
     // Another size is another pool, and nobody keeps the old one's memory from it.
-    let before = pool_address(&mut agent);
+    let bytes = |agent: &mut DirectAgent<HostMemory>| agent.instance().session().unwrap().pool().mapping().bytes();
+    let before = bytes(&mut agent);
     std::fs::write(&config, "cpu_cache_gb = 0.125\n").unwrap();
     assert!(place.kvring(&["upgrade"]).output().unwrap().status.success());
     eventually("it starts empty", || store(&mut agent, &chain("b", 5)) == 5);
     assert_eq!(place.metric("dram_recovered_blocks_count"), 0);
-    assert_ne!(pool_address(&mut agent), before);
+    assert_eq!(bytes(&mut agent), 2 * before);
 }
 
 #[test]

@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use kvring_engine::control::Server;
 use kvring_engine::control::engine::Prepared;
 use kvring_engine::control::keeper::{Inheritance, Keeper, Signals};
-use kvring_engine::control::{ServeError, Server};
 use kvring_ipc::config::Config;
 use kvring_ipc::handshake::{Reply, Request, ask};
 use kvring_ipc::launch::beside_socket;
@@ -76,8 +76,10 @@ pub fn run(args: ServeArgs) -> Outcome {
         // A hangup is the keeper's to hear.
         let _hangup = readable_on(&[SIGHUP])?;
         let mut prepared = None;
-        let prepare = |kept| prepared = Prepared::over(&loaded.config, layout.as_ref(), kept);
-        let inheritance = Inheritance::receive(prepare).map_err(ServeError::NoKeeper)?;
+        let inheritance = Inheritance::receive(|kept| {
+            prepared = Prepared::over(&loaded.config, layout.as_ref(), kept)?;
+            Ok(prepared.is_some())
+        })?;
         let server = Server::new(loaded.config, layout, inheritance, prepared, stop)?;
         if server.run() {
             return Ok(());

@@ -161,12 +161,15 @@ impl Kept {
 }
 
 /// How `ssd_cache_gb` becomes slots, if there is any, and whether the index has room for them.
-fn geometry_of(config: &Config, layout: &Layout) -> Result<Option<DiskGeometry>, BuildError> {
+fn geometry_of(config: &Config, layout: &Layout, kept: Option<&Kept>) -> Result<Option<DiskGeometry>, BuildError> {
     layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
     let dirs = config.ssd_cache_dirs.len();
     let of_disk = || files::geometry(dirs, config.ssd_cache_bytes, layout.block_bytes, config.max_file_bytes);
     let geometry = (config.ssd_cache_bytes > 0).then(of_disk).transpose()?;
-    check_index(config, layout, geometry.map_or(0, |geometry| u64::from(geometry.slots_count())))?;
+    let disk_slots = geometry.map_or(0, |geometry| u64::from(geometry.slots_count()));
+    // What the pool takes was available when this was asked for the first time.
+    let held = kept.map_or(0, |kept| u64::from(kept.table.shape().slots_count) * layout.block_bytes);
+    check_index(config, layout, disk_slots, held)?;
     Ok(geometry)
 }
 
@@ -182,6 +185,9 @@ fn open_files(
     })
 }
 
+/// How long a pool is touched before the engine process that serves is told to hand over.
+const TOUCH_NS_MAX: u64 = 5_000_000_000;
+
 /// All of a data plane that needs nobody's leave: an engine process makes it while another one serves.
 pub struct Prepared {
     layout: Layout,
@@ -191,25 +197,41 @@ pub struct Prepared {
     table: SlotTable,
     table_fd: OwnedFd,
     is_kept: bool,
-    is_touched: bool,
+    /// Pieces of the pool that are in this process' page table.
+    touched: u32,
     cache: Cache,
     events: OwnedFd,
 }
 
 impl Prepared {
-    /// For the pool and the table of the engine process that serves. `None` if they will not be taken over, or if
-    /// that is to be seen later: there is time enough to say why.
-    pub fn over(config: &Config, layout: Option<&Layout>, [pool, table]: [OwnedFd; 2]) -> Option<Self> {
-        let kept = Kept::open(pool, &table).ok()?;
-        let layout = layout.unwrap_or(&kept.layout).clone();
-        if kept.left_dirs(config).next().is_some() || kept.suits(config, &layout).is_err() {
-            return None;
+    /// For the pool and the table of the engine process that serves, if there are any. `None` if they will not be
+    /// taken over, or if that is to be seen later: why is said then.
+    ///
+    /// # Errors
+    /// [`BuildError`]: this configuration could not be served.
+    pub fn over(
+        config: &Config,
+        layout: Option<&Layout>,
+        kept: Option<[OwnedFd; 2]>,
+    ) -> Result<Option<Self>, BuildError> {
+        let kept = kept.and_then(|[pool, table]| Kept::open(pool, &table).ok());
+        let Some(layout) = layout.or(kept.as_ref().map(|kept| &kept.layout)).cloned() else { return Ok(None) };
+        let suits = |kept: &Kept| kept.left_dirs(config).next().is_none() && kept.suits(config, &layout).is_ok();
+        let kept = kept.filter(suits);
+        let geometry = geometry_of(config, &layout, kept.as_ref())?;
+        if let Some(geometry) = &geometry {
+            files::check(&config.ssd_cache_dirs, geometry, &layout, config.ssd_on_mismatch)?;
         }
-        let geometry = geometry_of(config, &layout).ok()?;
-        let mut prepared = Self::new(config, layout, geometry, Some(kept)).ok()?;
-        // Its pages are there; with their places in this process' page table nothing waits for them.
-        prepared.is_touched = (0..prepared.pool.pieces_count()).all(|piece| prepared.pool.touch(piece).is_ok());
-        Some(prepared)
+        let Some(kept) = kept else { return Ok(None) };
+        let mut prepared = Self::new(config, layout, geometry, Some(kept))?;
+        // Its pages are there; with their places in this process' page table nothing waits for them. In a big pool
+        // on small pages that takes long: the rest follows behind.
+        let until_ns = monotonic_ns() + TOUCH_NS_MAX;
+        let pieces = prepared.pool.pieces_count();
+        while prepared.touched < pieces && monotonic_ns() < until_ns && prepared.pool.touch(prepared.touched).is_ok() {
+            prepared.touched += 1;
+        }
+        Ok(Some(prepared))
     }
 
     fn new(
@@ -239,7 +261,7 @@ impl Prepared {
         let mut cache = Cache::new(&options, host, disk);
         let (log, events) = EventLog::create().map_err(failed("make the event log"))?;
         cache.index.log = Some(log);
-        Ok(Self { layout, geometry, images, pool, table, table_fd, is_kept, is_touched: false, cache, events })
+        Ok(Self { layout, geometry, images, pool, table, table_fd, is_kept, touched: 0, cache, events })
     }
 
     /// Whether it is made over this table.
@@ -316,7 +338,7 @@ impl Engine {
         forget: bool,
         kept: Option<Kept>,
     ) -> Result<Self, BuildError> {
-        let geometry = geometry_of(config, &layout)?;
+        let geometry = geometry_of(config, &layout, kept.as_ref())?;
         // The disk first: what can be refused is refused before the pool takes memory.
         let opened = open_files(config, geometry.as_ref(), &layout, on_mismatch)?;
         let prepared = Prepared::new(config, layout, geometry, kept)?;
@@ -333,7 +355,7 @@ impl Engine {
         opened: Vec<files::DeviceFiles>,
         forget: bool,
     ) -> Result<Self, BuildError> {
-        let Prepared { layout, geometry, images, pool, table, table_fd, is_kept, is_touched, mut cache, events } =
+        let Prepared { layout, geometry, images, pool, table, table_fd, is_kept, touched, mut cache, events } =
             prepared;
         let slot_bytes = layout.block_bytes;
         let with_disk = geometry.is_some();
@@ -433,7 +455,7 @@ impl Engine {
         if let Some(geometry) = geometry {
             read_the_disk(engine.teller.clone(), geometry, fingerprint, to_read, config.checksum);
         }
-        engine.touch_the_rest(first_piece, is_touched);
+        engine.touch_the_rest(first_piece, touched);
         Ok(engine)
     }
 
@@ -454,21 +476,24 @@ impl Engine {
         u64::from(self.pool.slots_count) + u64::from(disk)
     }
 
-    /// Gives the rest of the pool its pages, in parallel and behind; if it `has` them, the shard is only told.
-    fn touch_the_rest(&self, first_piece: u32, has: bool) {
+    /// Gives the rest of the pool its pages, in parallel and behind; of pieces that were touched the shard is only
+    /// told.
+    fn touch_the_rest(&self, first_piece: u32, touched: u32) {
         let next = Arc::new(AtomicU32::new(first_piece));
-        let threads = if has { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
+        let all = touched == self.pool.pieces_count();
+        let threads = if all { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
         for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(first_piece) as usize) {
             let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_touching.clone());
             let teller = self.teller.clone();
-            let pauses = has && !self.devices.is_empty();
+            let pauses = !self.devices.is_empty();
             let touch = move || {
                 loop {
                     let piece = next.fetch_add(1, Ordering::Relaxed);
                     if piece >= pool.pieces_count() || stop.load(Ordering::Relaxed) {
                         return;
                     }
-                    if pauses {
+                    let has = piece < touched;
+                    if has && pauses {
                         // To register one takes the shard a while: it serves in between.
                         #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
                         std::thread::sleep(Duration::from_millis(2));
@@ -518,47 +543,57 @@ impl Teller {
     }
 }
 
-/// Tells the shard that the disk was read, whatever ends it.
-struct TellAtEnd(Teller);
+/// Tells the shard that the disk was read, and what of it was not, whatever ends it.
+struct Reading {
+    teller: Teller,
+    /// The devices that are read, and whether all of each was.
+    devices: Vec<(u32, PathBuf, AtomicBool)>,
+}
 
-impl Drop for TellAtEnd {
+impl Drop for Reading {
     fn drop(&mut self) {
-        self.0.tell(ToShard::DiskRead);
+        for (device, ..) in self.devices.iter().filter(|(.., was_read)| !was_read.load(Ordering::SeqCst)) {
+            self.teller.tell(ToShard::DiskUnread(*device));
+        }
+        self.teller.tell(ToShard::DiskRead);
     }
 }
 
-/// Reads what the SSD holds, behind: serving does not wait for it.
+/// Reads what the SSD holds, behind: serving does not wait for it. However that ends, the recovery does, and
+/// nobody believes that what was not read is not there.
 fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: Vec<Option<PathBuf>>, take: bool) {
-    let (behind, end) = (teller.clone(), TellAtEnd(teller.clone()));
-    let devices_count = to_read.len() as u32;
+    let devices = (0..).zip(to_read).filter_map(|(device, path)| Some((device, path?, AtomicBool::new(false))));
+    let reading = Reading { teller, devices: devices.collect() };
+    let read_one = move |reading: &Reading, (device, path, was_read): &(u32, PathBuf, AtomicBool)| {
+        let read = files::read_headers(path, &geometry, layout, *device, |mut piece| {
+            // Without checksums a header may name a block whose slot was written anew since.
+            if !take {
+                piece.distrust();
+            }
+            reading.teller.tell(ToShard::FoundOnDisk(piece));
+        });
+        match read {
+            Ok(()) => was_read.store(true, Ordering::SeqCst),
+            Err(error) => {
+                let path = path.display();
+                tracing::error!("{path}: headers cannot be read ({error}): what they name is forgotten");
+            }
+        }
+    };
     let read = move || {
-        // However this thread ends, the recovery does.
-        let _end = end;
+        let (reading, read_one) = (&reading, &read_one);
         std::thread::scope(|scope| {
-            for (device, path) in (0..).zip(&to_read) {
-                let Some(path) = path else { continue };
-                let (teller, geometry) = (&behind, &geometry);
-                scope.spawn(move || {
-                    let read = files::read_headers(path, geometry, layout, device, |mut piece| {
-                        // Without checksums a header may name a block whose slot was written anew since.
-                        if !take {
-                            piece.distrust();
-                        }
-                        teller.tell(ToShard::FoundOnDisk(piece));
-                    });
-                    if let Err(error) = read {
-                        let path = path.display();
-                        tracing::error!("{path}: headers cannot be read ({error}): what they name is forgotten");
-                        teller.tell(ToShard::DiskUnread(device));
-                    }
-                });
+            for device in &reading.devices {
+                let thread = std::thread::Builder::new().spawn_scoped(scope, || read_one(reading, device));
+                if thread.is_err() {
+                    // One after the other, then.
+                    read_one(reading, device);
+                }
             }
         });
     };
     if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {
         tracing::error!("cannot start a thread to read what the SSD holds: {error}: it is forgotten");
-        (0..devices_count).for_each(|device| teller.tell(ToShard::DiskUnread(device)));
-        teller.tell(ToShard::DiskRead);
     }
 }
 
@@ -647,13 +682,13 @@ fn open_devices(
 
 /// The index is in memory and grows with the number of blocks: small blocks in a big cache are refused
 /// before anything is made for them.
-fn check_index(config: &Config, layout: &Layout, disk_slots: u64) -> Result<(), BuildError> {
+fn check_index(config: &Config, layout: &Layout, disk_slots: u64, held_bytes: u64) -> Result<(), BuildError> {
     /// A block's line, its links in two tiers, two places of the table, a host slot, a disk slot with
     /// its header's image.
     const BYTES_PER_BLOCK: u64 = 64 + 2 * 20 + 2 * 2 * 8 + 64 + 16 + 64;
     let host_slots = config.cpu_cache_bytes / layout.block_bytes;
     let blocks = host_slots + disk_slots + crate::limits::LEASES_MAX as u64;
-    let (needed, available) = (blocks * BYTES_PER_BLOCK, dma::available_bytes());
+    let (needed, available) = (blocks * BYTES_PER_BLOCK, dma::available_bytes() + held_bytes);
     let indices_fit = blocks < 1 << 31 && host_slots * u64::from(layout.tp_size) < 1 << 32;
     if indices_fit && needed <= available / 4 {
         return Ok(());
@@ -828,11 +863,13 @@ impl Runner {
         }
         let deadline_ns = monotonic_ns() + 5_000_000_000;
         // What the SSD held comes first: until it is known, nothing is written there.
-        let recovering = |shard: &Shard<AnyDevice>| write_back && shard.cache().is_recovering();
+        // So does a reset: what was forgotten is not there again with the next process.
+        let recovering = |shard: &Shard<AnyDevice>| (write_back || !shard.is_reset()) && shard.cache().is_recovering();
         while (recovering(&self.shard) || !self.shard.is_drained()) && monotonic_ns() < deadline_ns {
             match self.for_shard.try_recv() {
                 Ok(ToShard::FoundOnDisk(piece)) => self.shard.found_on_disk(piece),
                 Ok(ToShard::DiskRead) => self.shard.disk_was_read(),
+                Ok(ToShard::DiskUnread(device)) => self.shard.disk_was_not_read(device),
                 _ => {}
             }
             if self.shard.poll(monotonic_ns()) == 0 {

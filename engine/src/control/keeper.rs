@@ -22,6 +22,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
 use super::ServeError;
+use super::engine::BuildError;
 
 /// What the keeper tells its engine process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -55,7 +56,11 @@ pub enum ToEngine {
     /// Finish what is being written and go.
     Stop,
     /// Hand over to another engine process: finish what is under way and go, the pool stays.
-    HandOver,
+    HandOver {
+        /// The next one waits for this one's end, for the sake of its memory.
+        #[serde(default)]
+        is_awaited: bool,
+    },
     /// The next engine process has not become ready: this one goes on.
     NotUpgraded,
 }
@@ -69,7 +74,10 @@ pub enum ToKeeper {
     /// Let go of what is kept: it is not what is asked for now.
     LetGo,
     /// It has prepared itself, and waits for its beginning.
-    Ready,
+    Ready {
+        /// It takes the pool over. Else it may need the memory of it for its own.
+        takes_pool: bool,
+    },
     /// It serves.
     Serving,
     /// Somebody has asked for another engine process, from the program file as it is now.
@@ -108,30 +116,41 @@ pub struct Inheritance {
 
 impl Inheritance {
     /// What the keeper sends over the socket that is this process's standard input. If another engine process
-    /// serves yet, `prepare` is called with the pool that is to be taken over, before its turn comes.
+    /// serves yet, `prepare` is called with the pool that is to be taken over, before its turn comes; it says whether
+    /// it will be.
     ///
     /// # Errors
-    /// Standard input is no keeper's.
-    pub fn receive(prepare: impl FnOnce([OwnedFd; 2])) -> Result<Self, ChannelError> {
-        let channel = Channel::accepted(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
-        channel.bound(Duration::from_secs(10))?;
-        let missing = || ChannelError::Malformed("a descriptor is missing".into());
-        let (mut said, mut fds): (ToEngine, Vec<OwnedFd>) = channel.receive(true)?;
-        if let ToEngine::Prepare { keeps_pool } = said {
-            if keeps_pool {
-                prepare(<[OwnedFd; 2]>::try_from(fds).map_err(|_| missing())?);
+    /// Standard input is no keeper's, or what `prepare` says.
+    pub fn receive(prepare: impl FnOnce(Option<[OwnedFd; 2]>) -> Result<bool, BuildError>) -> Result<Self, ServeError> {
+        let channel = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(ChannelError::from);
+        let channel = Channel::accepted(channel.map_err(ServeError::NoKeeper)?);
+        let mut prepare = Some(prepare);
+        loop {
+            let (said, fds) = Self::hear(&channel, prepare.is_some()).map_err(ServeError::NoKeeper)?;
+            match (said, prepare.take()) {
+                (ToEngine::Prepare { keeps_pool }, Some(prepare)) => {
+                    let kept = if keeps_pool { <[OwnedFd; 2]>::try_from(fds).ok() } else { None };
+                    let takes_pool = prepare(kept)?;
+                    channel.send(&ToKeeper::Ready { takes_pool }, &[]).map_err(ServeError::NoKeeper)?;
+                }
+                (said, _) => return Self::begin(channel, &said, fds).map_err(ServeError::NoKeeper),
             }
-            channel.send(&ToKeeper::Ready, &[])?;
-            // The other one finishes first, or is killed because it does not.
-            channel.bound(2 * STOP_PATIENCE)?;
-            (said, fds) = channel.receive(true)?;
-            channel.bound(Duration::from_secs(10))?;
         }
-        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id, prepares_upgrades } = said else {
+    }
+
+    fn hear(channel: &Channel, is_first: bool) -> Result<(ToEngine, Vec<OwnedFd>), ChannelError> {
+        // The one that serves finishes first, or is killed because it does not.
+        channel.bound(if is_first { Duration::from_secs(10) } else { 3 * STOP_PATIENCE })?;
+        channel.receive(true)
+    }
+
+    fn begin(channel: Channel, said: &ToEngine, fds: Vec<OwnedFd>) -> Result<Self, ChannelError> {
+        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id, prepares_upgrades } = *said else {
             return Err(ChannelError::Malformed("not a beginning".into()));
         };
+        channel.bound(Duration::from_secs(10))?;
         let mut fds = fds.into_iter();
-        let mut next = || fds.next().ok_or_else(missing);
+        let mut next = || fds.next().ok_or_else(|| ChannelError::Malformed("a descriptor is missing".into()));
         let [listener, lock, epoch_fd] = [next()?, next()?, next()?];
         let kept = if keeps_pool { Some([next()?, next()?]) } else { None };
         Ok(Self { channel, listener, lock, epoch_fd, epoch, crashes, fell_back, socket_id, kept, prepares_upgrades })
@@ -199,9 +218,11 @@ impl Process {
         }
     }
 
-    fn end(mut self) {
-        kill(&mut self.child);
-        let _ = self.child.wait();
+    /// Kills it. It is waited for behind: to let go of a big pool takes long.
+    fn end(self) {
+        // By its descriptor: a number may be another's by now.
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        bury(self.child);
     }
 }
 
@@ -209,6 +230,8 @@ impl Process {
 struct Standby {
     process: Process,
     ready: bool,
+    /// It takes the pool over, so it need not wait for the end of the one that serves.
+    takes_pool: bool,
     since: Instant,
 }
 
@@ -216,10 +239,11 @@ impl Standby {
     /// What has become of it; None if nothing will.
     fn looked_at(mut self, now: Instant) -> Option<Self> {
         let said = self.process.channel.receive::<ToKeeper>(false);
-        self.ready = matches!(said, Ok((ToKeeper::Ready, _)));
+        if let Ok((ToKeeper::Ready { takes_pool }, _)) = said {
+            (self.ready, self.takes_pool) = (true, takes_pool);
+        }
         let talks = matches!(said, Ok(_) | Err(ChannelError::TimedOut));
-        let lives = matches!(self.process.child.try_wait(), Ok(None));
-        if self.ready || talks && lives && now - self.since < START_PATIENCE {
+        if self.ready || talks && now - self.since < START_PATIENCE {
             return Some(self);
         }
         tracing::error!("no upgrade: the program does not start; the engine process that serves goes on");
@@ -460,7 +484,8 @@ impl Keeper {
                 return Ok(End { status: Some(status), served, leaving: decided(asked, leaving), lives: false });
             }
             // Its own word that it has, not ours that it shall.
-            if leaving == HANDS_OVER && asked != STOPS {
+            let is_awaited = standby.as_ref().is_some_and(|standby| !standby.takes_pool);
+            if leaving == HANDS_OVER && asked != STOPS && !is_awaited {
                 return Ok(End { status: None, served, leaving, lives: true });
             }
             if !served && stop_by.is_none() && now - started > START_PATIENCE {
@@ -476,13 +501,6 @@ impl Keeper {
                 asked = STOPS;
                 let _ = channel.send(&ToEngine::Stop, &[]);
             }
-            if wanted && served && stop_by.is_none() && standby.is_none() {
-                wanted = false;
-                *standby = self.prepare(engine, now);
-                if standby.is_none() {
-                    let _ = channel.send(&ToEngine::NotUpgraded, &[]);
-                }
-            }
             if let Some(waiting) = standby.take_if(|standby| !standby.ready) {
                 *standby = waiting.looked_at(now);
                 // Who has said that it stops is not made to hand over.
@@ -491,10 +509,18 @@ impl Keeper {
                     Some(standby) if standby.ready => {
                         stop_by = Some(now + STOP_PATIENCE);
                         asked = HANDS_OVER;
-                        let _ = channel.send(&ToEngine::HandOver, &[]);
+                        let hand_over = ToEngine::HandOver { is_awaited: !standby.takes_pool };
+                        let _ = channel.send(&hand_over, &[]);
                     }
                     Some(_) => {}
                     None => drop(channel.send(&ToEngine::NotUpgraded, &[])),
+                }
+            }
+            if wanted && served && stop_by.is_none() && standby.is_none() {
+                wanted = false;
+                *standby = self.prepare(engine, now);
+                if standby.is_none() {
+                    let _ = channel.send(&ToEngine::NotUpgraded, &[]);
                 }
             }
             if stop_by.is_some_and(|by| now > by) {
@@ -511,7 +537,7 @@ impl Keeper {
         let process = process.inspect_err(|error| tracing::error!("no upgrade: {error}")).ok()?;
         let fds: Vec<BorrowedFd<'_>> = self.kept.iter().flatten().map(AsFd::as_fd).collect();
         let _ = process.channel.send(&ToEngine::Prepare { keeps_pool: self.kept.is_some() }, &fds);
-        Some(Standby { process, ready: false, since: now })
+        Some(Standby { process, ready: false, takes_pool: false, since: now })
     }
 
     /// Hears one message. False: no more will come.
@@ -530,7 +556,7 @@ impl Keeper {
             Ok((ToKeeper::LetGo, _)) => self.let_go(),
             Ok((ToKeeper::Serving, _)) => *served = true,
             Ok((ToKeeper::Upgrade, _)) => *wanted = true,
-            Ok((ToKeeper::Ready, _)) => {}
+            Ok((ToKeeper::Ready { .. }, _)) => {}
             Ok((said @ ToKeeper::Leaving { .. }, _)) => *leaving = Some(said),
             Err(_) => return false,
         }

@@ -145,7 +145,10 @@ enum Leaving {
     /// The server stops.
     Stop,
     /// Another engine process takes over.
-    HandOver,
+    HandOver {
+        /// It waits for the end of this one.
+        is_awaited: bool,
+    },
 }
 
 /// A process that may still be writing into the slots of a session that it had with an engine process
@@ -354,7 +357,7 @@ impl Server {
             failed = self.engine.as_ref().is_some_and(Engine::has_failed);
         }
         let Some(leaving) = self.leaving.filter(|_| !failed) else { return false };
-        let hand_over = leaving == Leaving::HandOver;
+        let hand_over = leaving != Leaving::Stop;
         tracing::info!("{}", if hand_over { "handing over" } else { "stopping" });
         if !hand_over {
             let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
@@ -368,6 +371,10 @@ impl Server {
         if hand_over {
             // From here on this process touches neither pool nor SSD: the next one need not wait for its end.
             let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
+        }
+        // Whoever has asked something of this process asks the next one.
+        self.connections.clear();
+        if leaving == (Leaving::HandOver { is_awaited: false }) {
             // Unmapping a big pool takes a core for long: not while everybody is on his way to the next one.
             #[expect(clippy::disallowed_methods, reason = "the control plane has nothing else to do any more")]
             std::thread::sleep(AFTERLIFE);
@@ -386,9 +393,13 @@ impl Server {
     fn hear_keeper(&mut self) {
         match self.inheritance.channel.receive::<ToEngine>(false) {
             Ok((ToEngine::Stop, _)) => self.leaving = Some(Leaving::Stop),
-            Ok((ToEngine::HandOver, _)) => self.leaving = Some(Leaving::HandOver),
+            // Who was told to stop does that.
+            Ok((ToEngine::HandOver { is_awaited }, _)) => {
+                self.leaving.get_or_insert(Leaving::HandOver { is_awaited });
+            }
             Ok((ToEngine::NotUpgraded, _)) => self.upgrades_failed_count += 1,
-            Ok((ToEngine::Begin { .. } | ToEngine::Prepare { .. }, _)) | Err(ChannelError::TimedOut) => {}
+            Ok((ToEngine::Begin { .. } | ToEngine::Prepare { .. }, _))
+            | Err(ChannelError::TimedOut | ChannelError::Malformed(_)) => {}
             Err(error) => {
                 let _ = epoll::delete(&self.epoll, &self.inheritance.channel);
                 self.keeper_is_gone = true;
@@ -578,7 +589,7 @@ impl Server {
                 if self.inheritance.prepares_upgrades {
                     let _ = self.inheritance.channel.send(&ToKeeper::Upgrade, &[]);
                 } else {
-                    self.leaving = Some(Leaving::HandOver);
+                    self.leaving = Some(Leaving::HandOver { is_awaited: false });
                 }
                 self.reply(number, &Reply::Upgrading);
             }

@@ -163,6 +163,61 @@ pub fn lock(dir: &Path, patience: Patience) -> Result<File, FilesError> {
     Err(FilesError::InUse { file: path_of(dir, 0).display().to_string() })
 }
 
+fn superblock(index: u64, geometry: &DiskGeometry, layout: &Layout, cache_id: u64) -> Superblock {
+    Superblock {
+        magic: MAGIC,
+        layout: layout.fingerprint(),
+        slot_bytes: geometry.slot_bytes,
+        slots_count: u64::from(geometry.slots_per_device),
+        slots_per_file: u64::from(geometry.slots_per_file),
+        device: index << 32 | u64::from(geometry.devices_count),
+        cache_id,
+        crc: 0,
+    }
+}
+
+/// What a cache file begins with, and whether it is taken as it is.
+fn look_at(
+    first: &Path,
+    index: u64,
+    geometry: &DiskGeometry,
+    layout: &Layout,
+    on_mismatch: OnMismatch,
+    cache_id: Option<u64>,
+) -> Result<(Found, bool), FilesError> {
+    let name = first.display().to_string();
+    let found = read_superblock(first).map_err(|error| FilesError::Io { file: name.clone(), error })?;
+    let reuse = match &found {
+        Found::Nothing => false,
+        Found::Foreign => mismatch(on_mismatch, &name, "it is no kvring cache of this version")?,
+        Found::Super(found) => {
+            let expected = superblock(index, geometry, layout, cache_id.unwrap_or(found.cache_id));
+            match differs(found, &expected) {
+                None => true,
+                Some(why) => {
+                    let words = read_layout(first).map_or_else(String::new, |theirs| in_words(&theirs, layout));
+                    mismatch(on_mismatch, &name, &(why + &words))?
+                }
+            }
+        }
+    };
+    Ok((found, reuse))
+}
+
+/// Whether [`open`] would take what lies there. Changes nothing, and needs no lock.
+///
+/// # Errors
+/// What it would refuse.
+pub fn check(
+    dirs: &[PathBuf],
+    geometry: &DiskGeometry,
+    layout: &Layout,
+    on_mismatch: OnMismatch,
+) -> Result<(), FilesError> {
+    let look = |(index, dir): (u64, &PathBuf)| look_at(&path_of(dir, 0), index, geometry, layout, on_mismatch, None);
+    (0..).zip(dirs).try_for_each(|at| look(at).map(drop))
+}
+
 fn open_device(
     dir: &Path,
     lock: File,
@@ -173,33 +228,11 @@ fn open_device(
     cache_id: &mut Option<u64>,
 ) -> Result<DeviceFiles, FilesError> {
     let first = path_of(dir, 0);
-    let name = first.display().to_string();
     let io = |file: &Path| {
         let file = file.display().to_string();
         move |error| FilesError::Io { file, error }
     };
-    let expected = |cache_id| Superblock {
-        magic: MAGIC,
-        layout: layout.fingerprint(),
-        slot_bytes: geometry.slot_bytes,
-        slots_count: u64::from(geometry.slots_per_device),
-        slots_per_file: u64::from(geometry.slots_per_file),
-        device: index << 32 | u64::from(geometry.devices_count),
-        cache_id,
-        crc: 0,
-    };
-    let found = read_superblock(&first).map_err(io(&first))?;
-    let reuse = match &found {
-        Found::Nothing => false,
-        Found::Foreign => mismatch(on_mismatch, &name, "it is no kvring cache of this version")?,
-        Found::Super(found) => match differs(found, &expected(cache_id.unwrap_or(found.cache_id))) {
-            None => true,
-            Some(why) => {
-                let words = read_layout(&first).map_or_else(String::new, |theirs| in_words(&theirs, layout));
-                mismatch(on_mismatch, &name, &(why + &words))?
-            }
-        },
-    };
+    let (found, reuse) = look_at(&first, index, geometry, layout, on_mismatch, *cache_id)?;
     if !reuse {
         for file in 0.. {
             match std::fs::remove_file(path_of(dir, file)) {
@@ -264,7 +297,8 @@ fn open_device(
         Found::Super(found) if reuse => *cache_id = Some(cache_id.unwrap_or(found.cache_id)),
         _ => {
             let id = *cache_id.get_or_insert_with(|| kvring_ipc::client::monotonic_ns() | 1);
-            write_superblock(&first, geometry, &expected(id).sealed(), layout).map_err(io(&first))?;
+            let superblock = superblock(index, geometry, layout, id).sealed();
+            write_superblock(&first, geometry, &superblock, layout).map_err(io(&first))?;
         }
     }
     let reused = reuse.then_some(first);
@@ -434,9 +468,12 @@ pub fn read_headers(
         }
     };
     std::thread::scope(|scope| {
-        let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(reader)).collect();
+        // This thread is one of them: where no other is to be had, it is all.
+        let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, reader).ok();
+        let others: Vec<_> = (1..READERS).filter_map(spawn).collect();
         let panicked = |_| Err(std::io::Error::other("a reader panicked"));
-        readers.into_iter().try_for_each(|reader| reader.join().unwrap_or_else(panicked))
+        let own = reader();
+        others.into_iter().map(|other| other.join().unwrap_or_else(panicked)).fold(own, Result::and)
     })
 }
 

@@ -247,6 +247,7 @@ impl<D: Device> Shard<D> {
     /// What waits to be written stays unwritten: the next engine process finds it in the pool.
     pub fn drop_dirty(&mut self) {
         self.dirty.clear();
+        self.requeue_from = u32::MAX;
     }
     /// The cache, for checks and statistics.
     pub fn cache(&self) -> &Cache {

@@ -64,7 +64,7 @@ fn ssd_bytes(args: &SsdArgs) -> u64 {
     (args.size_gb * f64::from(1 << 30)) as u64
 }
 
-fn prepare(args: &SsdArgs, checksums: &str) -> Result<Side, Box<dyn std::error::Error>> {
+fn prepare(args: &SsdArgs, checksums: &str, ssd_dir: Option<&Path>) -> Result<Side, Box<dyn std::error::Error>> {
     let block_bytes = args.block_kib << 10;
     let ssd_bytes = ssd_bytes(args);
     let chains_count = ssd_bytes / block_bytes / u64::from(CHAIN);
@@ -74,18 +74,19 @@ fn prepare(args: &SsdArgs, checksums: &str) -> Result<Side, Box<dyn std::error::
         return Err(format!("--size-gb {} is too small for blocks of {} KiB", args.size_gb, args.block_kib).into());
     }
     let gb = |bytes: u64| (bytes as f64 / f64::from(1 << 30)).to_string();
-    let server = BenchServer::start(
-        &args.dir,
-        args.block_kib,
-        &[
-            ("cpu_cache_gb", gb(pool_bytes)),
-            ("ssd_cache_gb", gb(ssd_bytes + ssd_bytes / 8)),
-            ("ssd_read_depth", READ_DEPTH.to_string()),
-            ("ssd_write_depth", WRITE_DEPTH.to_string()),
-            ("io_engine", args.engine.clone()),
-            ("checksum", checksums.into()),
-        ],
-    )?;
+    let mut settings = vec![
+        ("cpu_cache_gb", gb(pool_bytes)),
+        ("ssd_cache_gb", gb(ssd_bytes + ssd_bytes / 8)),
+        ("ssd_read_depth", READ_DEPTH.to_string()),
+        ("ssd_write_depth", WRITE_DEPTH.to_string()),
+        ("io_engine", args.engine.clone()),
+        ("checksum", checksums.into()),
+    ];
+    settings.extend(ssd_dir.map(|dir| ("ssd_cache_dir", dir.display().to_string())));
+    let server = BenchServer::start(&args.dir, args.block_kib, &settings)?;
+    // What another server has left there is not measured.
+    let socket = server.settings.load()?.config.socket;
+    kvring_ipc::instance::reset(&socket)?;
     let mut session = server.session(block_bytes)?;
     let chains: Vec<Vec<BlockKey>> = (0..chains_count).map(|n| chain(&format!("ssd {n}"), CHAIN)).collect();
     // Every block on the SSD once, no faster than it writes.
@@ -101,29 +102,34 @@ fn prepare(args: &SsdArgs, checksums: &str) -> Result<Side, Box<dyn std::error::
 
 /// With checksums and without, alternating: what they cost.
 pub fn measure_checksums(run: &mut Run, args: &SsdArgs) -> Measured {
-    let mut sides = [prepare(args, "on")?, prepare(args, "off")?];
-    let mut reads = [Vec::new(), Vec::new()];
-    let mut writes = [Vec::new(), Vec::new()];
+    // One directory for all: two files on one disk differ by more than checksums cost. And one of them twice:
+    // what those two differ by is no checksum's doing.
+    const SIDES: [&str; 3] = ["on", "off", "off"];
+    let scratch = tempfile::Builder::new().prefix("kvring-bench-").tempdir_in(&args.dir)?;
+    let mut reads: [Vec<f64>; 3] = Default::default();
+    let mut writes: [Vec<f64>; 3] = Default::default();
     for round in 0..args.rounds.max(1) {
-        // A B, then B A.
-        for at in [round % 2, 1 - round % 2] {
-            let Side { server, session, chains } = &mut sides[at];
-            reads[at].push(read_chains(run.time, server, session, chains, round)?);
+        // Each of them first, second and last as often.
+        for turn in 0..3 {
+            let at = if round % 2 == 0 { (round / 2 + turn) % 3 } else { (round / 2 + 5 - turn) % 3 };
+            let mut side = prepare(args, SIDES[at], Some(scratch.path()))?;
+            reads[at].push(read_chains(run.time, &side.server, &mut side.session, &side.chains, round)?);
+            writes[at].push(write_chains(run.time, &side.server, &mut side.session, round)?);
         }
     }
-    for round in 0..args.rounds.max(1) {
-        for at in [round % 2, 1 - round % 2] {
-            let Side { server, session, .. } = &mut sides[at];
-            writes[at].push(write_chains(run.time, server, session, round)?);
-        }
-    }
-    let side = |[on, off]: [Vec<f64>; 2]| {
-        let ratios: Vec<f64> = on.iter().zip(&off).map(|(on, off)| on / off).collect();
+    let ratio = |of: &[f64], to: &[f64]| {
+        let ratios: Vec<f64> = of.iter().zip(to).map(|(of, to)| of / to).collect();
+        rounded(median(ratios), 3)
+    };
+    let side = |[on, off, again]: [Vec<f64>; 3]| {
+        let between: Vec<f64> = off.iter().zip(&again).map(|(off, again)| (off + again) / 2.0).collect();
         json!({
             "on_gb_s": rounded(median(on.clone()), 3),
             "off_gb_s": rounded(median(off.clone()), 3),
-            "ratio": rounded(median(ratios), 3),
-            "rounds": format!("on {on:.2?}, off {off:.2?}"),
+            "ratio": ratio(&on, &between),
+            "off_again_gb_s": rounded(median(again.clone()), 3),
+            "ratio_of_off_to_off": ratio(&again, &off),
+            "rounds": format!("on {on:.2?}, off {off:.2?}, off again {again:.2?}"),
         })
     };
     Ok(json!({"block_kib": args.block_kib, "read": side(reads), "write": side(writes)}))
@@ -132,7 +138,7 @@ pub fn measure_checksums(run: &mut Run, args: &SsdArgs) -> Measured {
 /// Measures.
 pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
     let ssd_bytes = ssd_bytes(args);
-    let Side { server, mut session, chains } = prepare(args, &args.checksums)?;
+    let Side { server, mut session, chains } = prepare(args, &args.checksums, None)?;
     let huge = session.welcome().is_some_and(|welcome| welcome.page_bytes > 4096);
     let fio = Fio::new(&args.dir, ssd_bytes, args.block_kib, huge)?;
     if fio.is_none() {
