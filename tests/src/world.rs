@@ -587,16 +587,41 @@ impl World {
         count
     }
 
+    /// A client's last lease on a chain.
+    pub fn lease_on(&self, at: usize, chain: usize) -> Lease {
+        self.clients[at].leases.iter().rfind(|lease| lease.0 == chain).expect("a lease").2
+    }
+
+    /// What a client shares with the server.
+    pub fn segment_of(&self, at: usize) -> Segment {
+        self.clients[at].session.segment().clone()
+    }
+
     /// Posts the load of a chain's first blocks under the client's last lease on it.
     pub fn post_load_of(&mut self, at: usize, chain: usize, blocks: usize) {
-        let lease = self.clients[at].leases.iter().rfind(|lease| lease.0 == chain).expect("a lease").2;
-        let posted = self.clients[at].session.post_load(lease.id, 0, &self.chains[chain][..blocks]);
-        self.post(at, posted, Asked { lease: Some(lease), ..Self::asked(Op::Load, chain, 0, blocks) });
+        self.post_load_under(at, self.lease_on(at, chain), chain, 0..blocks);
+    }
+
+    fn post_load_under(&mut self, at: usize, lease: Lease, chain: usize, blocks: std::ops::Range<usize>) {
+        let (first, count) = (blocks.start, blocks.len());
+        let posted = self.clients[at].session.post_load(lease.id, first as u32, &self.chains[chain][blocks]);
+        self.post(at, posted, Asked { lease: Some(lease), ..Self::asked(Op::Load, chain, first, count) });
     }
 
     /// Loads a chain's first blocks under the client's last lease on it: runs of equal statuses.
     pub fn load(&mut self, at: usize, chain: usize, blocks: usize) -> Vec<(Status, u32)> {
-        self.post_load_of(at, chain, blocks);
+        self.load_under(at, self.lease_on(at, chain), chain, 0..blocks)
+    }
+
+    /// Loads blocks of a chain under any lease: runs of equal statuses.
+    pub fn load_under(
+        &mut self,
+        at: usize,
+        lease: Lease,
+        chain: usize,
+        blocks: std::ops::Range<usize>,
+    ) -> Vec<(Status, u32)> {
+        self.post_load_under(at, lease, chain, blocks);
         let mut runs: Vec<(Status, u32)> = Vec::new();
         for completion in self.answers(at) {
             match runs.last_mut() {

@@ -50,6 +50,67 @@ fn every_word_of_an_entry_with_every_boundary_value() {
     }
 }
 
+/// Every word that a client shares with the server changes all the time, also between two looks at it.
+#[test]
+fn words_that_change_while_they_are_read() {
+    for seed in 0..20 {
+        let mut world = world();
+        // The other one is honest, and every byte that it loads is compared.
+        world.lie_exactly(0, |_| ());
+        let segment = world.segment_of(0);
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (words, mut chance) = (segment.all_words(), Chance::new(seed));
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    // The heads and tails, the entries of the submission ring, and what those may name.
+                    let place = match chance.below(4) {
+                        // Heads and tails poison the session soon.
+                        0 if seed % 2 == 0 => chance.below(64),
+                        0 => 512 + chance.below(64),
+                        1 | 2 => 512 + chance.below(256),
+                        _ => chance.below(words.len() as u64),
+                    };
+                    let value = match chance.below(4) {
+                        0 => chance.next_u64(),
+                        1 => chance.below(16) << 16 | chance.below(12),
+                        2 => chance.below(64),
+                        _ => BOUNDARIES[chance.below(12) as usize],
+                    };
+                    words[place as usize].store(value, Ordering::Relaxed);
+                }
+            });
+            // In the end it is dead, like every client at the end of a world: only then does it stop.
+            world.run(300);
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert!(world.tally.blocks_loaded + world.tally.blocks_stored > 0, "seed {seed}: the other one is served");
+    }
+}
+
+#[test]
+fn a_lease_is_good_for_its_own_blocks_only() {
+    let mut shape = Shape::draw(&mut Chance::new(5));
+    shape.faults = Default::default();
+    (shape.tp_size, shape.may_die, shape.may_lie, shape.may_crash) = (1, false, false, false);
+    (shape.host_slots, shape.disk_slots, shape.chains, shape.chain_blocks) = (200, 0, 2, 20);
+    (shape.shared_prefixes, shape.lease_ttl_ns) = (false, 1_000_000_000_000);
+    let mut world = World::with_shape(shape, Chance::new(6));
+    world.join();
+    world.join();
+    for chain in 0..2 {
+        let grants = world.reserve(0, chain, 20);
+        assert_eq!(world.fill_and_commit(0, chain, 0, &grants), 20);
+    }
+    assert_eq!((world.match_blocks(0, 0, 10), world.match_blocks(0, 1, 20), world.match_blocks(1, 0, 5)), (10, 20, 5));
+    let (lease, of_another) = (world.lease_on(0, 0), world.lease_on(1, 0));
+    assert_eq!(world.load_under(0, lease, 1, 0..10), [(Status::KeyMismatch, 10)], "another chain's keys");
+    assert_eq!(world.load_under(0, lease, 0, 5..15), [(Status::KeyMismatch, 10)], "deeper than it goes");
+    assert_eq!(world.load_under(0, lease, 0, 10..20), [(Status::KeyMismatch, 10)], "all of it deeper");
+    assert_eq!(world.load_under(0, of_another, 0, 0..5), [(Status::Stale, 5)], "another instance's");
+    assert_eq!(world.load_under(0, lease, 0, 3..10), [(Status::Ok, 7)], "and it still is good for what it is");
+}
+
 #[test]
 fn a_poisoned_session_is_told_and_only_it() {
     let mut world = world();

@@ -111,6 +111,33 @@ mod test {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
+    /// The longest way from where a key belongs to where it is.
+    fn longest_search(table: &Table) -> usize {
+        let used = table.places.iter().enumerate().filter(|(_, place)| place.1 != EMPTY.1);
+        used.map(|(at, place)| at.wrapping_sub(place.0 as usize) & table.mask).max().unwrap_or(0)
+    }
+
+    /// Who knows the secret can choose keys that all belong to one place; chosen for another secret they are keys
+    /// like any others.
+    #[test]
+    fn keys_that_collide_under_one_secret_do_not_under_another() {
+        const COUNT: u32 = 10_000;
+        let known = [0x1234_5678_9abc_def1, 0x0fed_cba9_8765_4321];
+        // One factor of the product is zero.
+        let chosen = |n: u32| BlockKey::from_words([known[0], u64::from(n)]);
+        let search = |secret| {
+            let mut table = Table::new(COUNT as usize, secret);
+            (0..COUNT).for_each(|n| table.insert(chosen(n), BlockId(n)));
+            longest_search(&table)
+        };
+        assert_eq!(search(known), COUNT as usize - 1, "the worst there is");
+        for secret in 0..8u64 {
+            let other = [secret.wrapping_mul(0x9e37_79b9_7f4a_7c15), !secret.wrapping_mul(0xd1b5_4a32_d192_ed03)];
+            let longest = search(other);
+            assert!(longest < 64, "{longest} places under {other:x?}");
+        }
+    }
+
     proptest! {
         /// The same calls on the table and on a HashMap, with so few keys that chains form.
         #[test]
