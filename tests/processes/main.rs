@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod chaos;
+mod doctor;
 mod integrity;
 mod lifecycle;
 mod replay;

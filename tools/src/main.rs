@@ -2,6 +2,7 @@
 
 mod admin;
 mod bench;
+mod doctor;
 mod fsck;
 mod replay;
 mod serve;
@@ -37,6 +38,8 @@ enum Command {
     Verify(admin::VerifyArgs),
     /// Check the SSD tier of a stopped server, and forget what is bad.
     Fsck(fsck::FsckArgs),
+    /// Say whether this machine is fit for the cache that is configured, and what mends it.
+    Doctor(doctor::DoctorArgs),
     #[command(hide = true)]
     LeaseHolder(bench::crash::HolderArgs),
     #[command(hide = true)]
@@ -53,6 +56,7 @@ fn main() -> std::process::ExitCode {
         Command::Replay(args) => replay::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Fsck(args) => return fsck::run(&args),
+        Command::Doctor(args) => return doctor::run(&args),
         Command::Status(args) => admin::status(&args),
         Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),

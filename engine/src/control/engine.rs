@@ -703,7 +703,10 @@ fn check_index(config: &Config, layout: &Layout, disk_slots: u64, held_bytes: u6
 }
 
 /// Registered buffers count against RLIMIT_MEMLOCK unless the process may lock at will.
-fn check_memlock(pool: u64) -> Result<(), BuildError> {
+///
+/// # Errors
+/// [`BuildError::Memlock`].
+pub fn check_memlock(pool: u64) -> Result<(), BuildError> {
     const CAP_IPC_LOCK: u64 = 1 << 14;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current.unwrap_or(u64::MAX);
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -478,7 +478,7 @@ pub fn read_headers(
 }
 
 /// The unit of direct I/O (statx, STATX_DIOALIGN, Linux 6.1); a sector where it is not told.
-fn direct_unit(file: &File) -> u64 {
+pub fn direct_unit(file: &File) -> u64 {
     use rustix::fs::{AtFlags, StatxFlags};
     // STATX_DIOALIGN of linux/stat.h, newer than rustix's table.
     let mask = StatxFlags::from_bits_retain(0x2000);

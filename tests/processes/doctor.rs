@@ -1,0 +1,68 @@
+//! `kvring doctor` looks, says what mends it, and leaves nothing.
+
+use super::*;
+
+/// What it found: check, level, words, remedy.
+fn diagnosis(command: &mut Command) -> (i32, Vec<[String; 4]>) {
+    let output = command.output().unwrap();
+    let findings: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).expect("JSON on standard output");
+    let word = |finding: &serde_json::Value, name: &str| finding[name].as_str().unwrap_or_default().to_owned();
+    let words = |finding| ["check", "level", "found", "remedy"].map(|name| word(finding, name));
+    (output.status.code().unwrap(), findings.iter().map(words).collect())
+}
+
+/// The remedy of the one problem that there is with a check.
+fn remedy(place: &Place, check: &str, arguments: &[&str]) -> String {
+    let (code, findings) = diagnosis(place.kvring(&["doctor", "--json"]).args(arguments));
+    assert_eq!(code, 2, "a server would not start: {findings:?}");
+    let of_check = |finding: &&[String; 4]| finding[0] == check && finding[1] == "problem";
+    let mut problems = findings.iter().filter(of_check);
+    let (problem, other) = (problems.next().unwrap_or_else(|| panic!("{check}: {findings:?}")), problems.next());
+    assert_eq!(other, None, "one problem, said once");
+    problem[3].clone()
+}
+
+#[test]
+fn a_place_that_will_do_and_a_server_that_is_there() {
+    let mut place = Place::new();
+    let before = std::fs::read_dir(place.dir.path()).unwrap().count();
+    let (code, findings) = diagnosis(&mut place.kvring(&["doctor", "--json"]));
+    assert!(code < 2, "{findings:?}");
+    for check in ["configuration", "socket", "kernel", "io_uring", "limits", "hugepages", "memory", "ssd", "cpu", "gpu"]
+    {
+        assert!(findings.iter().any(|finding| finding[0] == check), "{check}: {findings:?}");
+    }
+    for [check, level, found, remedy] in &findings {
+        let bad = level == "warning" || level == "problem";
+        assert!(!found.is_empty() && bad != remedy.is_empty(), "{check}, {level}: {found} → {remedy}");
+    }
+    assert_eq!(std::fs::read_dir(place.dir.path()).unwrap().count(), before, "it leaves nothing");
+    place.serve(&["--block-kib", "64"]);
+    let (code, findings) = diagnosis(&mut place.kvring(&["doctor", "--json"]));
+    let says = |words: &str| findings.iter().any(|finding| finding[2].contains(words));
+    assert!(code < 2 && says("listens there"), "{findings:?}");
+    place.kill_all();
+    let dead = || diagnosis(&mut place.kvring(&["doctor", "--json"])).1;
+    eventually("a dead server's socket is told from a live one's", || {
+        dead().iter().any(|finding| finding[2].contains("a dead server's"))
+    });
+    let text = text(&place.kvring(&["doctor"]).output().unwrap());
+    assert!(text.contains("ok      configuration"), "{text}");
+}
+
+#[test]
+fn what_keeps_a_server_from_starting_comes_with_what_mends_it() {
+    let place = Place::new();
+    let file = place.path("file");
+    std::fs::write(&file, "").unwrap();
+    let under_a_file = file.join("ssd");
+    assert!(remedy(&place, "ssd", &["--ssd-cache-dir", under_a_file.to_str().unwrap()]).contains("ssd_cache_dir"));
+    assert!(remedy(&place, "ssd", &["--ssd-cache-gb", "1000000"]).contains("ssd_cache_gb"));
+    assert!(remedy(&place, "memory", &["--cpu-cache-gb", "100000"]).starts_with("cpu_cache_gb = "));
+    let hugepages = remedy(&place, "hugepages", &["--hugepages", "require", "--cpu-cache-gb", "100000"]);
+    assert!(hugepages.starts_with("echo ") && hugepages.ends_with("/nr_hugepages"), "{hugepages}");
+    assert!(
+        remedy(&place, "socket", &["--server-recv-port", "/nowhere/at/all/s"]).starts_with("mkdir -p /nowhere/at/all")
+    );
+    assert!(remedy(&place, "configuration", &["--cpu-cache-gb", "much"]).contains("docs/CONFIG.md"));
+}

@@ -1,0 +1,426 @@
+//! `kvring doctor`: is this machine fit for the cache that is configured? Looks, changes nothing that stays,
+//! needs no server; each thing found comes with the command that mends it.
+
+use std::fs::File;
+use std::io::IsTerminal;
+use std::os::linux::fs::MetadataExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use kvring_engine::control::engine::check_memlock;
+use kvring_engine::device::{files, uring};
+use kvring_engine::dma;
+use kvring_ipc::config::{Config, Hugepages, IoEngine};
+use kvring_ipc::handshake::Channel;
+use kvring_ipc::launch::beside_socket;
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+use serde::Serialize;
+
+use crate::settings::Settings;
+
+/// Arguments of `kvring doctor`.
+#[derive(Args)]
+#[command(after_help = "\
+Exit status: 0 nothing to mend; 1 something costs speed or comfort; 2 a server with this configuration does not start.
+Run it as the user, and with the limits, that the server will have.")]
+pub struct DoctorArgs {
+    /// Print what was found as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Level {
+    /// As it should be.
+    Ok,
+    /// Worth knowing.
+    Note,
+    /// It works, and could work better.
+    Warning,
+    /// It does not work.
+    Problem,
+}
+
+#[derive(Debug, Serialize)]
+struct Finding {
+    check: &'static str,
+    level: Level,
+    found: String,
+    /// The command, or the words, that mend it.
+    remedy: Option<String>,
+}
+
+#[derive(Default)]
+struct Report {
+    findings: Vec<Finding>,
+}
+
+impl Report {
+    fn ok(&mut self, check: &'static str, found: impl Into<String>) {
+        self.findings.push(Finding { check, level: Level::Ok, found: found.into(), remedy: None });
+    }
+    fn note(&mut self, check: &'static str, found: impl Into<String>) {
+        self.findings.push(Finding { check, level: Level::Note, found: found.into(), remedy: None });
+    }
+    fn bad(&mut self, check: &'static str, level: Level, found: impl Into<String>, remedy: impl Into<String>) {
+        self.findings.push(Finding { check, level, found: found.into(), remedy: Some(remedy.into()) });
+    }
+}
+
+/// Looks at everything, says it, and how bad the worst of it is.
+pub fn run(args: &DoctorArgs) -> ExitCode {
+    let mut report = Report::default();
+    match args.settings.load() {
+        Ok(loaded) => {
+            report.ok("configuration", format!("server_recv_port {}", loaded.config.socket.display()));
+            loaded.notes.iter().for_each(|note| report.note("configuration", note));
+            look_at_everything(&mut report, &loaded.config);
+        }
+        Err(error) => {
+            report.bad("configuration", Level::Problem, error.to_string(), "docs/CONFIG.md lists every setting")
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report.findings).unwrap_or_default());
+    } else {
+        print(&report.findings);
+    }
+    match report.findings.iter().map(|finding| finding.level).max() {
+        Some(Level::Problem) => ExitCode::from(2),
+        Some(Level::Warning) => ExitCode::from(1),
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn print(findings: &[Finding]) {
+    let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    for Finding { check, level, found, remedy } in findings {
+        let (word, colour) = match level {
+            Level::Ok => ("ok", 32),
+            Level::Note => ("note", 36),
+            Level::Warning => ("warning", 33),
+            Level::Problem => ("problem", 31),
+        };
+        let (on, off) = if colours { (format!("\x1b[{colour}m"), "\x1b[0m") } else { (String::new(), "") };
+        println!("{on}{word:<8}{off}{check:<16}{found}");
+        if let Some(remedy) = remedy {
+            println!("{:<24}→ {remedy}", "");
+        }
+    }
+}
+
+fn look_at_everything(report: &mut Report, config: &Config) {
+    let serves = look_at_socket(report, config);
+    look_at_kernel(report, config);
+    look_at_limits(report, config);
+    look_at_memory(report, config, serves);
+    if config.ssd_cache_bytes == 0 {
+        report.note("ssd", "ssd_cache_gb = 0: a cache in DRAM only");
+    } else {
+        config.ssd_cache_dirs.iter().for_each(|dir| look_at_dir(report, config, dir, serves));
+    }
+    look_at_cpus(report, config);
+    look_at_drivers(report);
+}
+
+fn read(path: impl AsRef<Path>) -> Option<String> {
+    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+/// Whether a server serves there.
+fn look_at_socket(report: &mut Report, config: &Config) -> bool {
+    let socket = &config.socket;
+    let lock = beside_socket(socket, "lock");
+    let dir = socket.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !dir.is_dir() {
+        let found = format!("{} is no directory", dir.display());
+        report.bad("socket", Level::Problem, found, format!("mkdir -p {}", dir.display()));
+        return false;
+    }
+    // Its lock is not tried: a server that starts right now would take us for another one.
+    match Channel::connect(socket, Duration::from_secs(1)) {
+        Ok(_) => {
+            let pid = read(&lock).unwrap_or_default();
+            report.ok("socket", format!("{}: process {pid} listens there", socket.display()));
+            return true;
+        }
+        Err(Errno::NOENT) => report.ok("socket", format!("{}: free", socket.display())),
+        Err(Errno::CONNREFUSED) => {
+            report.note("socket", format!("{}: a dead server's, the next one removes it", socket.display()));
+        }
+        Err(error) => {
+            let found = format!("{}: {error}", socket.display());
+            report.bad("socket", Level::Problem, found, "set server_recv_port to a path that this user may use");
+        }
+    }
+    false
+}
+
+fn look_at_kernel(report: &mut Report, config: &Config) {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|word| word.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < (5, 13) {
+        let found = format!("Linux {release}: io_uring's tables of buffers need 5.13");
+        report.bad("kernel", Level::Warning, found, "a newer kernel, or io_engine = aio");
+    } else {
+        report.ok("kernel", format!("Linux {release}"));
+    }
+    if config.io_engine == IoEngine::Aio || config.ssd_cache_bytes == 0 {
+        return report.note("io_uring", "not asked for (io_engine, ssd_cache_gb)");
+    }
+    let Err(error) = uring::probe() else { return report.ok("io_uring", "allowed") };
+    let level = if config.io_engine == IoEngine::Uring { Level::Problem } else { Level::Warning };
+    let instead = if level == Level::Warning { ": libaio drives the SSDs instead" } else { "" };
+    let remedy = match read("/proc/sys/kernel/io_uring_disabled").as_deref() {
+        Some("1") => "sysctl -w kernel.io_uring_disabled=0, or put the user into kernel.io_uring_group",
+        Some("2") => "sysctl -w kernel.io_uring_disabled=0",
+        // Neither the kernel's absence of it nor a sysctl: what filters system calls does it.
+        _ => "let the container's seccomp profile allow io_uring_setup, io_uring_enter and io_uring_register",
+    };
+    report.bad("io_uring", level, format!("{error}{instead}"), remedy);
+}
+
+fn look_at_limits(report: &mut Report, config: &Config) {
+    let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    match files {
+        0..64 => {
+            let found = format!("at most {files} descriptors: a server needs 64, and five a session");
+            report.bad("limits", Level::Problem, found, "ulimit -n 4096 (LimitNOFILE=4096)");
+        }
+        64..1024 => {
+            let found = format!("at most {files} descriptors: five a session");
+            report.bad("limits", Level::Warning, found, "ulimit -n 4096 (LimitNOFILE=4096)");
+        }
+        _ => report.ok("limits", format!("{files} descriptors")),
+    }
+    let registers = config.fixed_buffers && config.ssd_cache_bytes > 0 && config.io_engine != IoEngine::Aio;
+    match check_memlock(config.cpu_cache_bytes) {
+        _ if !registers => {}
+        Ok(()) => report.ok("limits", "the pool may be registered with io_uring (memlock)"),
+        Err(error) => {
+            report.bad("limits", Level::Problem, error.to_string(), "ulimit -l unlimited (LimitMEMLOCK=infinity)")
+        }
+    }
+}
+
+fn look_at_memory(report: &mut Report, config: &Config, serves: bool) {
+    let pool = config.cpu_cache_bytes;
+    let available = dma::available_bytes();
+    let page = config.hugepage_size_bytes;
+    let sysfs = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page >> 10);
+    let number = |file: &str| read(format!("{sysfs}/{file}")).and_then(|text| text.parse::<u64>().ok());
+    let (free, total) = (number("free_hugepages"), number("nr_hugepages").unwrap_or(0));
+    let needed = pool.div_ceil(page.max(1));
+    let on_hugepages = match (config.hugepages, free) {
+        (Hugepages::Off, _) => {
+            report.note("hugepages", "hugepages = off: more TLB misses");
+            false
+        }
+        _ if serves => {
+            report.note("hugepages", "a server has its pool already: not looked at");
+            true
+        }
+        (_, Some(free)) if free >= needed => {
+            report.ok("hugepages", format!("{free} of {} KiB are free, {needed} are needed", page >> 10));
+            true
+        }
+        (wanted, free) => {
+            let level = if wanted == Hugepages::Require { Level::Problem } else { Level::Warning };
+            let free = free.unwrap_or(0);
+            let found = format!("{needed} of {} KiB are needed and {free} are free", page >> 10);
+            report.bad("hugepages", level, found, format!("echo {} > {sysfs}/nr_hugepages", total + needed - free));
+            false
+        }
+    };
+    if !on_hugepages && !serves && pool > available {
+        let found = format!("cpu_cache_gb asks for {} and {} are available", gib(pool), gib(available));
+        let remedy = format!("cpu_cache_gb = {:.0}", (available as f64 * 0.8 / f64::from(1 << 30)).max(1.0));
+        report.bad("memory", Level::Problem, found, remedy);
+    } else {
+        report.ok("memory", format!("{} for the pool, {} available", gib(pool), gib(available)));
+    }
+    let file = "/sys/kernel/mm/transparent_hugepage/enabled";
+    match read(file) {
+        Some(modes) if modes.contains("[never]") => {
+            let found = "transparent hugepages are off: a big index misses the TLB with every lookup";
+            report.bad("memory", Level::Warning, found, format!("echo madvise > {file}"));
+        }
+        _ => {}
+    }
+}
+
+fn look_at_dir(report: &mut Report, config: &Config, dir: &Path, serves: bool) {
+    let name = dir.display();
+    // Where it is to be made, what it is made in says what it will be.
+    let Some(there) = dir.ancestors().find(|there| there.exists()) else {
+        return report.bad("ssd", Level::Problem, format!("{name}: no such path"), format!("mkdir -p {name}"));
+    };
+    let probe = tempfile::Builder::new().prefix(".kvring-doctor-").tempfile_in(there);
+    let probe = match probe {
+        Ok(probe) => probe,
+        Err(error) => {
+            let found = format!("{name}: cannot be written to: {error}");
+            return report.bad(
+                "ssd",
+                Level::Problem,
+                found,
+                "set ssd_cache_dir to a directory that this user may write",
+            );
+        }
+    };
+    let direct = rustix::fs::OFlags::DIRECT.bits() as i32;
+    match File::options().read(true).write(true).custom_flags(direct).open(probe.path()) {
+        Ok(file) => report.ok("ssd", format!("{name}: O_DIRECT, in units of {} bytes", files::direct_unit(&file))),
+        Err(error) => {
+            let found = format!("{name}: no O_DIRECT here: {error}");
+            report.bad(
+                "ssd",
+                Level::Problem,
+                found,
+                "set ssd_cache_dir to a directory on ext4, XFS or another disk file system",
+            );
+        }
+    }
+    let share = config.ssd_cache_bytes / config.ssd_cache_dirs.len().max(1) as u64;
+    let held: u64 =
+        (0..).map_while(|file| std::fs::metadata(files::path_of(dir, file)).ok()).map(|m| m.st_blocks() * 512).sum();
+    match rustix::fs::statvfs(there) {
+        Ok(space) if space.f_bavail * space.f_frsize + held < share => {
+            let found = format!(
+                "{name}: {} are needed and {} are free",
+                gib(share),
+                gib(space.f_bavail * space.f_frsize + held)
+            );
+            report.bad("ssd", Level::Problem, found, "lower ssd_cache_gb, or make room");
+        }
+        Ok(_) => {
+            report.ok("ssd", format!("{name}: room for {}, {} of it held already", gib(share), gib(held.min(share))))
+        }
+        Err(errno) => report.note("ssd", format!("{name}: free space is not told: {errno}")),
+    }
+    if !serves && dir.join("kvring.lock").exists() && files::lock(dir, files::Patience::No).is_err() {
+        let found = format!("{name}: another server uses it");
+        report.bad("ssd", Level::Problem, found, "give this server another ssd_cache_dir, or stop the other");
+    }
+    look_at_queue(report, there);
+}
+
+/// The block device under a path, if it is one's own: the whole disk, where it is a partition.
+fn queue_of(path: &Path) -> Option<PathBuf> {
+    let device = std::fs::metadata(path).ok()?.st_dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let device = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    device.ancestors().map(|at| at.join("queue")).find(|queue| queue.is_dir())
+}
+
+fn look_at_queue(report: &mut Report, path: &Path) {
+    let Some(queue) = queue_of(path) else {
+        return report.note("block device", format!("{}: not on a block device of its own", path.display()));
+    };
+    let device = queue.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+    if read(queue.join("rotational")).as_deref() == Some("1") && !device.starts_with("vd") {
+        let found = format!("{device} says that it rotates: a cache wants an SSD");
+        report.bad("block device", Level::Warning, found, "set ssd_cache_dir to a directory on an SSD");
+    }
+    match read(queue.join("scheduler")) {
+        Some(schedulers) if !schedulers.contains("[none]") => {
+            let found = format!("{device}: scheduler {schedulers}: the shard has put reads before writes already");
+            report.bad(
+                "block device",
+                Level::Warning,
+                found,
+                format!("echo none > {}", queue.join("scheduler").display()),
+            );
+        }
+        _ => report.ok("block device", format!("{device}: no scheduler in the way")),
+    }
+    if read(queue.join("io_poll")).as_deref() != Some("1") {
+        report.note("block device", format!("{device} has no polled queues (io_poll): completions come by interrupt"));
+    }
+}
+
+fn look_at_cpus(report: &mut Report, config: &Config) {
+    let online = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if online < 4 {
+        let found = format!("{online} CPUs: the shard, the instances and the kernel share them");
+        report.bad("cpu", Level::Warning, found, "four or more, one of them the shard's");
+    } else {
+        report.ok("cpu", format!("{online} CPUs"));
+    }
+    let cpus = "/sys/devices/system/cpu";
+    match config.server_cpu {
+        Some(cpu) if !Path::new(&format!("{cpus}/cpu{cpu}")).exists() => {
+            let found = format!("server_cpu = {cpu}: there is no such CPU");
+            report.bad(
+                "cpu",
+                Level::Warning,
+                found,
+                format!("one of {}", read(format!("{cpus}/online")).unwrap_or_default()),
+            );
+        }
+        Some(cpu) if !is_in(&read(format!("{cpus}/isolated")).unwrap_or_default(), cpu) => {
+            let found = format!("server_cpu = {cpu}: the kernel runs others there too");
+            report.bad("cpu", Level::Warning, found, format!("boot with isolcpus={cpu} nohz_full={cpu}"));
+        }
+        Some(cpu) => report.ok("cpu", format!("server_cpu = {cpu}: isolated")),
+        None => report.note("cpu", "server_cpu = none: the shard runs anywhere"),
+    }
+    match read(format!("{cpus}/cpu0/cpufreq/scaling_governor")) {
+        Some(governor) if governor != "performance" => {
+            let found = format!("governor {governor}: a shard that slept wakes up slowly");
+            report.bad("cpu", Level::Warning, found, "cpupower frequency-set -g performance");
+        }
+        _ => {}
+    }
+    let nodes = read("/sys/devices/system/node/online").unwrap_or_else(|| "0".into());
+    if nodes != "0" {
+        report.note("numa", format!("nodes {nodes}: keep server_cpu, the SSDs and the GPUs' root complex on one"));
+    }
+}
+
+/// Whether a list like `1,4-7` has this number.
+fn is_in(list: &str, number: u32) -> bool {
+    list.split(',').any(|part| {
+        let mut ends = part.split('-').map(|end| end.trim().parse::<u32>().ok());
+        let first = ends.next().flatten();
+        let last = ends.next().map_or(first, |end| end);
+        first.zip(last).is_some_and(|(first, last)| (first..=last).contains(&number))
+    })
+}
+
+fn look_at_drivers(report: &mut Report) {
+    match read("/proc/driver/nvidia/version") {
+        Some(version) => report.ok("gpu", version.lines().next().unwrap_or_default().to_owned()),
+        None => report.note("gpu", "no NVIDIA driver: instances copy to and from host memory"),
+    }
+    let groups = std::fs::read_dir("/sys/kernel/iommu_groups").map_or(0, Iterator::count);
+    if Path::new("/dev/vfio/vfio").exists() {
+        report.note("vfio", format!("there, with {groups} IOMMU groups"));
+    } else {
+        report.note("vfio", "no /dev/vfio/vfio: no driver in user space could take an NVMe device");
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::is_in;
+
+    #[test]
+    fn lists_of_cpus() {
+        assert!(is_in("3", 3) && is_in("1,4-7", 5) && is_in("1,4-7", 7) && is_in("0-1,3", 3));
+        assert!(!is_in("", 0) && !is_in("1,4-7", 8) && !is_in("1,4-7", 2) && !is_in("x-3", 2));
+    }
+}
