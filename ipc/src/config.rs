@@ -649,7 +649,7 @@ const NOT_APPLICABLE_KEYS: &[&str] = &[
 const NOT_APPLICABLE_PREFIX: &str = "FLEXKV_LT_POOL_";
 
 /// What each instance says for itself: the server need not have been told the same.
-const CLIENT_SETTINGS: &[&str] = &[
+pub const CLIENT_SETTINGS: &[&str] = &[
     "instance_id",
     "instance_num",
     "server_recv_port",
@@ -683,6 +683,8 @@ pub struct Loaded {
     pub config: Config,
     /// FlexKV settings that do not apply here, each with what replaces it.
     pub notes: Vec<String>,
+    /// Where each value that was said was said last; the others are defaults.
+    pub origins: BTreeMap<&'static str, String>,
 }
 
 impl Default for Config {
@@ -763,6 +765,7 @@ impl Config {
     ) -> Result<Loaded, ConfigError> {
         let mut config = Self::default();
         let mut notes = Vec::new();
+        let mut origins = BTreeMap::new();
         let mut file = config_path.map(Path::to_path_buf);
         let (mut ours, mut theirs) = (BTreeMap::new(), BTreeMap::new());
         for (name, value) in env {
@@ -781,6 +784,7 @@ impl Config {
         for (name, value) in theirs {
             if let Some(setting) = SETTINGS.iter().find(|s| s.flexkv == Some(name.as_str())) {
                 config.set(setting, &value, &name)?;
+                origins.insert(setting.name, name);
             } else if let Some((_, instead)) = NOT_APPLICABLE.iter().find(|(known, _)| *known == name) {
                 notes.push(format!("{name} does not apply to kvring: {instead}"));
             } else if name.starts_with(NOT_APPLICABLE_PREFIX) {
@@ -796,15 +800,18 @@ impl Config {
                 return Err(unknown(&field, &value, &name, SETTINGS.iter().map(|s| s.name)));
             };
             config.set(setting, &value, &name)?;
+            origins.insert(setting.name, name);
         }
         if let Some(path) = file {
-            config.set_from_file(&path, &mut notes)?;
+            config.set_from_file(&path, &mut notes, &mut origins)?;
         }
         for (field, value) in flags {
             let Some(setting) = SETTINGS.iter().find(|s| s.name == field) else {
                 return Err(unknown(field, value, "a flag", SETTINGS.iter().map(|s| s.name)));
             };
-            config.set(setting, value, &format!("--{}", field.replace('_', "-")))?;
+            let origin = format!("--{}", field.replace('_', "-"));
+            config.set(setting, value, &origin)?;
+            origins.insert(setting.name, origin);
         }
         if config.instance_id >= config.instance_num {
             return Err(ConfigError {
@@ -814,7 +821,7 @@ impl Config {
                 problem: format!("must be below instance_num = {}: raise instance_num", config.instance_num),
             });
         }
-        Ok(Loaded { config, notes })
+        Ok(Loaded { config, notes, origins })
     }
 
     fn set(&mut self, setting: &Setting, value: &str, origin: &str) -> Result<(), ConfigError> {
@@ -841,7 +848,12 @@ impl Config {
         self.set(setting, value, "the program")
     }
 
-    fn set_from_file(&mut self, path: &Path, notes: &mut Vec<String>) -> Result<(), ConfigError> {
+    fn set_from_file(
+        &mut self,
+        path: &Path,
+        notes: &mut Vec<String>,
+        origins: &mut BTreeMap<&'static str, String>,
+    ) -> Result<(), ConfigError> {
         let origin = path.display().to_string();
         let broken = |problem: String| ConfigError {
             field: "config_path".into(),
@@ -874,7 +886,10 @@ impl Config {
             match (setting, instead) {
                 // A FlexKV file writes null for "not set".
                 (_, _) if value.is_null() => {}
-                (Some(setting), _) => self.set(setting, &plain_text(&key, &value, &origin)?, &origin)?,
+                (Some(setting), _) => {
+                    self.set(setting, &plain_text(&key, &value, &origin)?, &origin)?;
+                    origins.insert(setting.name, origin.clone());
+                }
                 (None, Some(instead)) => notes.push(format!("{key} in {origin} does not apply to kvring: {instead}")),
                 (None, None)
                     if NOT_APPLICABLE_KEYS.contains(&key.as_str()) || as_flexkv.starts_with(NOT_APPLICABLE_PREFIX) =>

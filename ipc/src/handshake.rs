@@ -195,7 +195,8 @@ impl Channel {
         let channel = Self { fd };
         // Before connect: a stopped server's full backlog must not block us either.
         channel.bound(timeout)?;
-        rustix::net::connect(&channel.fd, &SocketAddrUnix::new(path)?)?;
+        let address = SocketAddrUnix::new(path)?;
+        rustix::io::retry_on_intr(|| rustix::net::connect(&channel.fd, &address))?;
         Ok(channel)
     }
 
@@ -238,7 +239,10 @@ impl Channel {
         if !fds.is_empty() {
             assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
         }
-        match rustix::net::sendmsg(&self.fd, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL) {
+        let sent = rustix::io::retry_on_intr(|| {
+            rustix::net::sendmsg(&self.fd, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL)
+        });
+        match sent {
             Ok(_) => Ok(()),
             Err(Errno::PIPE | Errno::CONNRESET) => Err(ChannelError::Closed),
             Err(Errno::AGAIN) => Err(ChannelError::TimedOut),
@@ -255,7 +259,11 @@ impl Channel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
-        let received = rustix::net::recvmsg(&self.fd, &mut [IoSliceMut::new(&mut text)], &mut ancillary, flags);
+        // A socket with a bound on its waits is interrupted by whatever happens to the thread (signal(7)): a stop and its
+        // end, the end of an io_uring.
+        let received = rustix::io::retry_on_intr(|| {
+            rustix::net::recvmsg(&self.fd, &mut [IoSliceMut::new(&mut text)], &mut ancillary, flags)
+        });
         let bytes = match received {
             Ok(received) => received.bytes,
             Err(Errno::AGAIN) => return Err(ChannelError::TimedOut),

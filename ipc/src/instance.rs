@@ -513,7 +513,8 @@ impl Instance {
                 Ok(matched)
             });
             // Handed over while it was asked: the next engine process is asked the same.
-            let again = self.session.is_none() && self.is_expected() && Instant::now() < deadline;
+            let again =
+                self.session.is_none() && self.connecting.is_some() && self.is_expected() && Instant::now() < deadline;
             if !again {
                 break matched;
             }

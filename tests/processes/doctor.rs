@@ -66,3 +66,33 @@ fn what_keeps_a_server_from_starting_comes_with_what_mends_it() {
     );
     assert!(remedy(&place, "configuration", &["--cpu-cache-gb", "much"]).contains("docs/CONFIG.md"));
 }
+
+#[test]
+fn every_setting_with_where_it_was_said() {
+    let mut place = Place::new();
+    let file = place.path("kvring.toml");
+    std::fs::write(&file, "spin_us = 77\nlease_ttl_ms = 5000\n").unwrap();
+    let shown = |place: &Place| -> Vec<serde_json::Value> {
+        let mut command = place.kvring(&["config", "--json", "--lease-ttl-ms", "6000", "--config"]);
+        let output =
+            command.arg(&file).env("FLEXKV_CPU_CACHE_GB", "3").env_remove("KVRING_CPU_CACHE_GB").output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let of = |all: &[serde_json::Value], name: &str| -> [String; 3] {
+        let line = all.iter().find(|line| line["name"] == name).unwrap_or_else(|| panic!("{name}"));
+        ["value", "origin", "server"].map(|field| line[field].as_str().unwrap_or_default().to_owned())
+    };
+    let alone = shown(&place);
+    assert_eq!(alone.len(), kvring_ipc::config::SETTINGS.len());
+    assert_eq!(of(&alone, "cpu_cache_gb"), ["3", "FLEXKV_CPU_CACHE_GB", ""]);
+    assert_eq!(of(&alone, "spin_us"), ["77", file.to_str().unwrap(), ""]);
+    assert_eq!(of(&alone, "lease_ttl_ms"), ["6000", "--lease-ttl-ms", ""]);
+    assert_eq!(of(&alone, "crash_limit")[1], "default");
+    place.serve(&["--block-kib", "64"]);
+    let beside = shown(&place);
+    let has = of(&beside, "cpu_cache_gb")[2].clone();
+    let told = place.settings().into_iter().find(|(name, _)| *name == "cpu_cache_gb").unwrap().1;
+    assert_eq!(has, told, "the server was told otherwise");
+    assert_eq!(of(&beside, "crash_limit")[2], "", "and here it was not");
+}

@@ -1,11 +1,12 @@
-//! `kvring status`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
+//! `kvring status`, `kvring config`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
 
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use kvring_ipc::config::CLIENT_SETTINGS;
 use kvring_ipc::handshake::{ChannelError, Reply, Request, ask};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::Outcome;
 use crate::settings::Settings;
@@ -49,6 +50,52 @@ fn stats(socket: &std::path::Path) -> Result<serde_json::Value, String> {
     }
 }
 
+/// Arguments of `kvring config`.
+#[derive(Args)]
+#[command(after_help = "\
+What a server or an instance that is started here, with these flags and this environment, takes. Flags go before the file, that before KVRING_*, that before FLEXKV_*.")]
+pub struct ConfigArgs {
+    /// Only what was said anywhere, and what a running server has otherwise
+    #[arg(long)]
+    said: bool,
+    /// Print JSON: name, value, origin, and the running server's value
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Prints every setting, its value, and where that comes from.
+pub fn config(args: &ConfigArgs) -> Outcome {
+    let loaded = args.settings.load()?;
+    // Without a server there is nothing to compare with.
+    let server = stats(&loaded.config.socket).ok().map(|mut stats| stats["settings"].take());
+    let mut lines = Vec::new();
+    for (name, value) in loaded.config.as_text() {
+        let origin = loaded.origins.get(name.as_str()).map_or("default", String::as_str);
+        let has = server.as_ref().and_then(|server| server[&name].as_str());
+        // What is an instance's own is no server's.
+        let other = has.filter(|has| *has != value && !CLIENT_SETTINGS.contains(&name.as_str()));
+        if !args.said || origin != "default" || other.is_some() {
+            lines.push(json!({"name": name, "value": value, "origin": origin, "server": other}));
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&lines)?);
+        return Ok(());
+    }
+    let text = |line: &Value, field: &str| line[field].as_str().unwrap_or_default().to_owned();
+    let width = |field| lines.iter().map(|line| text(line, field).chars().count()).max().unwrap_or(0).min(40);
+    let (names, values) = (width("name"), width("value"));
+    for line in &lines {
+        let [name, value, origin] = ["name", "value", "origin"].map(|field| text(line, field));
+        let other = line["server"].as_str().map_or_else(String::new, |has| format!("  (the server runs with {has})"));
+        println!("{name:<names$}  {value:<values$}  {origin}{other}");
+    }
+    loaded.notes.iter().for_each(|note| println!("{note}"));
+    Ok(())
+}
+
 /// Stops the server and waits until it is gone.
 pub fn stop(args: &AdminArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
@@ -89,9 +136,7 @@ pub fn upgrade(args: &AdminArgs) -> Outcome {
             continue;
         };
         if is_off(&now) || now["fell_back"] == true {
-            return Err(
-                "the program does not start (see the server's log): the one that ran goes on, with the cache".into()
-            );
+            return Err("the program does not start (see the server's log): the one that ran goes on".into());
         }
         let metric = |name: &str| now["metrics"][name].as_u64().unwrap_or(0);
         println!(

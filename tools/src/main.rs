@@ -30,6 +30,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Print a running server's counters as JSON.
     Status(admin::AdminArgs),
+    /// Print every setting, its value and where that was said; and what a running server has instead.
+    Config(admin::ConfigArgs),
     /// Stop a running server: what is being written is finished.
     Stop(admin::AdminArgs),
     /// Replace a running server's engine process by the program as it is now: the cache stays.
@@ -58,6 +60,7 @@ fn main() -> std::process::ExitCode {
         Command::Fsck(args) => return fsck::run(&args),
         Command::Doctor(args) => return doctor::run(&args),
         Command::Status(args) => admin::status(&args),
+        Command::Config(args) => admin::config(&args),
         Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),
         Command::Upgrade(args) => admin::upgrade(&args),

@@ -91,7 +91,10 @@ pub enum ToShard {
     /// Finish writing and return.
     Stop,
     /// Finish what is under way and return: the pool stays, for another engine process.
-    HandOver,
+    HandOver {
+        /// The pool will not be taken over: what is dirty is written.
+        write_back: bool,
+    },
 }
 
 /// A pool and its slot table, from an engine process that is gone.
@@ -153,6 +156,11 @@ impl Kept {
 }
 
 impl Kept {
+    fn bytes(&self) -> u64 {
+        let shape = self.table.shape();
+        u64::from(shape.slots_count) * shape.slot_bytes
+    }
+
     /// Directories that are not to be used any more.
     fn left_dirs<'a>(&'a self, config: &'a Config) -> impl Iterator<Item = &'a PathBuf> {
         let now: &[PathBuf] = if config.ssd_cache_bytes > 0 { &config.ssd_cache_dirs } else { &[] };
@@ -161,14 +169,12 @@ impl Kept {
 }
 
 /// How `ssd_cache_gb` becomes slots, if there is any, and whether the index has room for them.
-fn geometry_of(config: &Config, layout: &Layout, kept: Option<&Kept>) -> Result<Option<DiskGeometry>, BuildError> {
+fn geometry_of(config: &Config, layout: &Layout, held: u64) -> Result<Option<DiskGeometry>, BuildError> {
     layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
     let dirs = config.ssd_cache_dirs.len();
     let of_disk = || files::geometry(dirs, config.ssd_cache_bytes, layout.block_bytes, config.max_file_bytes);
     let geometry = (config.ssd_cache_bytes > 0).then(of_disk).transpose()?;
     let disk_slots = geometry.map_or(0, |geometry| u64::from(geometry.slots_count()));
-    // What the pool takes was available when this was asked for the first time.
-    let held = kept.map_or(0, |kept| u64::from(kept.table.shape().slots_count) * layout.block_bytes);
     check_index(config, layout, disk_slots, held)?;
     Ok(geometry)
 }
@@ -216,14 +222,17 @@ impl Prepared {
     ) -> Result<Option<Self>, BuildError> {
         let kept = kept.and_then(|[pool, table]| Kept::open(pool, &table).ok());
         let Some(layout) = layout.or(kept.as_ref().map(|kept| &kept.layout)).cloned() else { return Ok(None) };
-        let suits = |kept: &Kept| kept.left_dirs(config).next().is_none() && kept.suits(config, &layout).is_ok();
-        let kept = kept.filter(suits);
-        let geometry = geometry_of(config, &layout, kept.as_ref())?;
+        let geometry = geometry_of(config, &layout, kept.as_ref().map_or(0, Kept::bytes))?;
         if let Some(geometry) = &geometry {
             files::check(&config.ssd_cache_dirs, geometry, &layout, config.ssd_on_mismatch)?;
+            check_io(config)?;
         }
-        let Some(kept) = kept else { return Ok(None) };
-        let mut prepared = Self::new(config, layout, geometry, Some(kept))?;
+        let suits = |kept: &Kept| kept.left_dirs(config).next().is_none() && kept.suits(config, &layout).is_ok();
+        // Two indexes at once, for a while: where they do not fit, this one is made after the other's end.
+        let disk_slots = geometry.map_or(0, |geometry| u64::from(geometry.slots_count()));
+        let fits = index_bytes(config, &layout, disk_slots) <= dma::available_bytes() / 2;
+        let Some(kept) = kept.filter(suits).filter(|_| fits) else { return Ok(None) };
+        let mut prepared = Self::new(config, layout, geometry, Some(kept), false)?;
         // Its pages are there; with their places in this process' page table nothing waits for them. In a big pool
         // on small pages that takes long: the rest follows behind.
         let until_ns = monotonic_ns() + TOUCH_NS_MAX;
@@ -239,10 +248,11 @@ impl Prepared {
         layout: Layout,
         geometry: Option<DiskGeometry>,
         kept: Option<Kept>,
+        frees: bool,
     ) -> Result<Self, BuildError> {
         let failed = |what| move |errno: rustix::io::Errno| BuildError::System { what, errno: errno.into() };
         let is_kept = kept.is_some();
-        let (pool, table, table_fd) = make_pool(config, &layout, kept)?;
+        let (pool, table, table_fd) = make_pool(config, &layout, kept, frees)?;
         if let Some(warning) = &pool.warning {
             tracing::warn!("{warning}");
         }
@@ -327,7 +337,8 @@ pub struct Engine {
 
 impl Engine {
     /// Builds everything and starts the shard. What an engine process before this one has `kept` is served
-    /// when this returns; what the SSD holds is taken back meanwhile, unless it is to be `forget`.
+    /// when this returns; what the SSD holds is taken back meanwhile, unless it is to be `forget`. If a pool was let go
+    /// right before, it `frees` its memory yet.
     ///
     /// # Errors
     /// [`BuildError`]: nothing was started.
@@ -337,11 +348,14 @@ impl Engine {
         on_mismatch: OnMismatch,
         forget: bool,
         kept: Option<Kept>,
+        frees: bool,
     ) -> Result<Self, BuildError> {
-        let geometry = geometry_of(config, &layout, kept.as_ref())?;
+        // What a pool takes was available when this was asked for the first time.
+        let held = if frees { config.cpu_cache_bytes } else { kept.as_ref().map_or(0, Kept::bytes) };
+        let geometry = geometry_of(config, &layout, held)?;
         // The disk first: what can be refused is refused before the pool takes memory.
         let opened = open_files(config, geometry.as_ref(), &layout, on_mismatch)?;
-        let prepared = Prepared::new(config, layout, geometry, kept)?;
+        let prepared = Prepared::new(config, layout, geometry, kept, frees)?;
         Self::begin(config, prepared, opened, forget)
     }
 
@@ -597,11 +611,35 @@ fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: V
     }
 }
 
+/// How long a new pool waits for the memory of one that was let go: longer than clients may hold on to it.
+const FREEING_NS_MAX: u64 = 10_000_000_000;
+
+/// A new pool. If one was let go right before, its memory `frees` itself in a moment: keeper and clients have it yet.
+fn create_pool(config: &Config, slot_bytes: u64, frees: bool) -> Result<PoolMemory, PoolError> {
+    let until_ns = monotonic_ns() + FREEING_NS_MAX;
+    loop {
+        let pool = dma::create(config, slot_bytes);
+        let lacks = match &pool {
+            Ok(pool) => pool.pages == Pages::Small && pool.warning.is_some() && dma::has_hugepages_for(config),
+            Err(PoolError::NoHugepages { .. }) => dma::has_hugepages_for(config),
+            Err(PoolError::NoMemory { .. }) => true,
+            Err(PoolError::TooSmall { .. }) => false,
+        };
+        if !lacks || !frees || monotonic_ns() > until_ns {
+            return pool;
+        }
+        drop(pool);
+        #[expect(clippy::disallowed_methods, reason = "before there is a shard")]
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// The pool and its table: those that were kept, if they are what is asked for now, or new ones.
 fn make_pool(
     config: &Config,
     layout: &Layout,
     kept: Option<Kept>,
+    frees: bool,
 ) -> Result<(Arc<PoolMemory>, SlotTable, OwnedFd), BuildError> {
     let slot_bytes = layout.block_bytes;
     if let Some(Kept { pool, table, table_fd, .. }) = kept {
@@ -610,7 +648,7 @@ fn make_pool(
             Err(errno) => tracing::warn!("the pool starts empty: the last one cannot be mapped: {errno}"),
         }
     }
-    let pool = Arc::new(dma::create(config, slot_bytes)?);
+    let pool = Arc::new(create_pool(config, slot_bytes, frees)?);
     let [pool_id, _] = secret();
     let shape = TableShape {
         pool_id,
@@ -683,12 +721,10 @@ fn open_devices(
 /// The index is in memory and grows with the number of blocks: small blocks in a big cache are refused
 /// before anything is made for them.
 fn check_index(config: &Config, layout: &Layout, disk_slots: u64, held_bytes: u64) -> Result<(), BuildError> {
-    /// A block's line, its links in two tiers, two places of the table, a host slot, a disk slot with
-    /// its header's image.
-    const BYTES_PER_BLOCK: u64 = 64 + 2 * 20 + 2 * 2 * 8 + 64 + 16 + 64;
     let host_slots = config.cpu_cache_bytes / layout.block_bytes;
     let blocks = host_slots + disk_slots + crate::limits::LEASES_MAX as u64;
-    let (needed, available) = (blocks * BYTES_PER_BLOCK, dma::available_bytes() + held_bytes);
+    let needed = index_bytes(config, layout, disk_slots);
+    let available = dma::available_bytes().saturating_add(held_bytes);
     let indices_fit = blocks < 1 << 31 && host_slots * u64::from(layout.tp_size) < 1 << 32;
     if indices_fit && needed <= available / 4 {
         return Ok(());
@@ -700,6 +736,23 @@ fn check_index(config: &Config, layout: &Layout, disk_slots: u64, held_bytes: u6
         needed_gb: gb(needed),
         available_gb: gb(available),
     })
+}
+
+fn index_bytes(config: &Config, layout: &Layout, disk_slots: u64) -> u64 {
+    /// A block's line, its links in two tiers, two places of the table, a host slot, a disk slot with
+    /// its header's image.
+    const BYTES_PER_BLOCK: u64 = 64 + 2 * 20 + 2 * 2 * 8 + 64 + 16 + 64;
+    let host_slots = config.cpu_cache_bytes / layout.block_bytes;
+    (host_slots + disk_slots + crate::limits::LEASES_MAX as u64) * BYTES_PER_BLOCK
+}
+
+/// Whether the disk can be driven as it is asked for.
+fn check_io(config: &Config) -> Result<(), BuildError> {
+    let works = config.io_engine != IoEngine::Aio && uring::probe().is_ok();
+    if config.io_engine == IoEngine::Uring {
+        uring::probe()?;
+    }
+    if works && config.fixed_buffers { check_memlock(config.cpu_cache_bytes) } else { Ok(()) }
 }
 
 /// Registered buffers count against RLIMIT_MEMLOCK unless the process may lock at will.
@@ -830,11 +883,11 @@ impl Runner {
                 let _ = back.send(self.shard.distrust(at));
             }
             ToShard::Stop => {
-                self.finish(true);
+                self.finish(SessionState::Closing, true);
                 return false;
             }
-            ToShard::HandOver => {
-                self.finish(false);
+            ToShard::HandOver { write_back } => {
+                self.finish(SessionState::HandedOver, write_back);
                 return false;
             }
         }
@@ -858,8 +911,7 @@ impl Runner {
 
     /// Sessions end; what is under way is finished, and with `write_back` what is dirty is written, as far as
     /// five seconds go. What sessions were filling stays theirs in the slot table: they have not been asked.
-    fn finish(&mut self, write_back: bool) {
-        let state = if write_back { SessionState::Closing } else { SessionState::HandedOver };
+    fn finish(&mut self, state: SessionState, write_back: bool) {
         self.shard.close_sessions(state);
         if !write_back {
             self.shard.drop_dirty();

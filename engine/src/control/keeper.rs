@@ -140,7 +140,7 @@ impl Inheritance {
 
     fn hear(channel: &Channel, is_first: bool) -> Result<(ToEngine, Vec<OwnedFd>), ChannelError> {
         // The one that serves finishes first, or is killed because it does not.
-        channel.bound(if is_first { Duration::from_secs(10) } else { 3 * STOP_PATIENCE })?;
+        channel.bound(if is_first { Duration::from_secs(10) } else { START_PATIENCE })?;
         channel.receive(true)
     }
 
@@ -181,6 +181,8 @@ pub struct Keeper {
     fell_back: bool,
     socket_id: (u64, u64),
     kept: Option<[OwnedFd; 2]>,
+    /// Somebody wants an engine process of the program file as it is now, and none was started since.
+    wanted: bool,
 }
 
 /// What the keeper waits for, beside its engine process.
@@ -299,6 +301,7 @@ impl Keeper {
             fell_back: false,
             socket_id: id_of(&path),
             kept: None,
+            wanted: false,
         })
     }
 
@@ -317,6 +320,8 @@ impl Keeper {
             self.epoch.advance(self.number);
             let prepared = standby.take().map(|standby| standby.process);
             self.fell_back = own_program && prepared.is_none();
+            // One that is started now is of the program file as it is now, unless it is this very program.
+            self.wanted &= prepared.is_some() || own_program;
             let process = prepared.map_or_else(|| Process::start(engine(own_program)), Ok);
             let end = match process.and_then(|process| self.run_one(signals, process, &engine, &mut standby)) {
                 Ok(end) => end,
@@ -389,8 +394,10 @@ impl Keeper {
 
     /// The pool is given up, and whoever has it mapped is told.
     fn let_go(&mut self) {
-        self.kept = None;
         self.epoch.give_up_pool();
+        // To free a big pool takes long, and may be this process' part.
+        let kept = self.kept.take();
+        let _ = std::thread::Builder::new().name("kvring-free".into()).spawn(move || drop(kept));
     }
 
     /// The first crash costs no wait; those that follow at once, more and more. False: told to stop.
@@ -401,8 +408,14 @@ impl Keeper {
             n => (Duration::from_millis(50) * 2u32.saturating_pow(n)).min(BACKOFF_MAX),
         };
         let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
-        let mut fds = [PollFd::new(&signals.stop, PollFlags::IN)];
-        !matches!(poll(&mut fds, Some(&timeout)), Ok(1..))
+        loop {
+            let mut fds = [PollFd::new(&signals.stop, PollFlags::IN)];
+            match poll(&mut fds, Some(&timeout)) {
+                // A signal: whether it was this one is seen now.
+                Err(rustix::io::Errno::INTR) => {}
+                told => return !matches!(told, Ok(1..)),
+            }
+        }
     }
 
     fn run_one(
@@ -448,8 +461,6 @@ impl Keeper {
         // What a signal has asked of it.
         let mut asked: Option<ToKeeper> = None;
         let mut channel_open = true;
-        // Somebody wants another engine process.
-        let mut wanted = false;
         #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
         let started = Instant::now();
         loop {
@@ -471,7 +482,7 @@ impl Keeper {
             #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
             let now = Instant::now();
             if said && channel_open {
-                channel_open = self.hear(channel, &mut served, &mut leaving, &mut wanted);
+                channel_open = self.hear(channel, &mut served, &mut leaving);
                 if leaving.is_some() && stop_by.is_none() {
                     // It goes by itself; but not for ever.
                     stop_by = Some(now + STOP_PATIENCE);
@@ -479,7 +490,7 @@ impl Keeper {
             }
             if died {
                 // What it said last is still there to be heard.
-                while channel_open && self.hear(channel, &mut served, &mut leaving, &mut wanted) {}
+                while channel_open && self.hear(channel, &mut served, &mut leaving) {}
                 let status = child.wait().map_err(|error| ServeError::Engine { what: "wait for", error })?;
                 return Ok(End { status: Some(status), served, leaving: decided(asked, leaving), lives: false });
             }
@@ -494,7 +505,7 @@ impl Keeper {
             }
             if hand_over && stop_by.is_none() {
                 let _ = rustix::io::read(&signals.hand_over, &mut [0; 16]);
-                wanted = true;
+                self.wanted = true;
             }
             if stop && stop_by.is_none() {
                 stop_by = Some(now + STOP_PATIENCE);
@@ -516,8 +527,7 @@ impl Keeper {
                     None => drop(channel.send(&ToEngine::NotUpgraded, &[])),
                 }
             }
-            if wanted && served && stop_by.is_none() && standby.is_none() {
-                wanted = false;
+            if self.wanted && served && stop_by.is_none() && standby.is_none() {
                 *standby = self.prepare(engine, now);
                 if standby.is_none() {
                     let _ = channel.send(&ToEngine::NotUpgraded, &[]);
@@ -532,7 +542,8 @@ impl Keeper {
     }
 
     /// Starts the next engine process, which does not serve before its turn comes.
-    fn prepare(&self, engine: &impl Fn(bool) -> Command, now: Instant) -> Option<Standby> {
+    fn prepare(&mut self, engine: &impl Fn(bool) -> Command, now: Instant) -> Option<Standby> {
+        self.wanted = false;
         let process = Process::start(engine(false));
         let process = process.inspect_err(|error| tracing::error!("no upgrade: {error}")).ok()?;
         let fds: Vec<BorrowedFd<'_>> = self.kept.iter().flatten().map(AsFd::as_fd).collect();
@@ -541,13 +552,7 @@ impl Keeper {
     }
 
     /// Hears one message. False: no more will come.
-    fn hear(
-        &mut self,
-        channel: &Channel,
-        served: &mut bool,
-        leaving: &mut Option<ToKeeper>,
-        wanted: &mut bool,
-    ) -> bool {
+    fn hear(&mut self, channel: &Channel, served: &mut bool, leaving: &mut Option<ToKeeper>) -> bool {
         match channel.receive::<ToKeeper>(false) {
             Ok((ToKeeper::Keep, fds)) => match <[OwnedFd; 2]>::try_from(fds) {
                 Ok(fds) => self.kept = Some(fds),
@@ -555,9 +560,11 @@ impl Keeper {
             },
             Ok((ToKeeper::LetGo, _)) => self.let_go(),
             Ok((ToKeeper::Serving, _)) => *served = true,
-            Ok((ToKeeper::Upgrade, _)) => *wanted = true,
+            Ok((ToKeeper::Upgrade, _)) => self.wanted = true,
             Ok((ToKeeper::Ready { .. }, _)) => {}
             Ok((said @ ToKeeper::Leaving { .. }, _)) => *leaving = Some(said),
+            // Of another version: the rest is understood.
+            Err(ChannelError::Malformed(_)) => {}
             Err(_) => return false,
         }
         true

@@ -249,6 +249,7 @@ impl Server {
     }
 
     fn start_engine(&mut self, layout: Layout, on_mismatch: OnMismatch, kept: Option<Kept>) -> Result<(), BuildError> {
+        let had_pool = kept.is_some();
         let kept = kept.and_then(|kept| match kept.suits(&self.config, &layout) {
             Ok(()) => Some(kept),
             Err(why) => {
@@ -258,7 +259,8 @@ impl Server {
                 None
             }
         });
-        let engine = Engine::start(&self.config, layout, on_mismatch, self.forget_at_start, kept)?;
+        let frees = had_pool && kept.is_none();
+        let engine = Engine::start(&self.config, layout, on_mismatch, self.forget_at_start, kept, frees)?;
         self.has_engine(engine);
         Ok(())
     }
@@ -366,18 +368,24 @@ impl Server {
         }
         self.verify.stop.store(true, std::sync::atomic::Ordering::Relaxed);
         if let Some(engine) = &mut self.engine {
-            engine.stop(if hand_over { ToShard::HandOver } else { ToShard::Stop });
+            let write_back = leaving == Leaving::HandOver { is_awaited: true };
+            engine.stop(if hand_over { ToShard::HandOver { write_back } } else { ToShard::Stop });
         }
         if hand_over {
             // From here on this process touches neither pool nor SSD: the next one need not wait for its end.
             let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over }, &[]);
         }
-        // Whoever has asked something of this process asks the next one.
+        // Whoever has asked something of this process asks the next one; and whoever has the lock serves.
         self.connections.clear();
+        let Self { engine, inheritance, .. } = self;
+        if hand_over {
+            drop((inheritance.lock, inheritance.listener));
+        }
         if leaving == (Leaving::HandOver { is_awaited: false }) {
             // Unmapping a big pool takes a core for long: not while everybody is on his way to the next one.
             #[expect(clippy::disallowed_methods, reason = "the control plane has nothing else to do any more")]
             std::thread::sleep(AFTERLIFE);
+            drop(engine);
         }
         true
     }
@@ -908,6 +916,7 @@ impl Server {
             "fell_back": self.inheritance.fell_back,
             "upgrades_failed": self.upgrades_failed_count,
             "socket": self.config.socket,
+            "settings": self.config.as_text(),
             "instances": instances,
         });
         if let Some(engine) = &self.engine {

@@ -204,7 +204,31 @@ fn look_at(
     Ok((found, reuse))
 }
 
-/// Whether [`open`] would take what lies there. Changes nothing, and needs no lock.
+/// Whether a directory has room for a device's files, in place of those that are not reused.
+fn check_space(dir: &Path, geometry: &DiskGeometry, reuse: bool) -> Result<(), FilesError> {
+    let held = |file| {
+        let file = std::fs::metadata(path_of(dir, file)).ok()?;
+        Some(std::os::unix::fs::MetadataExt::blocks(&file) * 512)
+    };
+    let reused = |file| if reuse { held(file).unwrap_or(0) } else { 0 };
+    let needed = |file| geometry.file_bytes(file).saturating_sub(reused(file));
+    let needed: u64 = (0..geometry.files_per_device()).map(needed).sum();
+    let freed: u64 = if reuse { 0 } else { (0..).map_while(held).sum() };
+    let space = rustix::fs::statvfs(dir)
+        .map_err(|errno| FilesError::Directory { dir: dir.display().to_string(), error: errno.into() })?;
+    let available = space.f_bavail * space.f_frsize + freed;
+    if needed > available {
+        let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        return Err(FilesError::NoSpace {
+            dir: dir.display().to_string(),
+            available_gb: gb(available),
+            needed_gb: gb(needed),
+        });
+    }
+    Ok(())
+}
+
+/// Whether [`open`] would take what lies there, as far as that can be seen. Changes nothing, and needs no lock.
 ///
 /// # Errors
 /// What it would refuse.
@@ -214,8 +238,19 @@ pub fn check(
     layout: &Layout,
     on_mismatch: OnMismatch,
 ) -> Result<(), FilesError> {
-    let look = |(index, dir): (u64, &PathBuf)| look_at(&path_of(dir, 0), index, geometry, layout, on_mismatch, None);
-    (0..).zip(dirs).try_for_each(|at| look(at).map(drop))
+    // As in `open`: a new one gets an id that no other has.
+    let mut cache_id = None;
+    for (index, dir) in (0..).zip(dirs) {
+        let (found, reuse) = look_at(&path_of(dir, 0), index, geometry, layout, on_mismatch, cache_id)?;
+        match found {
+            Found::Super(found) if reuse => cache_id = cache_id.or(Some(found.cache_id)),
+            _ => cache_id = cache_id.or(Some(0)),
+        }
+        if dir.is_dir() {
+            check_space(dir, geometry, reuse)?;
+        }
+    }
+    Ok(())
 }
 
 fn open_device(
@@ -233,6 +268,8 @@ fn open_device(
         move |error| FilesError::Io { file, error }
     };
     let (found, reuse) = look_at(&first, index, geometry, layout, on_mismatch, *cache_id)?;
+    // Before anything is removed for it.
+    check_space(dir, geometry, reuse)?;
     if !reuse {
         for file in 0.. {
             match std::fs::remove_file(path_of(dir, file)) {
@@ -240,24 +277,6 @@ fn open_device(
                 Err(_) => break,
             }
         }
-    }
-    let needed: u64 = (0..geometry.files_per_device())
-        .map(|file| {
-            let held =
-                std::fs::metadata(path_of(dir, file)).map_or(0, |m| std::os::unix::fs::MetadataExt::blocks(&m) * 512);
-            geometry.file_bytes(file).saturating_sub(held)
-        })
-        .sum();
-    let space = rustix::fs::statvfs(dir)
-        .map_err(|errno| FilesError::Directory { dir: dir.display().to_string(), error: errno.into() })?;
-    let available = space.f_bavail * space.f_frsize;
-    if needed > available {
-        let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        return Err(FilesError::NoSpace {
-            dir: dir.display().to_string(),
-            available_gb: gb(available),
-            needed_gb: gb(needed),
-        });
     }
     let mut files = Vec::new();
     for number in 0..geometry.files_per_device() {

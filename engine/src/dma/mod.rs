@@ -67,6 +67,12 @@ pub fn available_bytes() -> u64 {
     line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(u64::MAX, |kib| kib << 10)
 }
 
+/// Whether the machine has as many hugepages, free or not, as this pool would take.
+pub fn has_hugepages_for(config: &Config) -> bool {
+    let page = if config.hugepage_size_bytes == 1 << 30 { Pages::Huge1G } else { Pages::Huge2M }.bytes();
+    config.cpu_cache_bytes.div_ceil(page) <= read_number(&sysfs(page, "nr_hugepages"))
+}
+
 /// How many slots this configuration makes of blocks of this size.
 pub fn slots_of(config: &Config, slot_bytes: u64) -> u64 {
     (config.cpu_cache_bytes / slot_bytes).min(crate::limits::SLOTS_MAX)
