@@ -539,6 +539,9 @@ mod test {
         assert_eq!(world.found(1), before[..79], "the same, but for the bad one");
 
         world.index.detach_all();
+        while let Some((_, slot)) = world.index.dropped_slots.pop() {
+            world.slots.release(slot);
+        }
         world.slots.clear_headers();
         assert!(!world.slots.is_cleared());
         world.write_all();
