@@ -259,8 +259,7 @@ impl Channel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
-        // A socket with a bound on its waits is interrupted by whatever happens to the thread (signal(7)): a stop and its
-        // end, the end of an io_uring.
+        // A wait with a bound is not restarted by the kernel when it is interrupted (signal(7)).
         let received = rustix::io::retry_on_intr(|| {
             rustix::net::recvmsg(&self.fd, &mut [IoSliceMut::new(&mut text)], &mut ancillary, flags)
         });

@@ -107,7 +107,7 @@ type Failure = Box<dyn std::error::Error>;
 pub fn measure_checksums(run: &mut Run, args: &SsdArgs) -> Measured {
     // One directory for all: two files on one disk differ by more than checksums cost. One of them twice: what those
     // two differ by is no checksum's doing. And once beside a thread that reads memory as fast as the disk moves
-    // it and does nothing else: no checksum costs less.
+    // it and does nothing else: what the machine's memory has to do with it. Other bytes than the disk's, so no floor.
     const SIDES: [&str; 4] = ["on", "off", "off", "off"];
     const READER: usize = 3;
     let scratch = tempfile::Builder::new().prefix("kvring-bench-").tempdir_in(&args.dir)?;
