@@ -2,6 +2,7 @@
 //! Pure: everything that takes time is begun here and ended here, and done by the shard between.
 
 use kvring_ipc::key::BlockKey;
+use kvring_ipc::recorder::{Cause, What};
 use kvring_ipc::wire::{Grant, LeaseId, Status};
 
 use crate::index::{BlockId, Index, IndexOptions, Place, Tier};
@@ -183,7 +184,11 @@ impl Cache {
     /// Forgets every block, in the pool and, as soon as the headers are written, on the SSD. What is
     /// leased keeps its slot, for copies under way, but is not loaded any more. Says how many.
     pub fn reset(&mut self) -> u32 {
+        // One entry says it: one a block would push everything else out.
+        let recorder = std::mem::take(&mut self.index.recorder);
         let count = self.index.detach_all();
+        self.index.recorder = recorder;
+        self.index.recorder.block(What::Reset, BlockKey::default(), 0, count);
         self.collect();
         if !planted::has(Bug::ResetKeepsTable) {
             self.host.forget_all();
@@ -317,6 +322,7 @@ impl Cache {
         match self.host.rank_done(grant, writer, true).ok_or(StaleGrant)? {
             RankDone::Waiting => Ok(None),
             RankDone::Lost(block) => {
+                self.index.recorder.cause = Cause::Aborted;
                 self.lose(grant.slot, block);
                 Ok(None)
             }
@@ -357,6 +363,7 @@ impl Cache {
     /// A block's copy in the pool is not what was stored. It goes; if it was the only one, or somebody is
     /// using it, the block and all that continues it are forgotten. Says how many.
     pub fn distrust(&mut self, slot: u32, block: BlockId) -> u32 {
+        self.index.recorder.cause = Cause::DramChecksum;
         self.host.forget(slot);
         let b = self.index.block(block);
         if b.place(Tier::Disk).ready().is_some() && b.pins == 0 && !b.is_detached() {
@@ -383,6 +390,7 @@ impl Cache {
             self.collect();
             return (0, Some(host_slot));
         }
+        self.index.recorder.cause = Cause::SsdChecksum;
         let forgotten = self.index.detach(block);
         self.collect();
         (forgotten, None)
@@ -409,6 +417,7 @@ impl Cache {
     /// A rank will not fill its part: the block is lost. False if the grant is stale.
     pub fn abort(&mut self, grant: Grant, writer: Writer) -> bool {
         let Some(RankDone::Lost(block)) = self.host.rank_done(grant, writer, false) else { return false };
+        self.index.recorder.cause = Cause::Aborted;
         self.lose(grant.slot, block);
         true
     }
@@ -434,6 +443,7 @@ impl Cache {
     pub fn end_session(&mut self, session: SessionId, drained: bool, heir: Option<SessionId>) -> u32 {
         self.leases.end_session(&mut self.index, session, heir);
         self.collect();
+        self.index.recorder.cause = if drained { Cause::Aborted } else { Cause::WriterGone };
         let mut lost = 0;
         let mut from = 0;
         while let Some((slot, block)) = self.host.next_of_dead(session, from) {
@@ -449,6 +459,7 @@ impl Cache {
     /// Loses the blocks that some ranks committed and the others never will. Says how many.
     pub fn sweep_stalled(&mut self) -> u32 {
         let (mut lost, mut from) = (0, 0);
+        self.index.recorder.cause = Cause::Stalled;
         while let Some((slot, block)) = self.host.next_stalled(from) {
             self.lose(slot, block);
             (lost, from) = (lost + 1, slot + 1);

@@ -1,6 +1,9 @@
-//! Counters of one shard. Written by it alone, read by whoever asks; each has one line of meaning.
+//! Counters of one shard. Written by it alone, read by whoever asks; each has one line of meaning. And what its
+//! stats segment holds beside them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvring_ipc::stats::{HistogramName, Names};
 
 /// A count that only grows.
 #[derive(Debug, Default)]
@@ -32,9 +35,149 @@ macro_rules! metrics {
             pub fn all(&self) -> Vec<(&'static str, &'static str, u64)> {
                 vec![$((stringify!($name), $doc, self.$name.get()),)*]
             }
+
+            /// Copies all values, in their order.
+            pub fn copy_to(&self, words: &[AtomicU64]) {
+                let values = [$(&self.$name,)*];
+                for (word, value) in words.iter().zip(values) {
+                    word.store(value.get(), Ordering::Relaxed);
+                }
+            }
         }
     };
 }
+
+macro_rules! columns {
+    ($(#[$doc:meta])* $name:ident: $($column:ident = $text:literal),* $(,)?) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[expect(missing_docs, reason = "the names are what a reader sees; docs/OPERATIONS.md explains each")]
+        pub enum $name { $($column,)* }
+
+        impl $name {
+            /// Names, in order.
+            pub const NAMES: &'static [&'static str] = &[$($text,)*];
+        }
+    };
+}
+
+columns! {
+    /// Words of a session's row. Counts begin with the session.
+    SessionColumn:
+    Live = "live",
+    Session = "session",
+    InstanceId = "instance_id",
+    Pid = "pid",
+    Rank = "rank",
+    AttachedNs = "attached_ns",
+    Matches = "matches_count",
+    BlocksRequested = "match_blocks_requested_count",
+    BlocksHit = "match_blocks_hit_count",
+    Loads = "loads_count",
+    LoadedDram = "load_blocks_dram_count",
+    LoadedSsd = "load_blocks_ssd_count",
+    Missed = "load_blocks_miss_count",
+    Reserved = "reserve_blocks_count",
+    Present = "reserve_blocks_present_count",
+    Dropped = "reserve_blocks_dropped_count",
+    Committed = "commit_blocks_count",
+    SubmissionsWaiting = "submissions_waiting",
+    CompletionsWaiting = "completions_waiting",
+    LoadsInflight = "loads_inflight",
+    Leases = "leases_count",
+    Loans = "loans_count",
+    LoadNsSum = "load_ns_sum",
+    LoadNsMax = "load_ns_max",
+    LastRequestNs = "last_request_ns",
+    Ended = "ended",
+}
+
+columns! {
+    /// Words of a device's row.
+    DeviceColumn:
+    ReadsWaiting = "reads_waiting",
+    ReadsInflight = "reads_inflight",
+    WritesWaiting = "writes_waiting",
+    WritesInflight = "writes_inflight",
+    Reads = "reads_count",
+    ReadBytes = "read_bytes",
+    Writes = "writes_count",
+    WriteBytes = "write_bytes",
+    HeaderWrites = "header_writes_count",
+    Errors = "errors_count",
+}
+
+/// Histograms that there are whatever the devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShardHistogram {
+    /// How long the shard works on a request, by operation; one in [`SERVICE_SAMPLE`] is measured.
+    ServiceMatch,
+    /// See `ServiceMatch`.
+    ServiceLoad,
+    /// See `ServiceMatch`.
+    ServiceReserve,
+    /// See `ServiceMatch`.
+    ServiceCommit,
+    /// See `ServiceMatch`: all other operations.
+    ServiceOther,
+    /// From the pickup of a load to its last answer, where all of its blocks were in the pool.
+    LoadDram,
+    /// See `LoadDram`: where some were read from the SSD.
+    LoadSsd,
+}
+
+/// One request in this many is timed on its own: a clock costs more than a counter.
+pub const SERVICE_SAMPLE: u64 = 64;
+const SHARD_HISTOGRAMS: usize = 7;
+
+/// A device's histograms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceHistogram {
+    /// How long a read waits here before the device gets it.
+    ReadQueue,
+    /// A read, from there to its end.
+    Read,
+    /// A write, from there to its end.
+    Write,
+}
+
+/// Which histogram of the segment is this one of a device.
+pub fn device_histogram(device: usize, histogram: DeviceHistogram) -> usize {
+    SHARD_HISTOGRAMS + device * 3 + histogram as usize
+}
+
+/// What the segment of a shard with these devices holds.
+pub fn names(devices: usize) -> Names {
+    let label = |name: &str, key: &str, value: String| HistogramName {
+        name: name.to_owned(),
+        labels: vec![(key.to_owned(), value)],
+    };
+    let mut histograms: Vec<_> = ["match", "load", "reserve", "commit", "other"]
+        .map(|op| label("request_service", "op", op.to_owned()))
+        .into_iter()
+        .chain(["dram", "ssd"].map(|tier| label("load", "tier", tier.to_owned())))
+        .collect();
+    assert_eq!(histograms.len(), SHARD_HISTOGRAMS);
+    for device in 0..devices {
+        for name in ["ssd_read_queue", "ssd_read", "ssd_write"] {
+            histograms.push(label(name, "device", device.to_string()));
+        }
+    }
+    let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    let counters = Metrics::default().all();
+    Names {
+        counters: counters.into_iter().map(|(name, doc, _)| (name.to_owned(), doc.to_owned())).collect(),
+        gauges: owned(GAUGES),
+        session: owned(SessionColumn::NAMES),
+        device: owned(DeviceColumn::NAMES),
+        histograms,
+    }
+}
+
+const _: () = assert!(SessionColumn::NAMES.len() <= kvring_ipc::stats::SESSION_HISTOGRAM);
+const _: () = assert!(DeviceColumn::NAMES.len() <= kvring_ipc::stats::DEVICE_WORDS);
+const _: () = assert!(crate::limits::SESSIONS_MAX == kvring_ipc::stats::SESSION_ROWS);
+const _: () = assert!(SHARD_HISTOGRAMS + kvring_ipc::stats::DEVICE_ROWS * 3 <= kvring_ipc::stats::HISTOGRAMS_MAX);
 
 /// Those of [`Metrics`] that are levels, not counts: they fall as well as rise.
 pub const GAUGES: &[&str] = &[

@@ -95,6 +95,15 @@ pub enum Verify {
     Always,
 }
 
+/// Where metrics are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetricsListen {
+    /// A loopback address.
+    Tcp(std::net::SocketAddr),
+    /// A unix stream socket.
+    Unix(PathBuf),
+}
+
 /// Every setting's value.
 #[derive(Debug, Clone, PartialEq)]
 #[expect(missing_docs, reason = "each is documented once, in SETTINGS")]
@@ -134,6 +143,9 @@ pub struct Config {
     pub start_wait: Duration,
     pub server_bin: Option<PathBuf>,
     pub server_log: Option<PathBuf>,
+    pub stats_segment: bool,
+    pub recorder_entries: usize,
+    pub metrics_listen: Option<MetricsListen>,
     /// What was said, by name, wherever it was said: handed whole to a server that is started.
     pub said: BTreeMap<&'static str, String>,
 }
@@ -566,6 +578,40 @@ pub const SETTINGS: &[Setting] = &[
             Some(())
         }
     ),
+    setting!(
+        "stats_segment",
+        None,
+        "on",
+        "on or off",
+        "Show what the server counts and does in shared memory, for `kvring stat`, `top`, `explain`, `trace` and metrics_listen. Off is for measuring what that costs.",
+        |c, v| {
+            c.stats_segment = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "recorder_entries",
+        None,
+        "32768",
+        "a whole number up to 4194304; 0 for no recorder",
+        "How many of the last operations and block moves the server remembers for `kvring explain` and `kvring trace`, 64 bytes each; rounded up to a power of two.",
+        |c, v| {
+            let entries: usize = v.parse().ok().filter(|n| *n <= 1 << 22)?;
+            c.recorder_entries = if entries == 0 { 0 } else { entries.next_power_of_two() };
+            Some(())
+        }
+    ),
+    setting!(
+        "metrics_listen",
+        None,
+        "none",
+        "a loopback address with a port (127.0.0.1:9464, [::1]:9464), unix:/path, or none",
+        "Where the server answers GET /metrics in Prometheus' text format.",
+        |c, v| {
+            c.metrics_listen = if v == "none" { None } else { Some(metrics_listen(v)?) };
+            Some(())
+        }
+    ),
 ];
 
 /// FlexKV settings that have no meaning here, and what replaces each.
@@ -596,15 +642,15 @@ pub const NOT_APPLICABLE: &[(&str, &str)] = &[
     ("FLEXKV_ENABLE_MPS", "the server has no CUDA context"),
     ("FLEXKV_KV_SHARED_ACROSS_RANKS_MODE", "ranks share one slot"),
     ("FLEXKV_MLA_D2H_MODE", "ranks share one slot"),
-    ("FLEXKV_ENABLE_METRICS", "kvring status"),
-    ("FLEXKV_PY_METRICS_PORT", "kvring status"),
-    ("FLEXKV_CPP_METRICS_PORT", "kvring status"),
-    ("FLEXKV_ENABLE_TRACE", "num_log_interval_requests"),
-    ("FLEXKV_TRACE_FILE_PATH", "num_log_interval_requests"),
-    ("FLEXKV_TRACE_MAX_FILE_SIZE_MB", "num_log_interval_requests"),
-    ("FLEXKV_TRACE_MAX_FILES", "num_log_interval_requests"),
-    ("FLEXKV_TRACE_FLUSH_INTERVAL_MS", "num_log_interval_requests"),
-    ("FLEXKV_TRANSFER_TRACE", "num_log_interval_requests"),
+    ("FLEXKV_ENABLE_METRICS", "metrics_listen"),
+    ("FLEXKV_PY_METRICS_PORT", "metrics_listen"),
+    ("FLEXKV_CPP_METRICS_PORT", "metrics_listen"),
+    ("FLEXKV_ENABLE_TRACE", "recorder_entries, and `kvring trace`"),
+    ("FLEXKV_TRACE_FILE_PATH", "recorder_entries, and `kvring trace`"),
+    ("FLEXKV_TRACE_MAX_FILE_SIZE_MB", "recorder_entries, and `kvring trace`"),
+    ("FLEXKV_TRACE_MAX_FILES", "recorder_entries, and `kvring trace`"),
+    ("FLEXKV_TRACE_FLUSH_INTERVAL_MS", "recorder_entries, and `kvring trace`"),
+    ("FLEXKV_TRANSFER_TRACE", "recorder_entries, and `kvring trace`"),
     ("FLEXKV_WORKER_SHUTDOWN_TIMEOUT_S", "there are no worker processes"),
     ("FLEXKV_TRANSFER_MANAGER_SHUTDOWN_TIMEOUT_S", "there are no worker processes"),
     ("FLEXKV_USE_HUGEPAGE_TMP_BUFFER", "there is no staging buffer"),
@@ -620,7 +666,7 @@ pub const NOT_APPLICABLE: &[(&str, &str)] = &[
     ("FLEXKV_LAYERWISE_WAIT_TIMEOUT_S", "client_wait_ms"),
     ("FLEXKV_ENABLE_COLLECTIVE_SYNC", "ranks share one slot"),
     ("FLEXKV_LOGGING_PREFIX", "the log says who writes"),
-    ("FLEXKV_EVICTION_LOG_INTERVAL_S", "kvring status"),
+    ("FLEXKV_EVICTION_LOG_INTERVAL_S", "kvring stat"),
     ("FLEXKV_HUGETLBFS_DIR", "hugepages come as a memfd: no mount is needed"),
     ("FLEXKV_CUDAHOST_CHUNK_SIZE_GB", "instances register the pool in pieces of at most 1 GiB"),
     ("FLEXKV_VMM_FD_SOCK_DIR", "GPU memory never leaves its process"),
@@ -725,6 +771,9 @@ impl Default for Config {
             start_wait: Duration::ZERO,
             server_bin: None,
             server_log: None,
+            stats_segment: true,
+            recorder_entries: 0,
+            metrics_listen: None,
             said: BTreeMap::new(),
         };
         for setting in SETTINGS {
@@ -1018,6 +1067,14 @@ fn log_level(text: &str) -> Option<&'static str> {
 }
 
 /// GiB with a fraction, in bytes. At most 1 EiB.
+/// Nobody outside this machine is told what a cache does.
+fn metrics_listen(text: &str) -> Option<MetricsListen> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        return Some(PathBuf::from(path)).filter(|path| path.is_absolute()).map(MetricsListen::Unix);
+    }
+    text.parse().ok().filter(|address: &std::net::SocketAddr| address.ip().is_loopback()).map(MetricsListen::Tcp)
+}
+
 fn gib(text: &str) -> Option<u64> {
     let gib: f64 = text.parse().ok()?;
     (gib.is_finite() && (0.0..=f64::from(1 << 30)).contains(&gib)).then_some((gib * f64::from(1 << 30)) as u64)

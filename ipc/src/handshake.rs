@@ -38,6 +38,8 @@ pub enum Request {
     },
     /// Counters, as JSON.
     Stats,
+    /// The stats segment, to read (WIRE.md §10).
+    StatsSegment,
     /// Forget every block, on the SSD too.
     Reset,
     /// Stop the server: sessions are closed, writes in flight finish.
@@ -84,6 +86,8 @@ pub enum Reply {
     },
     /// Answer to `Stats`.
     Stats(serde_json::Value),
+    /// Answer to `StatsSegment`: its descriptor comes beside it.
+    StatsSegment,
     /// Answer to `Reset`.
     Reset {
         /// How many blocks were forgotten.
@@ -299,9 +303,17 @@ pub fn parse<T: DeserializeOwned>(datagram: &[u8]) -> Result<T, ChannelError> {
 /// # Errors
 /// [`ChannelError`]; `ENOENT` or `ECONNREFUSED` mean that no server listens there.
 pub fn ask(path: &Path, request: &Request, timeout: Duration) -> Result<Reply, ChannelError> {
+    Ok(ask_for_fds(path, request, timeout)?.0)
+}
+
+/// As [`ask`], with the descriptors that come beside the answer.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_for_fds(path: &Path, request: &Request, timeout: Duration) -> Result<(Reply, Vec<OwnedFd>), ChannelError> {
     let channel = Channel::connect(path, timeout)?;
     channel.send(request, &[])?;
-    Ok(channel.receive(true)?.0)
+    channel.receive(true)
 }
 
 #[cfg(test)]

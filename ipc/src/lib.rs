@@ -18,7 +18,7 @@
 //! Modules in reading order: [`wire`] what is said; [`ring`] and [`doorbell`] how it travels;
 //! [`segment`] and [`mapping`] where it lies; [`key`] and [`layout`] what is compared;
 //! [`handshake`] and [`peer`] who is there; [`client`] the instance's side; [`instance`] its life;
-//! [`config`] what an operator may say to either side.
+//! [`config`] what an operator may say to either side; [`stats`] and [`recorder`] what he can see.
 
 pub mod doorbell;
 pub mod ring;
@@ -50,6 +50,10 @@ pub mod mapping;
 #[cfg(not(loom))]
 pub mod peer;
 #[cfg(not(loom))]
+pub mod recorder;
+#[cfg(not(loom))]
 pub mod segment;
+#[cfg(not(loom))]
+pub mod stats;
 #[cfg(not(loom))]
 pub mod wire;

@@ -141,6 +141,7 @@ impl Mapping {
     ///
     /// # Panics
     /// If the range is not inside the mapping: our own bug, offsets are bounded before.
+    #[inline]
     pub fn address(&self, offset: usize, bytes: usize) -> *mut u8 {
         assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "{offset}+{bytes} of {}", self.bytes);
         // SAFETY: offset <= self.bytes by the assert, so the result is inside the mapping or at its end.
@@ -151,6 +152,7 @@ impl Mapping {
     ///
     /// # Panics
     /// If it is not inside the mapping or not aligned.
+    #[inline]
     pub fn word32(&self, offset: usize) -> &AtomicU32 {
         let address = self.address(offset, 4).cast::<AtomicU32>();
         assert!(address.is_aligned());
@@ -163,6 +165,7 @@ impl Mapping {
     ///
     /// # Panics
     /// If it is not inside the mapping or not aligned.
+    #[inline]
     pub fn words64(&self, offset: usize, count: usize) -> &[AtomicU64] {
         let address = self.address(offset, count * 8).cast::<AtomicU64>();
         assert!(address.is_aligned());

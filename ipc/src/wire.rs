@@ -74,7 +74,8 @@ pub enum Op {
 }
 
 impl Op {
-    fn from_byte(byte: u8) -> Option<Self> {
+    /// From its number.
+    pub fn from_byte(byte: u8) -> Option<Self> {
         use Op::{Abort, Cancel, Commit, Load, Match, Ping, Prefetch, Release, Reserve};
         [Ping, Match, Release, Load, Prefetch, Reserve, Commit, Abort, Cancel].into_iter().find(|op| *op as u8 == byte)
     }
@@ -107,7 +108,8 @@ pub enum Status {
 }
 
 impl Status {
-    fn from_byte(byte: u8) -> Option<Self> {
+    /// From its number.
+    pub fn from_byte(byte: u8) -> Option<Self> {
         use Status::{BadRequest, Busy, Cancelled, Dropped, KeyMismatch, Miss, Ok, Present, Quota, Stale};
         [Ok, Present, Miss, Dropped, Busy, Cancelled, Stale, BadRequest, KeyMismatch, Quota]
             .into_iter()

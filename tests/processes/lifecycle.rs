@@ -223,7 +223,7 @@ fn a_rude_control_connection_costs_only_itself() {
     eventually("the rude one is suspect", || place.metric("sessions_count") == 2);
     drop(rude);
     assert_eq!(load(&mut other, &chain("a", 5)), 5);
-    assert!(place.kvring(&["status"]).output().unwrap().status.success());
+    assert!(place.kvring(&["stat"]).output().unwrap().status.success());
 }
 
 #[test]

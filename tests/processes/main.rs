@@ -5,6 +5,7 @@ mod chaos;
 mod doctor;
 mod integrity;
 mod lifecycle;
+mod observe;
 mod replay;
 mod security;
 mod survival;

@@ -9,7 +9,7 @@ fn mode_of(path: &Path) -> u32 {
     path.metadata().unwrap().permissions().mode() & 0o777
 }
 
-/// `kvring status` of this place by a user, from a directory and a program that everybody may use.
+/// `kvring stat` of this place by a user, from a directory and a program that everybody may use.
 fn status_by(place: &Place, uid: u32, gid: u32) -> Output {
     let open = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     open(place.dir.path(), 0o755);
@@ -17,7 +17,7 @@ fn status_by(place: &Place, uid: u32, gid: u32) -> Output {
     std::fs::copy(KVRING, &program).unwrap();
     open(&program, 0o755);
     let mut command = Command::new(&program);
-    command.args(["status", "--socket", &place.socket().display().to_string()]);
+    command.args(["stat", "--json", "--socket", &place.socket().display().to_string()]);
     command.current_dir("/").uid(uid).gid(gid).stdin(Stdio::null());
     let output = not_busy(|| command.output());
     std::fs::remove_file(program).unwrap();

@@ -21,6 +21,7 @@ use kvring_ipc::config::{EVICTION_POLICIES, EvictionPolicy, Verify};
 use kvring_ipc::key::{BlockKey, Namespace};
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::segment::Segment;
+use kvring_ipc::stats::Stats;
 use kvring_ipc::sync::Ordering;
 use kvring_ipc::wire::{Completion, Grant, Op, Status, Tag};
 
@@ -219,6 +220,8 @@ pub struct World {
     pub polls_count: u64,
     /// What was done.
     pub tally: Tally,
+    /// What the shard shows, once somebody wants to see it.
+    pub stats: Option<Stats>,
 }
 
 fn table_shape(shape: &Shape) -> TableShape {
@@ -278,6 +281,7 @@ impl World {
             after_poll: None,
             polls_count: 0,
             tally: Tally::default(),
+            stats: None,
             shape,
         };
         let geometry = world.geometry();
@@ -374,7 +378,17 @@ impl World {
         self.born_late_permille = if shape.may_crash { [1000, 20, 2][self.chance.below(3) as usize] } else { 1000 };
         shard.bear(0, 0..first).expect("a simulated device registers anything");
         self.shard = Some(shard);
+        if self.stats.is_some() {
+            self.show();
+        }
         self.bear_some();
+    }
+
+    /// From now on the shard shows what it does, in a stats segment that is new with each shard.
+    pub fn show(&mut self) {
+        let stats = Stats::private(1 << 16).expect("memory");
+        self.shard().show_in(stats.clone());
+        self.stats = Some(stats);
     }
 
     /// More of the pool has its pages.

@@ -52,6 +52,8 @@ fn a_shard_s_poll_allocates_and_frees_nothing() {
         // A session's end and a crash are the control plane's business.
         (shape.may_die, shape.may_crash) = (false, false);
         let mut world = World::with_shape(shape, Chance::new(seed));
+        // With all instruments.
+        world.show();
         world.before_poll = Some(|| COUNTING.set(true));
         world.after_poll = Some(|| COUNTING.set(false));
         world.run(2000);

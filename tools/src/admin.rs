@@ -1,4 +1,4 @@
-//! `kvring status`, `kvring config`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
+//! `kvring config`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
 
 use std::time::{Duration, Instant};
 
@@ -28,17 +28,6 @@ fn explained(error: ChannelError, socket: &std::path::Path) -> String {
         ChannelError::TimedOut => format!("the server on {socket} does not answer: it is stopped or hung"),
         error => format!("{socket}: {error}"),
     }
-}
-
-/// Prints the counters.
-pub fn status(args: &AdminArgs) -> Outcome {
-    let socket = args.settings.load()?.config.socket;
-    match ask(&socket, &Request::Stats, PATIENCE).map_err(|error| explained(error, &socket))? {
-        Reply::Stats(stats) => println!("{}", serde_json::to_string_pretty(&stats)?),
-        Reply::Refused { reason, .. } => return Err(reason.into()),
-        reply => return Err(format!("an unexpected answer: {reply:?}").into()),
-    }
-    Ok(())
 }
 
 fn stats(socket: &std::path::Path) -> Result<serde_json::Value, String> {

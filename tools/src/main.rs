@@ -4,6 +4,8 @@ mod admin;
 mod bench;
 mod doctor;
 mod fsck;
+mod metrics;
+mod observe;
 mod replay;
 mod serve;
 mod settings;
@@ -28,8 +30,18 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Measure the rings, the pool, the SSD path and eviction beside their floors and ceilings.
     Bench(bench::BenchArgs),
-    /// Print a running server's counters as JSON.
-    Status(admin::AdminArgs),
+    /// Show all that a server counts, on one screen or as JSON; of one that hangs too.
+    Stat(observe::stat::StatArgs),
+    /// Watch a server: rates, tiers, devices, sessions.
+    Top(observe::top::TopArgs),
+    /// List the sessions, one for each attached process.
+    Sessions(observe::stat::StatArgs),
+    /// List the devices of the SSD tier: what waits, what was moved, how long that took.
+    Devices(observe::stat::StatArgs),
+    /// Explain misses and slow requests: what became of a block, which queue a request waited in.
+    Explain(observe::explain::ExplainArgs),
+    /// Export the last operations for Perfetto or chrome://tracing.
+    Trace(observe::trace::TraceArgs),
     /// Print every setting, its value and where that was said; and what a running server has instead.
     Config(admin::ConfigArgs),
     /// Stop a running server: what is being written is finished.
@@ -59,7 +71,12 @@ fn main() -> std::process::ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Fsck(args) => return fsck::run(&args),
         Command::Doctor(args) => return doctor::run(&args),
-        Command::Status(args) => admin::status(&args),
+        Command::Stat(args) => observe::stat::stat(&args),
+        Command::Top(args) => observe::top::top(&args),
+        Command::Sessions(args) => observe::stat::sessions(&args),
+        Command::Devices(args) => observe::stat::devices(&args),
+        Command::Explain(args) => observe::explain::explain(&args),
+        Command::Trace(args) => observe::trace::trace(&args),
         Command::Config(args) => admin::config(&args),
         Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),
@@ -77,7 +94,7 @@ fn main() -> std::process::ExitCode {
     }
 }
 
-/// `kvring status | head` ends quietly, as other tools do. A server does not end with a pipe.
+/// `kvring stat | head` ends quietly, as other tools do. A server does not end with a pipe.
 #[expect(unsafe_code, reason = "SIGPIPE's default action has no safe binding")]
 fn end_with_the_pipe() {
     // SAFETY: no handler of ours is installed; the default action is the kernel's.

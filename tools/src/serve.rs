@@ -80,7 +80,11 @@ pub fn run(args: ServeArgs) -> Outcome {
             prepared = Prepared::over(&loaded.config, layout.as_ref(), kept)?;
             Ok(prepared.is_some())
         })?;
+        let (listen, socket) = (loaded.config.metrics_listen.clone(), loaded.config.socket.clone());
         let server = Server::new(loaded.config, layout, inheritance, prepared, stop)?;
+        if let Some(listen) = listen {
+            crate::metrics::serve(listen, socket);
+        }
         if server.run() {
             return Ok(());
         }

@@ -15,6 +15,7 @@ use kvring_ipc::events::EventLog;
 use kvring_ipc::layout::Layout;
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::segment::SessionState;
+use kvring_ipc::stats::{ServerState, Stats, Text};
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
 use super::verify::{Survey, Surveyed};
@@ -207,6 +208,7 @@ pub struct Prepared {
     touched: u32,
     cache: Cache,
     events: OwnedFd,
+    stats: Option<(Stats, OwnedFd)>,
 }
 
 impl Prepared {
@@ -271,7 +273,14 @@ impl Prepared {
         let mut cache = Cache::new(&options, host, disk);
         let (log, events) = EventLog::create().map_err(failed("make the event log"))?;
         cache.index.log = Some(log);
-        Ok(Self { layout, geometry, images, pool, table, table_fd, is_kept, touched: 0, cache, events })
+        let stats = config.stats_segment.then(|| Stats::create("kvring-stats", config.recorder_entries));
+        let stats = stats.and_then(|stats| {
+            let told = stats.inspect_err(|errno| {
+                tracing::warn!("no memory for the stats segment ({errno}): `kvring stat` and `explain` show nothing");
+            });
+            told.ok()
+        });
+        Ok(Self { layout, geometry, images, pool, table, table_fd, is_kept, touched: 0, cache, events, stats })
     }
 
     /// Whether it is made over this table.
@@ -322,6 +331,8 @@ pub struct Engine {
     pub suspects: Vec<SessionId>,
     /// The event log, for new sessions.
     pub events: OwnedFd,
+    /// The stats segment, for whoever asks.
+    pub stats: Option<(Stats, OwnedFd)>,
     /// Its counters.
     pub metrics: Arc<Metrics>,
     /// What each device is, for the operator.
@@ -336,7 +347,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Builds everything and starts the shard. What an engine process before this one has `kept` is served
+    /// Builds everything and starts the shard, as the engine process of this epoch. What one before it has `kept` is served
     /// when this returns; what the SSD holds is taken back meanwhile, unless it is to be `forget`. If a pool was let go
     /// right before, it `frees` its memory yet.
     ///
@@ -349,6 +360,7 @@ impl Engine {
         forget: bool,
         kept: Option<Kept>,
         frees: bool,
+        epoch: u64,
     ) -> Result<Self, BuildError> {
         // What a pool takes was available when this was asked for the first time.
         let held = if frees { config.cpu_cache_bytes } else { kept.as_ref().map_or(0, Kept::bytes) };
@@ -356,7 +368,7 @@ impl Engine {
         // The disk first: what can be refused is refused before the pool takes memory.
         let opened = open_files(config, geometry.as_ref(), &layout, on_mismatch)?;
         let prepared = Prepared::new(config, layout, geometry, kept, frees)?;
-        Self::begin(config, prepared, opened, forget)
+        Self::begin(config, prepared, opened, forget, epoch)
     }
 
     /// Starts the shard over what was prepared.
@@ -368,8 +380,9 @@ impl Engine {
         prepared: Prepared,
         opened: Vec<files::DeviceFiles>,
         forget: bool,
+        epoch: u64,
     ) -> Result<Self, BuildError> {
-        let Prepared { layout, geometry, images, pool, table, table_fd, is_kept, touched, mut cache, events } =
+        let Prepared { layout, geometry, images, pool, table, table_fd, is_kept, touched, mut cache, events, stats } =
             prepared;
         let slot_bytes = layout.block_bytes;
         let with_disk = geometry.is_some();
@@ -412,6 +425,21 @@ impl Engine {
         };
         let devices = devices.into_iter().map(|(_, device)| device).collect();
         let mut shard = Shard::new(cache, pool.mapping.clone(), devices, shard_options, metrics.clone());
+        if let Some((stats, _)) = &stats {
+            let text = Text {
+                names: crate::metrics::names(described.len()),
+                version: env!("CARGO_PKG_VERSION").into(),
+                socket: config.socket.display().to_string(),
+                keeper_pid: rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
+                settings: config.as_text(),
+                layout: serde_json::to_value(&layout).unwrap_or_default(),
+                slot_bytes,
+                page_bytes: pool.pages.bytes(),
+                devices: described.clone(),
+            };
+            shard.show_in(stats.clone());
+            begin_stats(stats, text, epoch);
+        }
         if with_disk && config.checksum {
             let (bell, slot_bytes) = (teller.bell.clone(), slot_bytes as usize);
             match Hasher::start(pool.mapping.clone(), slot_bytes, move || doorbells::ring_own(&*bell)) {
@@ -434,6 +462,7 @@ impl Engine {
             to_control,
             bell: teller.bell.clone(),
             metrics: metrics.clone(),
+            stats: stats.as_ref().map(|(stats, _)| stats.clone()),
             polling: config.polling,
             spin_ns: config.spin.as_nanos() as u64,
             resets: Vec::new(),
@@ -458,6 +487,7 @@ impl Engine {
             table_fd,
             suspects,
             events,
+            stats,
             metrics,
             devices: described,
             geometry,
@@ -608,6 +638,17 @@ fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: V
     };
     if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {
         tracing::error!("cannot start a thread to read what the SSD holds: {error}: it is forgotten");
+    }
+}
+
+/// Says in the segment whose it is.
+fn begin_stats(stats: &Stats, mut text: Text, epoch: u64) {
+    let realtime = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let realtime_ns = realtime.tv_sec as u64 * 1_000_000_000 + realtime.tv_nsec as u64;
+    if stats.begin(&text, epoch, monotonic_ns(), realtime_ns).is_err() {
+        // Absurdly long paths: the counters are worth more.
+        (text.settings, text.devices) = Default::default();
+        let _ = stats.begin(&text, epoch, monotonic_ns(), realtime_ns);
     }
 }
 
@@ -794,6 +835,7 @@ struct Runner {
     to_control: Sender<FromShard>,
     bell: Arc<OwnedFd>,
     metrics: Arc<Metrics>,
+    stats: Option<Stats>,
     polling: Polling,
     spin_ns: u64,
     /// Resets whose headers are being written: who asked, how many blocks, until when they wait.
@@ -836,7 +878,9 @@ impl Runner {
             // Once more: what was posted before the announcement was seen rings no bell.
             if self.shard.poll(monotonic_ns()) == 0 && self.for_shard.is_empty() {
                 self.metrics.sleeps_count.add(1);
-                sleeper.sleep(Duration::from_nanos(self.shard.sleep_ns_max()));
+                let ns_max = self.shard.sleep_ns_max();
+                self.shard.tell_sleep(monotonic_ns() + ns_max);
+                sleeper.sleep(Duration::from_nanos(ns_max));
             }
             self.shard.retract_sleep();
             last_work_ns = monotonic_ns();
@@ -930,6 +974,10 @@ impl Runner {
             if self.shard.poll(monotonic_ns()) == 0 {
                 std::thread::yield_now();
             }
+        }
+        if let Some(stats) = &self.stats {
+            let handed_over = state == SessionState::HandedOver;
+            stats.set_state(if handed_over { ServerState::HandedOver } else { ServerState::Stopped });
         }
     }
 }

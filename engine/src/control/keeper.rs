@@ -71,6 +71,9 @@ pub enum ToEngine {
 pub enum ToKeeper {
     /// Keep these: a pool and its table come beside it.
     Keep,
+    /// Keep this, and the one before it: a stats segment comes beside it. What an engine process has done last is to
+    /// be read after its death.
+    KeepStats,
     /// Let go of what is kept: it is not what is asked for now.
     LetGo,
     /// It has prepared itself, and waits for its beginning.
@@ -166,6 +169,9 @@ const DEATHS: [i32; 2] = [101, 70];
 /// Between the deaths of engine processes and their successors, where they follow one another fast.
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
+/// Stats segments held: of the engine process that serves, and of the one before it.
+const STATS_KEPT: usize = 2;
+
 /// The keeper.
 pub struct Keeper {
     config: Config,
@@ -181,6 +187,8 @@ pub struct Keeper {
     fell_back: bool,
     socket_id: (u64, u64),
     kept: Option<[OwnedFd; 2]>,
+    /// Stats segments of the last engine processes, the latest last. Held for others to read (`/proc/PID/fd`).
+    stats: VecDeque<OwnedFd>,
     /// Somebody wants an engine process of the program file as it is now, and none was started since.
     wanted: bool,
 }
@@ -301,6 +309,7 @@ impl Keeper {
             fell_back: false,
             socket_id: id_of(&path),
             kept: None,
+            stats: VecDeque::new(),
             wanted: false,
         })
     }
@@ -559,6 +568,10 @@ impl Keeper {
                 Err(_) => tracing::error!("the pool came without its descriptors: the last one is kept"),
             },
             Ok((ToKeeper::LetGo, _)) => self.let_go(),
+            Ok((ToKeeper::KeepStats, fds)) => {
+                self.stats.extend(fds);
+                self.stats.drain(..self.stats.len().saturating_sub(STATS_KEPT));
+            }
             Ok((ToKeeper::Serving, _)) => *served = true,
             Ok((ToKeeper::Upgrade, _)) => self.wanted = true,
             Ok((ToKeeper::Ready { .. }, _)) => {}

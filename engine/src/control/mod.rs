@@ -260,14 +260,15 @@ impl Server {
             }
         });
         let frees = had_pool && kept.is_none();
-        let engine = Engine::start(&self.config, layout, on_mismatch, self.forget_at_start, kept, frees)?;
+        let (forget, epoch) = (self.forget_at_start, self.inheritance.epoch);
+        let engine = Engine::start(&self.config, layout, on_mismatch, forget, kept, frees, epoch)?;
         self.has_engine(engine);
         Ok(())
     }
 
     fn begin_engine(&mut self, on_mismatch: OnMismatch, prepared: Prepared) -> Result<(), BuildError> {
         let files = prepared.open_files(&self.config, on_mismatch)?;
-        let engine = Engine::begin(&self.config, prepared, files, false)?;
+        let engine = Engine::begin(&self.config, prepared, files, false, self.inheritance.epoch)?;
         self.has_engine(engine);
         Ok(())
     }
@@ -276,6 +277,9 @@ impl Server {
         self.next_session = engine.table.last_session();
         // From now on a death of this process costs nothing that is in the pool.
         let _ = self.inheritance.channel.send(&ToKeeper::Keep, &[engine.pool.fd.as_fd(), engine.table_fd.as_fd()]);
+        if let Some((_, stats)) = &engine.stats {
+            let _ = self.inheritance.channel.send(&ToKeeper::KeepStats, &[stats.as_fd()]);
+        }
         for session in &engine.suspects {
             self.await_former(&engine, *session);
         }
@@ -540,6 +544,25 @@ impl Server {
                 self.reply(number, &Reply::Stats(self.stats()));
                 self.drop_if_no_session(number);
             }
+            Request::StatsSegment => {
+                let stats = self.engine.as_ref().and_then(|engine| engine.stats.as_ref());
+                let refusal = match (self.is_same_user(number), stats) {
+                    // It names what others store.
+                    (false, _) => Refusal::for_good("only the server's user may read its stats segment".into()),
+                    (true, None) if !self.config.stats_segment => {
+                        Refusal::for_good("stats_segment = off: this server shows nothing; start it with on".into())
+                    }
+                    (true, None) => Refusal::for_now("there is nothing yet: no worker has attached".into()),
+                    (true, Some((_, stats))) => {
+                        if let Some(connection) = self.connections.get(&number) {
+                            let _ = connection.channel.send(&Reply::StatsSegment, &[stats.as_fd()]);
+                        }
+                        return self.drop_if_no_session(number);
+                    }
+                };
+                self.reply(number, &refusal.into_reply());
+                self.drop_if_no_session(number);
+            }
             Request::Reset => match &self.engine {
                 _ if !self.is_same_user(number) => {
                     self.reply(number, &Refusal::for_good("only the server's user may reset it".into()).into_reply());
@@ -689,7 +712,7 @@ impl Server {
             self.free_session_id().ok_or_else(|| Refusal::for_now(format!("all {SESSIONS_MAX} sessions are taken")))?;
         let instance = self.instance_of(attach, peer.pid.as_raw_nonzero().get());
         let moves_blocks = attach.layout.is_some();
-        self.open_session(number, id, instance, attach.rank, moves_blocks, peer).map_err(|errno| {
+        self.open_session(number, id, instance, attach, moves_blocks, peer).map_err(|errno| {
             self.leave_instance(instance);
             Refusal::for_now(format!("no session can be made: {errno}"))
         })
@@ -750,7 +773,7 @@ impl Server {
         number: u64,
         id: SessionId,
         instance: u32,
-        rank: u32,
+        attach: &Attach,
         moves_blocks: bool,
         peer: Peer,
     ) -> rustix::io::Result<()> {
@@ -784,9 +807,10 @@ impl Server {
         if connection.channel.send(&Reply::Welcome(welcome), &fds).is_err() {
             return Err(rustix::io::Errno::PIPE);
         }
-        let writer = Writer { session: id, instance, rank };
+        let writer = Writer { session: id, instance, rank: attach.rank };
         let mut session = Box::new(Session::new(writer, segment, Some(bell)));
         session.moves_blocks = moves_blocks;
+        (session.pid, session.instance_id) = (pid.unsigned_abs(), attach.instance_id);
         connection.session = Some(Attached { id, instance, peer, goodbye: false, hung_up: false, died: false });
         engine.tell(ToShard::Attach(session));
         Ok(())

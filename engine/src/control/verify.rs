@@ -68,7 +68,7 @@ pub struct VerifyState {
 }
 
 impl VerifyState {
-    /// For `kvring status`.
+    /// For `kvring stat`.
     pub fn as_json(&self) -> serde_json::Value {
         let n = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         serde_json::json!({

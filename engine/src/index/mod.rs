@@ -14,6 +14,7 @@ pub mod table;
 
 use kvring_ipc::events::{Event, EventLog};
 use kvring_ipc::key::BlockKey;
+use kvring_ipc::recorder::{Recorder, What};
 
 use crate::planted::{self, Bug};
 use evict::Evict;
@@ -154,6 +155,8 @@ pub struct Index {
     pub dropped_slots: Vec<(Tier, u32)>,
     /// Tells whoever listens what can be matched.
     pub log: Option<EventLog>,
+    /// Remembers what became of blocks, for whoever asks why one is not there.
+    pub recorder: Recorder,
 }
 
 /// What an index is made for.
@@ -186,6 +189,7 @@ impl Index {
             next_slot: 0,
             dropped_slots: Vec::with_capacity(options.host_slots as usize + options.disk_slots as usize),
             log: None,
+            recorder: Recorder::default(),
         }
     }
 
@@ -199,6 +203,11 @@ impl Index {
         let block = &self.blocks[id.0 as usize];
         debug_assert!(block.in_use);
         block
+    }
+
+    /// The key of a block, or of the one that has its place by now.
+    pub fn key_of(&self, id: BlockId) -> BlockKey {
+        self.blocks[id.0 as usize].key
     }
 
     fn block_mut(&mut self, id: BlockId) -> &mut Block {
@@ -384,6 +393,7 @@ impl Index {
                 (block.detached, block.visible) = (true, false);
                 let (has_children, first_child) = (block.has_children(), block.first_child);
                 count += 1;
+                self.recorder.forgotten(key);
                 if was_visible {
                     self.told_gone(key);
                 }
@@ -511,7 +521,10 @@ impl Index {
         self.fetch_after(tier, id);
         let slot = self.leave(tier, id);
         let block = self.block(id);
-        if block.presence == [Presence::Absent; 2] {
+        let (key, is_gone) = (block.key, block.presence == [Presence::Absent; 2]);
+        self.recorder.block(What::Evicted, key, tier as u8, u32::from(!is_gone));
+        let block = self.block(id);
+        if is_gone {
             // A leaf without lease or pin, by `may_leave`: it goes at once.
             let Block { key, detached, visible, .. } = *block;
             if !detached {

@@ -1,5 +1,6 @@
 //! Loads under way: a fixed table, and for each slot being read the loads that wait for it.
 
+use kvring_ipc::key::BlockKey;
 use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Grant, LeaseId, Tag};
 
 use crate::index::BlockId;
@@ -29,6 +30,14 @@ pub struct Load {
     pub next: u32,
     /// Blocks that were answered.
     pub answered: u32,
+    /// Of those, blocks that it got.
+    pub served: u32,
+    /// Whether some were read from the disk.
+    pub from_disk: bool,
+    /// When it was picked up.
+    pub began_ns: u64,
+    /// Key of its first block.
+    pub key: BlockKey,
     /// Completions it may still need.
     pub rooms: u32,
     /// When its unstarted blocks are answered busy.
@@ -51,6 +60,10 @@ pub struct Asked {
     pub instance: u32,
     /// Depth of its first block.
     pub first: u32,
+    /// Now.
+    pub now_ns: u64,
+    /// Key of its first block.
+    pub key: BlockKey,
     /// When its unstarted blocks are answered busy.
     pub deadline_ns: u64,
 }
@@ -87,6 +100,10 @@ impl Loads {
             count: 0,
             next: 0,
             answered: 0,
+            served: 0,
+            from_disk: false,
+            began_ns: 0,
+            key: BlockKey::default(),
             rooms: 0,
             deadline_ns: 0,
             cancelled: false,
@@ -125,6 +142,10 @@ impl Loads {
             count,
             next: 0,
             answered: 0,
+            served: 0,
+            from_disk: false,
+            began_ns: asked.now_ns,
+            key: asked.key,
             rooms: count,
             deadline_ns: asked.deadline_ns,
             cancelled: false,

@@ -11,13 +11,16 @@ pub mod transfer;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvring_ipc::config::Verify;
 use kvring_ipc::doorbell;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
+use kvring_ipc::recorder::{Cause, Entry, Refusal, What};
 use kvring_ipc::ring::Poisoned;
 use kvring_ipc::segment::SessionState;
+use kvring_ipc::stats::{self, SESSION_HISTOGRAM, Stats};
 use kvring_ipc::wire::{
     BATCH_BLOCKS_MAX, Completion, GRANTS_PER_ENTRY, Grant, LeaseId, Op, Span, Status, Submission, Tag,
 };
@@ -31,7 +34,9 @@ use crate::limits::{
     DEVICE_BUDGET, HOUSEKEEPING_NS, LEASES_MAX, LOADS_PER_SESSION_MAX, PREFETCH_AHEAD_MAX, SESSION_BUDGET,
     SESSIONS_MAX, SHARE_SLOTS_MIN,
 };
-use crate::metrics::Metrics;
+use crate::metrics::{
+    DeviceColumn, DeviceHistogram, Metrics, SERVICE_SAMPLE, SessionColumn, ShardHistogram, device_histogram,
+};
 use crate::planted::{self, Bug};
 use crate::tier::host::{SessionId, Writer};
 use crate::tier::piece::HeaderPiece;
@@ -93,7 +98,16 @@ pub struct Shard<D> {
     /// Makes the checksums of write-backs; without it they are made here.
     hasher: Option<Hasher>,
     metrics: Arc<Metrics>,
+    /// Where all that can be read by others is shown.
+    stats: Option<Stats>,
     options: ShardOptions,
+    /// The moment of this round.
+    now_ns: u64,
+    requests_count: u64,
+    /// Since when the request that is being served is, if it is one whose time is taken.
+    timed_since_ns: Option<u64>,
+    /// The next of the live sessions whose levels are shown.
+    shown: usize,
     done: Vec<Done>,
     landed: Vec<Landed>,
     scratch: Box<[u8]>,
@@ -113,6 +127,22 @@ const VERIFICATIONS_MAX: u32 = 2;
 const RECOVERY_BUDGET: u32 = 128;
 /// verify = sampled: one block in this many, by its key.
 const SAMPLE: u64 = 16;
+
+/// Sessions whose levels are shown in one round.
+const SHOWN_MAX: usize = 64;
+
+/// How a request was answered.
+#[derive(Debug, Clone, Copy)]
+struct Answer {
+    op: Op,
+    tag: Tag,
+    status: Status,
+    key: BlockKey,
+    count: u32,
+    part: u32,
+    /// When it was picked up, if that was not just now.
+    began_ns: Option<u64>,
+}
 
 /// Consecutive blocks of one request with one fate, on their way into one completion.
 struct Run {
@@ -166,7 +196,12 @@ impl<D: Device> Shard<D> {
             dirty: VecDeque::with_capacity(host_slots as usize),
             hasher: None,
             metrics,
+            stats: None,
             options,
+            now_ns: 0,
+            requests_count: 0,
+            timed_since_ns: None,
+            shown: 0,
             done: Vec::with_capacity(DEVICE_BUDGET),
             landed: Vec::with_capacity(DEVICE_BUDGET),
             scratch: vec![0; checksum::SCRATCH_BYTES].into_boxed_slice(),
@@ -180,6 +215,12 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    /// All that others may see is shown in this segment from now on.
+    pub fn show_in(&mut self, stats: Stats) {
+        self.cache.index.recorder = stats.recorder();
+        self.stats = Some(stats);
+        self.tell_levels();
+    }
     /// The checksums of write-backs are made beside the shard from now on.
     pub fn hash_beside(&mut self, hasher: Hasher) {
         self.hasher = Some(hasher);
@@ -315,9 +356,77 @@ impl<D: Device> Shard<D> {
     pub fn attach(&mut self, session: Box<Session>) {
         let at = session.writer.session.0 as usize % SESSIONS_MAX;
         assert!(self.sessions[at].is_none(), "a session's place is its own");
+        self.begin_row(at, &session);
         self.sessions[at] = Some(session);
         self.live.push(at);
         self.divide();
+    }
+
+    fn begin_row(&mut self, at: usize, session: &Session) {
+        let now_ns = self.now_ns;
+        let id = session.writer.session.0;
+        self.tally(at, |row| {
+            row.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+            let set = |column: SessionColumn, value: u64| row[column as usize].store(value, Ordering::Relaxed);
+            set(SessionColumn::Session, u64::from(id));
+            set(SessionColumn::InstanceId, u64::from(session.instance_id));
+            set(SessionColumn::Pid, u64::from(session.pid));
+            set(SessionColumn::Rank, u64::from(session.writer.rank));
+            set(SessionColumn::AttachedNs, now_ns);
+            set(SessionColumn::Live, 1);
+        });
+        let recorder = &mut self.cache.index.recorder;
+        recorder.record(Entry { session: id, count: session.pid, ..Entry::plain(What::Attached, now_ns) });
+    }
+
+    /// Does something with a session's row, if anybody can see it.
+    fn tally(&self, at: usize, tell: impl FnOnce(&[AtomicU64])) {
+        if let Some(stats) = &self.stats {
+            tell(stats.session(at));
+        }
+    }
+
+    /// A request was answered in full: `part` of its `count` blocks were served.
+    fn answered(&mut self, at: usize, answer: Answer) {
+        let Some(stats) = &self.stats else { return };
+        let Answer { op, tag, status, key, count, part, began_ns } = answer;
+        let took_ns = match (began_ns, self.timed_since_ns) {
+            (Some(began_ns), _) => self.now_ns.saturating_sub(began_ns),
+            (None, Some(since_ns)) => (self.options.clock)().saturating_sub(since_ns),
+            (None, None) => 0,
+        };
+        let session = self.sessions[at].as_ref().map_or(u32::MAX, |session| session.writer.session.0);
+        let at_ns = self.now_ns;
+        let row = stats.session(at);
+        row[SessionColumn::LastRequestNs as usize].store(at_ns, Ordering::Relaxed);
+        let add = |column: SessionColumn, count: u32| stats::add(&row[column as usize], u64::from(count));
+        match op {
+            Op::Match => {
+                add(SessionColumn::Matches, 1);
+                add(SessionColumn::BlocksRequested, count);
+                add(SessionColumn::BlocksHit, part);
+            }
+            Op::Load => {
+                add(SessionColumn::Loads, 1);
+                stats::add(&row[SessionColumn::LoadNsSum as usize], took_ns);
+                let max = &row[SessionColumn::LoadNsMax as usize];
+                max.store(max.load(Ordering::Relaxed).max(took_ns), Ordering::Relaxed);
+                stats::add(&row[SESSION_HISTOGRAM + stats::session_bucket(took_ns)], 1);
+            }
+            _ => {}
+        }
+        let entry = Entry {
+            op: op as u8,
+            status: status as u8,
+            session,
+            tag: tag.0,
+            key,
+            count,
+            part,
+            took_ns,
+            ..Entry::plain(What::Answered, at_ns)
+        };
+        self.cache.index.recorder.record(entry);
     }
 
     /// Each instance may use an equal part of the pool at once: what one holds, the others do not need.
@@ -363,6 +472,9 @@ impl<D: Device> Shard<D> {
         }
         self.live.retain(|live| *live != at);
         let ended = self.sessions[at].take();
+        self.tally(at, |row| row[SessionColumn::Live as usize].store(0, Ordering::Relaxed));
+        let recorder = &mut self.cache.index.recorder;
+        recorder.record(Entry { session: id.0, detail: end as u8, ..Entry::plain(What::Ended, now_ns) });
         self.divide();
         ended
     }
@@ -402,6 +514,7 @@ impl<D: Device> Shard<D> {
     /// Does at most one budget of everything. Says how much was done: 0 is idle.
     pub fn poll(&mut self, now_ns: u64) -> u32 {
         let mut work = 0;
+        self.is_now(now_ns);
         self.verifications_left = VERIFICATIONS_MAX;
         // Those that wait are older than those that come.
         if self.hungry_count > 0 {
@@ -434,6 +547,16 @@ impl<D: Device> Shard<D> {
             }
         }
         work
+    }
+
+    fn is_now(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+        self.cache.index.recorder.now_ns = now_ns;
+        // What is not done for a request is done for nobody.
+        self.cache.index.recorder.serves = (u32::MAX, 0);
+        for transfers in &mut self.devices {
+            transfers.now_ns = now_ns;
+        }
     }
 
     fn recover(&mut self) -> u32 {
@@ -513,6 +636,11 @@ impl<D: Device> Shard<D> {
             return Ok(false);
         }
         session.submissions.take();
+        let op = submission.op();
+        self.cache.index.recorder.serves = (session.writer.session.0, tag.0);
+        self.requests_count += 1;
+        let is_timed = self.stats.is_some() && self.requests_count.is_multiple_of(SERVICE_SAMPLE);
+        self.timed_since_ns = is_timed.then(|| (self.options.clock)());
         match submission {
             Submission::Ping => {
                 let payload = [(self.options.clock)(), 0, 0, 0, 0, 0];
@@ -530,6 +658,17 @@ impl<D: Device> Shard<D> {
             Submission::Commit { grants } => self.answer_commit(at, tag, grants),
             Submission::Abort { grants } => self.answer_abort(at, tag, grants),
             Submission::Cancel { target } => self.answer_cancel(at, tag, target, now_ns),
+        }
+        if let (Some(since_ns), Some(stats)) = (self.timed_since_ns.take(), &self.stats) {
+            let histogram = match op {
+                Op::Match => ShardHistogram::ServiceMatch,
+                Op::Load => ShardHistogram::ServiceLoad,
+                Op::Reserve => ShardHistogram::ServiceReserve,
+                Op::Commit => ShardHistogram::ServiceCommit,
+                _ => ShardHistogram::ServiceOther,
+            };
+            let took_ns = (self.options.clock)().saturating_sub(since_ns);
+            stats.histogram(histogram as usize).record(took_ns);
         }
         Ok(true)
     }
@@ -559,7 +698,12 @@ impl<D: Device> Shard<D> {
             Ok(None) => {}
             Err(status) => completion.status = status,
         }
+        // What was missing, or what was there.
+        let named = if completion.count < keys.count { completion.count } else { 0 };
+        let key = if self.stats.is_some() { session.segment.read_key(keys, named) } else { BlockKey::default() };
         session.complete(&completion);
+        let (status, part) = (completion.status, completion.count);
+        self.answered(at, Answer { op: Op::Match, tag, status, key, count: keys.count, part, began_ns: None });
     }
 
     fn begin_load(&mut self, at: usize, tag: Tag, lease: LeaseId, first: u32, keys: Span, now_ns: u64) {
@@ -575,11 +719,13 @@ impl<D: Device> Shard<D> {
         if let Err(status) = covered {
             session.complete(&Completion { count: keys.count, ..Completion::plain(tag, Some(Op::Load), status) });
             session.give_back(keys.count - 1);
+            let (key, count) = (self.keys[0], keys.count);
+            self.answered(at, Answer { op: Op::Load, tag, status, key, count, part: 0, began_ns: None });
             return;
         }
         session.loads_count += 1;
         let deadline_ns = now_ns + self.options.load_wait_ns;
-        let asked = Asked { tag, session: at, lease, instance, first, deadline_ns };
+        let asked = Asked { tag, session: at, lease, instance, first, now_ns, key: self.keys[0], deadline_ns };
         let load = self.loads.begin(asked, &self.blocks[..count]);
         self.hungry_count += 1;
         self.advance_load(load, now_ns);
@@ -640,6 +786,7 @@ impl<D: Device> Shard<D> {
                 Status::Ok => self.metrics.load_blocks_dram_count.add(1),
                 _ => self.metrics.load_blocks_miss_count.add(1),
             }
+            self.tell_loaded(load.session, load.tag, block, status, SessionColumn::LoadedDram);
             if let Some(closed) = run.add(index, status, grant) {
                 self.answer_load(at, closed);
             }
@@ -648,6 +795,22 @@ impl<D: Device> Shard<D> {
         self.hungry_count -= u32::from(next == load.count);
         if run.completion.count > 0 {
             self.answer_load(at, run.completion);
+        }
+    }
+
+    /// A block of a load was answered.
+    fn tell_loaded(&mut self, at: Option<usize>, tag: Tag, block: BlockId, status: Status, from: SessionColumn) {
+        let (Some(stats), Some(at)) = (&self.stats, at) else { return };
+        let column = if status == Status::Ok { from } else { SessionColumn::Missed };
+        stats::add(&stats.session(at)[column as usize], 1);
+        let session = self.sessions[at].as_ref().filter(|_| status != Status::Ok);
+        if let Some(session) = session.map(|session| session.writer.session.0) {
+            // Without its lease the block may be another by now.
+            let key = if status == Status::Stale { BlockKey::default() } else { self.cache.index.key_of(block) };
+            let (tag, detail) = (tag.0, status as u8);
+            let at_ns = self.now_ns;
+            let entry = Entry { session, tag, key, detail, ..Entry::plain(What::Missed, at_ns) };
+            self.cache.index.recorder.record(entry);
         }
     }
 
@@ -695,7 +858,12 @@ impl<D: Device> Shard<D> {
     fn answer_load(&mut self, at: u32, mut completion: Completion) {
         let load = self.loads.get(at);
         load.answered += completion.count;
+        load.from_disk |= completion.from_disk;
+        if completion.status == Status::Ok {
+            load.served += completion.count;
+        }
         completion.last = load.answered == load.count;
+        let ended = *load;
         let session = load.session.and_then(|index| self.sessions[index].as_deref_mut());
         if let Some(session) = session {
             session.complete(&completion);
@@ -707,7 +875,22 @@ impl<D: Device> Shard<D> {
         }
         if completion.last {
             self.loads.end(at);
+            self.tell_load(&ended);
         }
+    }
+
+    fn tell_load(&mut self, load: &load::Load) {
+        let Some(stats) = &self.stats else { return };
+        let tier = if load.from_disk { ShardHistogram::LoadSsd } else { ShardHistogram::LoadDram };
+        stats.histogram(tier as usize).record(self.now_ns.saturating_sub(load.began_ns));
+        let Some(at) = load.session else { return };
+        let status = match (load.served == load.count, load.cancelled) {
+            (true, _) => Status::Ok,
+            (false, true) => Status::Cancelled,
+            (false, false) => Status::Miss,
+        };
+        let (op, tag, key, began_ns) = (Op::Load, load.tag, load.key, Some(load.began_ns));
+        self.answered(at, Answer { op, tag, status, key, count: load.count, part: load.served, began_ns });
     }
 
     /// Queues the read of a block that is on the disk only. The host slot it goes to, if there is one.
@@ -782,6 +965,7 @@ impl<D: Device> Shard<D> {
         let mut run = Run::new(tag, Op::Reserve);
         let mut parent = self.cache.parent(parent, first);
         let mut next_key = session.segment.read_key(keys, 0);
+        let (first_key, mut granted) = (next_key, 0);
         for index in 0..keys.count {
             let key = next_key;
             if index + 1 < keys.count {
@@ -793,6 +977,10 @@ impl<D: Device> Shard<D> {
                 Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer, may_take),
                 Err(NoParent) => (Reserve::Dropped, None),
             };
+            if reserve == Reserve::Dropped {
+                let why = if parent.is_err() { Refusal::NoParent } else { Refusal::NoRoom };
+                self.cache.index.recorder.block(What::Dropped, key, why as u8, 0);
+            }
             // What follows a block that is not there has no parent.
             parent = block.map(Some).ok_or(NoParent);
             let (status, grant) = match reserve {
@@ -800,18 +988,34 @@ impl<D: Device> Shard<D> {
                 Reserve::Present => (Status::Present, None),
                 Reserve::Dropped => (Status::Dropped, None),
             };
-            match status {
-                Status::Ok => self.metrics.reserve_blocks_count.add(1),
-                Status::Present => self.metrics.reserve_blocks_present_count.add(1),
-                _ => self.metrics.reserve_blocks_dropped_count.add(1),
+            let column = match status {
+                Status::Ok => {
+                    granted += 1;
+                    self.metrics.reserve_blocks_count.add(1);
+                    SessionColumn::Reserved
+                }
+                Status::Present => {
+                    self.metrics.reserve_blocks_present_count.add(1);
+                    SessionColumn::Present
+                }
+                _ => {
+                    self.metrics.reserve_blocks_dropped_count.add(1);
+                    SessionColumn::Dropped
+                }
+            };
+            if let Some(stats) = &self.stats {
+                stats::add(&stats.session(at)[column as usize], 1);
             }
             if let Some(closed) = run.add(index, status, grant) {
                 session.complete(&closed);
                 rooms -= 1;
             }
         }
-        session.complete(&Completion { last: true, ..run.completion });
+        let completion = Completion { last: true, ..run.completion };
+        session.complete(&completion);
         session.give_back(rooms - 1);
+        let (key, status, count) = (first_key, completion.status, keys.count);
+        self.answered(at, Answer { op: Op::Reserve, tag, status, key, count, part: granted, began_ns: None });
     }
 
     fn answer_commit(&mut self, at: usize, tag: Tag, grants: Span) {
@@ -823,6 +1027,9 @@ impl<D: Device> Shard<D> {
             taken += 1;
             let Some(block) = complete else { continue };
             self.metrics.commit_blocks_count.add(1);
+            self.tally(at, |row| stats::add(&row[SessionColumn::Committed as usize], 1));
+            let key = self.cache.index.key_of(block);
+            self.cache.index.recorder.block(What::Stored, key, 0, 0);
             if self.is_verified_always(block) {
                 let data_crc = self.checksum_of(grant.slot);
                 self.cache.set_host_crc(grant.slot, block, data_crc);
@@ -839,6 +1046,8 @@ impl<D: Device> Shard<D> {
         if let Some(session) = self.sessions[at].as_deref_mut() {
             session.complete(&Completion { payload, ..Completion::plain(tag, Some(Op::Commit), status) });
         }
+        let (key, count) = (BlockKey::default(), grants.count);
+        self.answered(at, Answer { op: Op::Commit, tag, status, key, count, part: taken as u32, began_ns: None });
     }
 
     fn answer_abort(&mut self, at: usize, tag: Tag, grants: Span) {
@@ -873,6 +1082,10 @@ impl<D: Device> Shard<D> {
         let mut done = std::mem::take(&mut self.done);
         self.devices[at].device.poll(now_ns, DEVICE_BUDGET, &mut done);
         let count = done.len() as u32;
+        if count > 0 && self.stats.is_some() {
+            // What a device took is known to more than a round.
+            self.is_now((self.options.clock)().max(now_ns));
+        }
         let mut landed = std::mem::take(&mut self.landed);
         landed.extend(done.drain(..).filter_map(|done| self.devices[at].land(done)));
         self.done = done;
@@ -883,11 +1096,18 @@ impl<D: Device> Shard<D> {
         for landed in landed.drain(..) {
             match landed.purpose {
                 Purpose::Read { block, host_slot, disk_slot } => {
-                    self.end_read(block, host_slot, disk_slot, landed.good)
+                    let sound = self.end_read(block, host_slot, disk_slot, landed.good);
+                    self.tell_moved(at, &landed, What::Read, block, sound);
                 }
-                Purpose::Write { block } => self.end_write(block, landed.good),
+                Purpose::Write { block } => {
+                    self.tell_moved(at, &landed, What::Written, block, landed.good);
+                    self.end_write(block, landed.good);
+                }
                 Purpose::Header { sector } => {
                     self.metrics.ssd_header_writes_count.add(1);
+                    if let Some(stats) = &self.stats {
+                        stats::add(&stats.device(at)[DeviceColumn::HeaderWrites as usize], 1);
+                    }
                     if !landed.good {
                         self.metrics.ssd_write_errors_count.add(1);
                     }
@@ -902,9 +1122,45 @@ impl<D: Device> Shard<D> {
         count
     }
 
+    fn tell_moved(&mut self, device: usize, landed: &Landed, what: What, block: BlockId, good: bool) {
+        let Some(stats) = &self.stats.as_ref().filter(|_| device < stats::DEVICE_ROWS) else { return };
+        let Landed { queued_ns, begun_ns, .. } = *landed;
+        let row = stats.device(device);
+        let add = |column: DeviceColumn, count: u64| stats::add(&row[column as usize], count);
+        let took = |since_ns: u64| self.now_ns.saturating_sub(since_ns);
+        let record = |histogram, ns| stats.histogram(device_histogram(device, histogram)).record(ns);
+        add(DeviceColumn::Errors, u64::from(!good));
+        let bytes = if landed.good { self.options.slot_bytes } else { 0 };
+        if what == What::Read {
+            record(DeviceHistogram::ReadQueue, begun_ns.saturating_sub(queued_ns));
+            record(DeviceHistogram::Read, took(begun_ns));
+            add(DeviceColumn::Reads, 1);
+            add(DeviceColumn::ReadBytes, bytes);
+        } else {
+            record(DeviceHistogram::Write, took(begun_ns));
+            add(DeviceColumn::Writes, 1);
+            add(DeviceColumn::WriteBytes, bytes);
+        }
+        let waited_us = u32::try_from(begun_ns.saturating_sub(queued_ns) / 1000).unwrap_or(u32::MAX);
+        let (session, tag) = self.cache.index.recorder.serves;
+        let entry = Entry {
+            detail: device as u8,
+            session,
+            tag,
+            key: self.cache.index.key_of(block),
+            count: waited_us,
+            part: u32::from(good),
+            took_ns: took(queued_ns),
+            ..Entry::plain(what, self.now_ns)
+        };
+        self.cache.index.recorder.record(entry);
+    }
+
     /// A block has come from the disk, or has not: its bytes are compared with what was written, and
-    /// all that wait for it are answered.
-    fn end_read(&mut self, block: BlockId, host_slot: u32, disk_slot: u32, moved: bool) {
+    /// all that wait for it are answered. Says whether they were.
+    fn end_read(&mut self, block: BlockId, host_slot: u32, disk_slot: u32, moved: bool) -> bool {
+        self.cache.index.recorder.serves = (u32::MAX, 0);
+        self.cache.index.recorder.cause = if moved { Cause::SsdChecksum } else { Cause::SsdRead };
         let bytes = self.options.slot_bytes;
         if moved {
             self.metrics.ssd_read_bytes.add(bytes);
@@ -934,6 +1190,9 @@ impl<D: Device> Shard<D> {
                 continue;
             }
             let load = *self.loads.get(at);
+            if let Some(session) = load.session.and_then(|at| self.sessions[at].as_deref()) {
+                self.cache.index.recorder.serves = (session.writer.session.0, load.tag.0);
+            }
             let grant =
                 if wanted { self.cache.loan(load.lease, load.instance, load.first + index, block) } else { None };
             let status = if grant.is_some() { Status::Ok } else { Status::Miss };
@@ -941,6 +1200,7 @@ impl<D: Device> Shard<D> {
                 Status::Ok => self.metrics.load_blocks_ssd_count.add(1),
                 _ => self.metrics.load_blocks_miss_count.add(1),
             }
+            self.tell_loaded(load.session, load.tag, block, status, SessionColumn::LoadedSsd);
             let mut payload = [0; GRANTS_PER_ENTRY];
             payload[0] = grant.map_or(0, Grant::to_word);
             let completion = Completion {
@@ -956,6 +1216,7 @@ impl<D: Device> Shard<D> {
         if held {
             self.cache.unpin(block);
         }
+        good
     }
 
     fn end_write(&mut self, block: BlockId, good: bool) {
@@ -1042,6 +1303,8 @@ impl<D: Device> Shard<D> {
 
     /// Brings the gauges up to date.
     fn tell_levels(&mut self) {
+        self.show_sessions();
+        self.show_devices();
         let m = &*self.metrics;
         let evicted = std::mem::take(&mut self.cache.evicted);
         m.evict_host_count.add(evicted.host);
@@ -1055,6 +1318,46 @@ impl<D: Device> Shard<D> {
         if let Some(disk) = &self.cache.disk {
             m.ssd_slots_count.set(u64::from(disk.geometry().slots_count()));
             m.ssd_slots_free_count.set(disk.free_count() as u64);
+        }
+        if let Some(stats) = &self.stats {
+            m.copy_to(stats.counters());
+            stats.beat(self.now_ns, 0);
+        }
+    }
+
+    /// Shows how full the rings of some sessions are; of the others, the next time.
+    fn show_sessions(&mut self) {
+        let Some(stats) = &self.stats else { return };
+        for _ in 0..self.live.len().min(SHOWN_MAX) {
+            self.shown = (self.shown + 1) % self.live.len();
+            let at = self.live[self.shown];
+            let Some(session) = self.sessions[at].as_deref() else { continue };
+            let row = stats.session(at);
+            let set =
+                |column: SessionColumn, value: u32| row[column as usize].store(u64::from(value), Ordering::Relaxed);
+            let [submissions, completions] = session.waiting();
+            set(SessionColumn::SubmissionsWaiting, submissions);
+            set(SessionColumn::CompletionsWaiting, completions);
+            set(SessionColumn::LoadsInflight, session.loads_count);
+            set(SessionColumn::Leases, self.cache.leases.held(session.writer.session));
+            set(SessionColumn::Loans, self.cache.leases.loaned(session.writer.session));
+            set(SessionColumn::Ended, u32::from(session.ended));
+        }
+    }
+
+    fn show_devices(&self) {
+        let Some(stats) = &self.stats else { return };
+        for (at, transfers) in self.devices.iter().enumerate().take(stats::DEVICE_ROWS) {
+            for (word, level) in stats.device(at).iter().zip(transfers.levels()) {
+                word.store(u64::from(level), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The shard sleeps, until then at the latest.
+    pub fn tell_sleep(&self, until_ns: u64) {
+        if let Some(stats) = &self.stats {
+            stats.beat(self.now_ns, until_ns);
         }
     }
 

@@ -4,8 +4,9 @@ use std::os::fd::OwnedFd;
 
 use kvring_ipc::bell::ring;
 use kvring_ipc::doorbell;
-use kvring_ipc::ring::{Consumer, Poisoned, Producer};
+use kvring_ipc::ring::{Consumer, Poisoned, Producer, RingMemory};
 use kvring_ipc::segment::{RingView, Segment, SessionState};
+use kvring_ipc::sync::Ordering;
 use kvring_ipc::wire::Completion;
 
 use crate::tier::host::Writer;
@@ -28,6 +29,10 @@ pub struct Session {
     pub moves_blocks: bool,
     /// Our end of the bell: watched by whoever puts the shard to sleep.
     pub bell: Option<OwnedFd>,
+    /// Who that is to an operator: the instance's id and the process'.
+    pub instance_id: u32,
+    /// See `instance_id`.
+    pub pid: u32,
     /// Its leases and slots were taken back: it is not polled any more.
     pub ended: bool,
 }
@@ -44,6 +49,8 @@ impl Session {
             loads_count: 0,
             moves_blocks: true,
             bell,
+            instance_id: 0,
+            pid: 0,
             ended: false,
         }
     }
@@ -82,6 +89,17 @@ impl Session {
         {
             ring(bell);
         }
+    }
+
+    /// Submissions that were not picked up, and completions that the client has not: its words, so no more than
+    /// what fits.
+    pub fn waiting(&self) -> [u32; 2] {
+        use kvring_ipc::segment::RING_DEPTH;
+        let pending = |ring: RingView| {
+            let (head, tail) = (ring.head().load(Ordering::Relaxed), ring.tail().load(Ordering::Relaxed));
+            tail.wrapping_sub(head).min(RING_DEPTH)
+        };
+        [pending(self.segment.submissions()), pending(self.segment.completions())]
     }
 
     /// Tells the client that nothing more will come.

@@ -36,6 +36,16 @@ struct Flight {
     purpose: Purpose,
     /// What is still to be moved.
     rest: Io,
+    queued_ns: u64,
+    begun_ns: u64,
+}
+
+/// What waits, since when.
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    purpose: Purpose,
+    io: Io,
+    since_ns: u64,
 }
 
 /// How a transfer ended.
@@ -45,6 +55,10 @@ pub struct Landed {
     pub purpose: Purpose,
     /// Whether every byte was moved.
     pub good: bool,
+    /// Since when it waited.
+    pub queued_ns: u64,
+    /// When the device got it.
+    pub begun_ns: u64,
 }
 
 /// Write-backs that wait with their checksum made.
@@ -56,8 +70,8 @@ pub struct Transfers<D> {
     pub device: D,
     flights: Box<[Option<Flight>]>,
     free: Vec<u32>,
-    reads: VecDeque<(Purpose, Io)>,
-    writes: VecDeque<(Purpose, Io)>,
+    reads: VecDeque<Waiting>,
+    writes: VecDeque<Waiting>,
     reads_inflight: u32,
     writes_inflight: u32,
     header_inflight: bool,
@@ -65,6 +79,8 @@ pub struct Transfers<D> {
     write_depth: u32,
     /// Transfers that ended short.
     pub short_count: u64,
+    /// The moment of what is queued and begun.
+    pub now_ns: u64,
 }
 
 impl<D: Device> Transfers<D> {
@@ -85,20 +101,25 @@ impl<D: Device> Transfers<D> {
             read_depth,
             write_depth,
             short_count: 0,
+            now_ns: 0,
         }
     }
 
     /// A read waits from now on.
     pub fn queue_read(&mut self, purpose: Purpose, io: Io) {
-        self.reads.push_back((purpose, io));
+        self.reads.push_back(Waiting { purpose, io, since_ns: self.now_ns });
     }
     /// A write waits from now on.
     pub fn queue_write(&mut self, purpose: Purpose, io: Io) {
-        self.writes.push_back((purpose, io));
+        self.writes.push_back(Waiting { purpose, io, since_ns: self.now_ns });
     }
     /// Reads that wait.
     pub fn reads_waiting(&self) -> u32 {
         self.reads.len() as u32
+    }
+    /// Reads that wait and are in flight, and writes.
+    pub fn levels(&self) -> [u32; 4] {
+        [self.reads.len() as u32, self.reads_inflight, self.writes.len() as u32, self.writes_inflight]
     }
     /// Writes that wait or are in flight.
     pub fn writes_count(&self) -> u32 {
@@ -136,38 +157,39 @@ impl<D: Device> Transfers<D> {
             offset_in_region: sector as usize * SECTOR_BYTES as usize,
             bytes: SECTOR_BYTES as u32,
         };
-        self.start(Purpose::Header { sector }, io);
+        self.start(Purpose::Header { sector }, io, self.now_ns);
     }
 
     /// Starts what waits, as far as there is room. Says how many.
     pub fn start_waiting(&mut self) -> u32 {
         let mut count = 0;
         while self.reads_inflight < self.read_depth && !self.free.is_empty() {
-            let Some((purpose, io)) = self.reads.pop_front() else { break };
+            let Some(Waiting { purpose, io, since_ns }) = self.reads.pop_front() else { break };
             self.reads_inflight += 1;
-            self.start(purpose, io);
+            self.start(purpose, io, since_ns);
             count += 1;
         }
         while self.writes_inflight < self.writes_limit() && !self.free.is_empty() {
-            let Some((purpose, io)) = self.writes.pop_front() else { break };
+            let Some(Waiting { purpose, io, since_ns }) = self.writes.pop_front() else { break };
             self.writes_inflight += 1;
-            self.start(purpose, io);
+            self.start(purpose, io, since_ns);
             count += 1;
         }
         count
     }
 
-    fn start(&mut self, purpose: Purpose, io: Io) {
+    fn start(&mut self, purpose: Purpose, io: Io, queued_ns: u64) {
         let Some(tag) = self.free.pop() else { unreachable!("room was seen") };
         let io = Io { tag, ..io };
-        self.flights[tag as usize] = Some(Flight { purpose, rest: io });
+        self.flights[tag as usize] = Some(Flight { purpose, rest: io, queued_ns, begun_ns: self.now_ns });
         let taken = self.device.submit(io);
         assert!(taken.is_ok(), "there are no more flights than the device takes");
     }
 
     /// Says how a finished transfer ended; `None` if the rest of it was sent after it.
     pub fn land(&mut self, done: Done) -> Option<Landed> {
-        let Flight { purpose, rest } = self.flights[done.tag as usize]?;
+        let flight = self.flights[done.tag as usize]?;
+        let Flight { purpose, rest, queued_ns, begun_ns } = flight;
         let moved = done.result.unwrap_or(0);
         assert!(moved <= rest.bytes, "a device moves no more than it was asked to");
         // Nothing moved without an error: the end of the file, where no file should end.
@@ -183,7 +205,7 @@ impl<D: Device> Transfers<D> {
             };
             // Progress was made unless it was less than a sector: then it counts as an error.
             if whole > 0 {
-                self.flights[done.tag as usize] = Some(Flight { purpose, rest });
+                self.flights[done.tag as usize] = Some(Flight { rest, ..flight });
                 let taken = self.device.submit(rest);
                 assert!(taken.is_ok(), "the flight's own place is free");
                 return None;
@@ -202,6 +224,6 @@ impl<D: Device> Transfers<D> {
             Purpose::Write { .. } => self.writes_inflight -= 1,
             Purpose::Header { .. } => self.header_inflight = false,
         }
-        Some(Landed { purpose, good: moved == rest.bytes })
+        Some(Landed { purpose, good: moved == rest.bytes, queued_ns, begun_ns })
     }
 }

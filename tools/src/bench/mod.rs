@@ -4,6 +4,7 @@
 pub mod crash;
 mod dram;
 mod evict;
+mod instruments;
 mod recover;
 pub mod ring;
 mod ssd;
@@ -42,6 +43,8 @@ enum What {
     Evict,
     /// What checksums cost: the SSD path with them and without, alternating.
     Checksum(ssd::SsdArgs),
+    /// What the stats segment and the flight recorder cost: a server with them and without, alternating.
+    Instruments,
     /// How long the death of the engine process, its upgrade, and the death of an instance last.
     Crash(crash::CrashArgs),
     /// A start over a full SSD tier, beside dd and fio reading the same bytes.
@@ -71,6 +74,7 @@ pub fn run(args: BenchArgs) -> Outcome {
         Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
         Some(What::Evict) => evict::measure(&mut run)?,
         Some(What::Checksum(ssd)) => ssd::measure_checksums(&mut run, &ssd)?,
+        Some(What::Instruments) => instruments::measure(&mut run)?,
         Some(What::Crash(crash)) => crash::measure(&mut run, &crash)?,
         Some(What::Recover(recover)) => recover::measure(&mut run, &recover)?,
         None => json!({

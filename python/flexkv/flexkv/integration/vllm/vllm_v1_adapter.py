@@ -103,7 +103,7 @@ class FlexKVConnectorV1Impl:
     # Both.
 
     def get_kv_connector_stats(self) -> None:
-        """vLLM's wrapper cannot name their type: `kvring status` has the counters."""
+        """vLLM's wrapper cannot name their type: `kvring stat` has the counters."""
         return None
 
     def shutdown(self) -> None:
