@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod chaos;
+mod device;
 mod doctor;
 mod integrity;
 mod lifecycle;

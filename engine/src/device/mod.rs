@@ -13,8 +13,10 @@ pub mod uring;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvring_ipc::mapping::Mapping;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 /// Memory that a device may move bytes to and from.
@@ -113,6 +115,18 @@ pub trait Device {
     /// # Errors
     /// The kernel refuses to pin it: a memlock limit.
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()>;
+    /// Hands over what was submitted and waits until something is over, for `at_most` so long: for a caller that has
+    /// nothing else to look at. May return early.
+    fn wait(&mut self, at_most: Option<Duration>) {
+        self.flush();
+        let Some(fd) = self.wake_fd() else {
+            std::hint::spin_loop();
+            return;
+        };
+        let timeout = at_most
+            .map(|at_most| Timespec { tv_sec: at_most.as_secs() as i64, tv_nsec: i64::from(at_most.subsec_nanos()) });
+        let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], timeout.as_ref());
+    }
 }
 
 impl<D: Device + ?Sized> Device for Box<D> {
@@ -139,5 +153,8 @@ impl<D: Device + ?Sized> Device for Box<D> {
     }
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
         (**self).register_piece(piece)
+    }
+    fn wait(&mut self, at_most: Option<Duration>) {
+        (**self).wait(at_most);
     }
 }

@@ -1,6 +1,7 @@
 //! io_uring on files with O_DIRECT: fixed files, and the pool as fixed buffers.
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 use rustix::io::Errno;
@@ -65,6 +66,13 @@ impl Uring {
         }
         let registered = vec![false; pieces];
         Ok(Self { ring, memory, _files: files, fixed_buffers, registered, depth: entries, inflight: 0, unflushed: 0 })
+    }
+}
+
+impl Uring {
+    /// A wait that ended by its time says nothing of what it submitted: what is left in the ring does.
+    fn flush_after_timeout(&mut self) {
+        self.unflushed = self.ring.submission().len() as u32;
     }
 }
 
@@ -141,6 +149,25 @@ impl Device for Uring {
             self.inflight -= 1;
             let result = u32::try_from(completion.result()).map_err(|_| Errno::from_raw_os_error(-completion.result()));
             done.push(Done { tag: completion.user_data() as u32, result });
+        }
+    }
+
+    fn wait(&mut self, at_most: Option<Duration>) {
+        if self.inflight == 0 || !self.ring.completion().is_empty() {
+            return self.flush();
+        }
+        // One system call for both. Interrupted or refused for now, the caller comes again.
+        let submitted = match at_most {
+            None => self.ring.submit_and_wait(1),
+            Some(at_most) => {
+                let time = types::Timespec::from(at_most);
+                self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time))
+            }
+        };
+        if let Ok(count) = submitted {
+            self.unflushed -= (count as u32).min(self.unflushed);
+        } else {
+            self.flush_after_timeout();
         }
     }
 

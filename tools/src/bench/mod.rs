@@ -2,6 +2,7 @@
 //! ratios; and what may be wrong with it.
 
 pub mod crash;
+mod device;
 mod dram;
 mod evict;
 mod instruments;
@@ -39,6 +40,8 @@ enum What {
     Dram,
     /// Reads and writes of 1 MiB blocks through the whole cache path, beside fio.
     Ssd(ssd::SsdArgs),
+    /// A device by itself, in fio's language: job files or flags, fio's report or its JSON.
+    Device(device::DeviceArgs),
     /// Eviction, from ten thousand to a million blocks.
     Evict,
     /// What checksums cost: the SSD path with them and without, alternating.
@@ -66,11 +69,15 @@ pub fn run(args: BenchArgs) -> Outcome {
     if !(0.05..=600.0).contains(&args.seconds) {
         return Err(format!("--seconds {}: expected 0.05 to 600", args.seconds).into());
     }
+    if let Some(What::Device(device)) = &args.what {
+        return device::bench(device, args.json);
+    }
     let mut run = Run { time: Duration::from_secs_f64(args.seconds), doubts: general_doubts() };
     let stolen = stolen_ticks();
     let mut report = match args.what {
         Some(What::Ring) => ring::measure(&mut run)?,
         Some(What::Dram) => dram::measure(&mut run)?,
+        Some(What::Device(_)) => unreachable!("it has a report of its own"),
         Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
         Some(What::Evict) => evict::measure(&mut run)?,
         Some(What::Checksum(ssd)) => ssd::measure_checksums(&mut run, &ssd)?,

@@ -1,0 +1,68 @@
+"""The same job file through fio and through `kvring bench device`, alternating, and what the two say side by side.
+
+    python3 tests/fio/compare.py [--kvring PATH] [--rounds N] JOBFILE [--dir DIRECTORY]
+
+Both reports are read by the same code: kvring's JSON has fio's schema. fio's buffers are put on hugepages where there
+are some (--iomem), since kvring's always are: with 4 KiB pages a transfer of 1 MiB has 256 pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(command: list[str], directory: Path) -> list[dict]:
+    output = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    if output.returncode != 0:
+        sys.exit(f"{' '.join(command)}: {output.stderr or output.stdout}")
+    # fio may say something before its report.
+    return json.loads(output.stdout[output.stdout.index("{") :])["jobs"]
+
+
+def figures(job: dict) -> dict[str, float]:
+    sides = [job["read"], job["write"]]
+    ios = sum(side["total_ios"] for side in sides)
+    cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
+    busy = max(sides, key=lambda side: side["total_ios"])
+    return {
+        "GB/s": sum(side["bw_bytes"] for side in sides) / 1e9,
+        "kIOPS": sum(side["iops"] for side in sides) / 1e3,
+        "p50 us": busy["clat_ns"]["percentile"]["50.000000"] / 1e3,
+        "p99 us": busy["clat_ns"]["percentile"]["99.000000"] / 1e3,
+        "CPU us/IO": cpu_s * 1e6 / max(ios, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobfile", type=Path)
+    parser.add_argument("--kvring", default="kvring")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--dir", type=Path, default=Path("."))
+    parser.add_argument("--iomem", default="mmap", help="fio's memory: mmap, or mmaphuge where hugepages are reserved")
+    said = parser.parse_args()
+    job_file = str(said.jobfile.resolve())
+    kvring = [said.kvring, "bench", "device", job_file, "--output-format", "json"]
+    fio = ["fio", f"--iomem={said.iomem}", "--fixedbufs=1", "--registerfiles=1", "--output-format=json", job_file]
+    seen: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for number in range(said.rounds):
+        order = [("fio", fio), ("kvring", kvring)]
+        for name, command in order if number % 2 == 0 else reversed(order):
+            for job in run(command, said.dir):
+                seen.setdefault(job["jobname"], {}).setdefault(name, []).append(figures(job))
+            print(f"round {number + 1} of {said.rounds}: {name} done", file=sys.stderr)
+    print(f"{'job':<16} {'':<10} {'kvring':>10} {'fio':>10} {'ratio':>7}   (medians of {said.rounds} rounds; ratio by round)")
+    for job, both in seen.items():
+        for what in both["fio"][0]:
+            ours, theirs = ([row[what] for row in both[name]] for name in ("kvring", "fio"))
+            ratio = statistics.median(a / b if b else float("nan") for a, b in zip(ours, theirs))
+            print(f"{job:<16} {what:<10} {statistics.median(ours):>10.3f} {statistics.median(theirs):>10.3f} {ratio:>7.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+//! `kvring bench device`: fio's job files, fio's report.
+
+use super::*;
+use serde_json::Value;
+
+fn fio_tests() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fio")
+}
+
+fn bench(place: &Place, arguments: &[&str]) -> Output {
+    place.kvring(&["bench", "device"]).args(arguments).current_dir(place.dir.path()).output().unwrap()
+}
+
+/// All that fio 3.33 says of a direction and that scripts read.
+const SIDE: [&str; 12] = [
+    "io_bytes",
+    "io_kbytes",
+    "bw_bytes",
+    "bw",
+    "iops",
+    "runtime",
+    "total_ios",
+    "short_ios",
+    "drop_ios",
+    "slat_ns",
+    "clat_ns",
+    "lat_ns",
+];
+
+#[test]
+fn what_is_written_is_read_again_and_compared_and_the_report_has_fio_s_schema() {
+    let place = Place::new();
+    let job_file = fio_tests().join("verify.fio");
+    let output = bench(&place, &[job_file.to_str().unwrap(), "--output-format", "json"]);
+    assert!(output.status.success(), "{}", text(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let jobs = report["jobs"].as_array().unwrap();
+    assert_eq!(jobs.iter().map(|job| job["jobname"].as_str().unwrap()).collect::<Vec<_>>(), ["write", "randwrite"]);
+    assert_eq!(jobs.iter().map(|job| job["groupid"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1]);
+    for job in jobs {
+        assert_eq!((&job["error"], &job["verified_blocks"]), (&0.into(), &1024.into()));
+        let write = &job["write"];
+        assert_eq!((&write["total_ios"], &write["io_bytes"]), (&1024.into(), &(64u64 << 20).into()));
+        for side in ["read", "write", "trim"] {
+            for name in SIDE {
+                assert!(!job[side][name].is_null(), "no {side}.{name}");
+            }
+        }
+        let clat = &write["clat_ns"];
+        let at = |p: &str| clat["percentile"][p].as_u64().unwrap_or_else(|| panic!("no {p} in {clat}"));
+        assert!(at("1.000000") <= at("50.000000") && at("50.000000") <= at("99.990000"));
+        assert_eq!(clat["N"], 1024);
+        for name in
+            ["usr_cpu", "sys_cpu", "ctx", "majf", "minf", "iodepth_level", "job_runtime", "job options", "elapsed"]
+        {
+            assert!(!job[name].is_null(), "no {name}");
+        }
+    }
+    // A byte that another has written is found.
+    let path = place.path("kvring-fio-verify");
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_at(&file, b"other", 5 * 65536 + 4000).unwrap();
+    let flags =
+        ["--filename", "kvring-fio-verify", "--size", "64m", "--bs", "64k", "--rw", "read", "--verify", "crc64"];
+    let told = bench(&place, &flags);
+    assert!(
+        !told.status.success() && text(&told).contains("at offset 327680: the checksum does not match"),
+        "{}",
+        text(&told)
+    );
+}
+
+#[test]
+fn every_engine_and_pattern_moves_what_it_says() {
+    let place = Place::new();
+    for engine in ["io_uring", "libaio", "sim"] {
+        for pattern in ["read", "write", "randread", "randwrite", "rw", "randrw"] {
+            let flags = [
+                "--ioengine",
+                engine,
+                "--rw",
+                pattern,
+                "--size",
+                "4m",
+                "--bsrange",
+                "4k-64k",
+                "--iodepth",
+                "7",
+                "--numjobs",
+                "2",
+                "--group_reporting",
+                "--filename",
+                "f",
+                "--output-format",
+                "json",
+            ];
+            let output = bench(&place, &flags);
+            assert!(output.status.success(), "{engine} {pattern}: {}", text(&output));
+            let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!(report["jobs"].as_array().unwrap().len(), 1);
+            let bytes = |side: &str| report["jobs"][0][side]["io_bytes"].as_u64().unwrap();
+            let moved = bytes("read") + bytes("write");
+            // Two jobs, each all of the file, or a transfer more.
+            assert!((8 << 20..(8 << 20) + (256 << 10)).contains(&moved), "{engine} {pattern}: {moved}");
+            assert_eq!(pattern.contains("read"), bytes("write") == 0, "{engine} {pattern}");
+            assert_eq!(pattern.contains("write"), bytes("read") == 0, "{engine} {pattern}");
+        }
+    }
+}
+
+#[test]
+fn a_job_goes_through_the_whole_cache() {
+    let place = Place::new();
+    for pattern in ["randread", "write"] {
+        let flags = [
+            "--ioengine=kvring",
+            "--rw",
+            pattern,
+            "--size",
+            "64m",
+            "--bs",
+            "64k",
+            "--iodepth",
+            "8",
+            "--filename",
+            "x/f",
+            "--output-format",
+            "json",
+        ];
+        std::fs::create_dir_all(place.path("x")).unwrap();
+        let output = bench(&place, &flags);
+        assert!(output.status.success(), "{pattern}: {}", text(&output));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let side = &report["jobs"][0][if pattern == "write" { "write" } else { "read" }];
+        assert_eq!(side["total_ios"], 1024, "{pattern}");
+    }
+}
+
+#[test]
+fn rates_are_kept_and_what_is_not_understood_is_named() {
+    let place = Place::new();
+    let flags = [
+        "--ioengine",
+        "sim",
+        "--size",
+        "4m",
+        "--bs",
+        "4k",
+        "--iodepth",
+        "4",
+        "--rate_iops",
+        "500",
+        "--runtime",
+        "1",
+        "--time_based",
+        "--output-format",
+        "json",
+    ];
+    let report: Value = serde_json::from_slice(&bench(&place, &flags).stdout).unwrap();
+    let iops = report["jobs"][0]["read"]["iops"].as_f64().unwrap();
+    // No faster; how much slower is the machine's.
+    assert!(iops <= 560.0 && iops > 0.0, "{iops}");
+    for (arguments, said) in [
+        (&["--rw", "trim"][..], "--rw: rw=trim: expected read, write"),
+        (&["/nonexistent.fio"], "/nonexistent.fio"),
+        (&["--filename", "/nonexistent/f", "--size", "1m"], "/nonexistent/f"),
+        (&["--size", "1k", "--bs", "4k", "--ioengine", "sim"], "bs=4096 is more than size=1024"),
+        (&["--ioengine", "sim"], "say size=BYTES"),
+        (&["--hipri", "--size", "1m"], "hipri=1: the engine does not do this yet"),
+    ] {
+        let told = bench(&place, arguments);
+        assert!(!told.status.success() && text(&told).contains(said), "{arguments:?}: {}", text(&told));
+    }
+}
