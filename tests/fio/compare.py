@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -46,9 +47,13 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("."))
     parser.add_argument("--iomem", default="mmap", help="fio's memory: mmap, or mmaphuge where hugepages are reserved")
     said = parser.parse_args()
-    job_file = str(said.jobfile.resolve())
-    kvring = [said.kvring, "bench", "device", job_file, "--output-format", "json"]
-    fio = ["fio", f"--iomem={said.iomem}", "--fixedbufs=1", "--registerfiles=1", "--output-format=json", job_file]
+    job_file = said.jobfile.resolve()
+    kvring = [said.kvring, "bench", "device", str(job_file), "--output-format", "json"]
+    # The same jobs, with the one key that only fio needs.
+    for_fio = tempfile.NamedTemporaryFile("w", suffix=".fio")
+    for_fio.write(job_file.read_text().replace("[global]", f"[global]\niomem={said.iomem}", 1))
+    for_fio.flush()
+    fio = ["fio", "--output-format=json", for_fio.name]
     seen: dict[str, dict[str, list[dict[str, float]]]] = {}
     for number in range(said.rounds):
         order = [("fio", fio), ("kvring", kvring)]

@@ -7,6 +7,7 @@ mod fsck;
 mod metrics;
 mod observe;
 mod replay;
+mod report;
 mod serve;
 mod settings;
 
@@ -28,8 +29,10 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Replay a request trace with real instance processes over DRAM and SSD, every byte checked.
     Replay(replay::ReplayArgs),
-    /// Measure the rings, the pool, the SSD path and eviction beside their floors and ceilings.
+    /// Measure; without a subcommand: rings, pool, SSD path and eviction beside their floors and ceilings.
     Bench(bench::BenchArgs),
+    /// Write one HTML page of a saved run, or of two compared.
+    Report(report::ReportArgs),
     /// Show all that a server counts, on one screen or as JSON; of one that hangs too.
     Stat(observe::stat::StatArgs),
     /// Watch a server: rates, tiers, devices, sessions.
@@ -69,6 +72,7 @@ fn main() -> std::process::ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Replay(args) => replay::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Report(args) => report::run(&args),
         Command::Fsck(args) => return fsck::run(&args),
         Command::Doctor(args) => return doctor::run(&args),
         Command::Stat(args) => observe::stat::stat(&args),

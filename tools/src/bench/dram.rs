@@ -72,12 +72,14 @@ pub fn measure(run: &mut Run) -> Measured {
             session.release_soon(lease)?;
         }
     }
+    let samples = loaded.clone();
     let (plain, loaded) = (median(plain), median(loaded));
     Ok(json!({
         "memcpy_gb_s": rounded(plain, 2),
         "load_and_copy_gb_s": rounded(loaded, 2),
         "ratio": rounded(loaded / plain, 3),
         "page_bytes": page_bytes,
+        "samples": samples,
     }))
 }
 

@@ -30,6 +30,9 @@ pub struct BenchArgs {
     /// Seconds of each single measurement.
     #[arg(long, global = true, default_value_t = 2.0)]
     seconds: f64,
+    /// Save the report with all that is needed to believe it, for `kvring report`.
+    #[arg(long, global = true, value_name = "FILE")]
+    output: Option<std::path::PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -40,6 +43,8 @@ enum What {
     Dram,
     /// Reads and writes of 1 MiB blocks through the whole cache path, beside fio.
     Ssd(ssd::SsdArgs),
+    /// The whole cache under a named workload, open loop, with the hit ratios that no cache beats.
+    Cache(crate::replay::CacheArgs),
     /// A device by itself, in fio's language: job files or flags, fio's report or its JSON.
     Device(device::DeviceArgs),
     /// Eviction, from ten thousand to a million blocks.
@@ -69,15 +74,22 @@ pub fn run(args: BenchArgs) -> Outcome {
     if !(0.05..=600.0).contains(&args.seconds) {
         return Err(format!("--seconds {}: expected 0.05 to 600", args.seconds).into());
     }
-    if let Some(What::Device(device)) = &args.what {
-        return device::bench(device, args.json);
-    }
+    let args = match args {
+        BenchArgs { what: Some(What::Device(device)), json, output, .. } => {
+            return device::bench(&device, json, output.as_deref());
+        }
+        BenchArgs { what: Some(What::Cache(cache)), json, output, .. } => {
+            return crate::replay::bench_cache(cache, json, output);
+        }
+        args => args,
+    };
     let mut run = Run { time: Duration::from_secs_f64(args.seconds), doubts: general_doubts() };
     let stolen = stolen_ticks();
+    let what = args.what.as_ref().map(|_| ());
     let mut report = match args.what {
         Some(What::Ring) => ring::measure(&mut run)?,
         Some(What::Dram) => dram::measure(&mut run)?,
-        Some(What::Device(_)) => unreachable!("it has a report of its own"),
+        Some(What::Device(_) | What::Cache(_)) => unreachable!("they have reports of their own"),
         Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
         Some(What::Evict) => evict::measure(&mut run)?,
         Some(What::Checksum(ssd)) => ssd::measure_checksums(&mut run, &ssd)?,
@@ -95,7 +107,23 @@ pub fn run(args: BenchArgs) -> Outcome {
     if stolen > 10 {
         run.doubts.push(format!("the hypervisor took {} ms of CPU time away meanwhile: noisy neighbours", stolen * 10));
     }
+    let ceilings = ceilings(&report);
     report["doubts"] = run.doubts.into();
+    report["ceilings"] = ceilings.iter().map(Ceiling::json).collect();
+    if let Some(path) = &args.output {
+        crate::report::save(path, "bench", &report, &Settings::default().load()?.config)?;
+    }
+    if let (None, false) = (&what, args.json) {
+        // A handful of numbers; the rest is in --json.
+        println!("{:<34} {:>12} {:>14}   {}", "", "kvring", "limit", "of the limit, which is");
+        for ceiling in &ceilings {
+            println!("{ceiling}");
+        }
+        for doubt in report["doubts"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            println!("doubt: {doubt}");
+        }
+        return Ok(());
+    }
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -104,11 +132,80 @@ pub fn run(args: BenchArgs) -> Outcome {
     Ok(())
 }
 
+/// One number beside what bounds it, both from this run.
+struct Ceiling {
+    name: String,
+    value: f64,
+    limit: f64,
+    unit: &'static str,
+    limit_is: &'static str,
+    /// Time, of which the limit is a floor; else a rate, of which it is a ceiling.
+    is_time: bool,
+    /// Of each round.
+    samples: Vec<f64>,
+}
+
+impl Ceiling {
+    fn share(&self) -> f64 {
+        if self.is_time { self.limit / self.value } else { self.value / self.limit }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name, "value": self.value, "limit": self.limit, "unit": self.unit, "limit_is": self.limit_is,
+            "share": rounded(self.share(), 4), "is_time": self.is_time, "samples": self.samples,
+        })
+    }
+}
+
+impl std::fmt::Display for Ceiling {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name, value, limit, unit, limit_is, .. } = self;
+        let share = 100.0 * self.share();
+        write!(f, "{name:<34} {value:>7} {unit:<4} {limit:>9} {unit:<4}   {share:.0} %, {limit_is}")
+    }
+}
+
+/// What of a report has a limit.
+fn ceilings(report: &Value) -> Vec<Ceiling> {
+    let mut found = Vec::new();
+    let mut add = |name: &str, value: &Value, limit: &Value, unit, limit_is, is_time, samples: &Value| {
+        if let (Some(value), Some(limit)) = (value.as_f64(), limit.as_f64()) {
+            let samples = samples.as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+            found.push(Ceiling { name: name.to_owned(), value, limit, unit, limit_is, is_time, samples });
+        }
+    };
+    // Alone, or as a part of the canonical run.
+    let part = |name: &str| if report.get(name).is_some_and(Value::is_object) { &report[name] } else { report };
+    let ring = part("ring");
+    let (floor, none) = (&ring["floor_ns"]["p50"], &Value::Null);
+    let line = "a cache line's round trip";
+    add("ping round trip, p50", &ring["ping_round_trip_ns"]["p50"], floor, "ns", line, true, none);
+    add("match of 256 blocks, p50", &ring["match256_ns"]["p50"], floor, "ns", line, true, none);
+    let dram = part("dram");
+    let memcpy = "memcpy between memories of the same pages";
+    add(
+        "load from DRAM and copy",
+        &dram["load_and_copy_gb_s"],
+        &dram["memcpy_gb_s"],
+        "GB/s",
+        memcpy,
+        false,
+        &dram["samples"],
+    );
+    let ssd = part("ssd");
+    for (name, side) in [("load from SSD", "read"), ("write-back to SSD", "write")] {
+        let side = &ssd[side];
+        add(name, &side["kvring_gb_s"], &side["fio_gb_s"], "GB/s", "fio on the same disk", false, &side["samples"]);
+    }
+    found
+}
+
 fn print_tree(value: &Value, depth: usize) {
     let pad = "  ".repeat(depth);
     match value {
         Value::Object(map) => {
-            for (name, value) in map {
+            for (name, value) in map.iter().filter(|(name, _)| !["samples", "ceilings"].contains(&name.as_str())) {
                 match value {
                     Value::Object(_) => {
                         println!("{pad}{name}");

@@ -220,6 +220,7 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
             "fio_gb_s": or_null(median(fio.clone())),
             "ratio": or_null(median(ratios)),
             "rounds": format!("kvring {ours:.2?}, fio {fio:.2?}"),
+            "samples": ours,
         })
     };
     Ok(json!({

@@ -33,6 +33,140 @@ fn log_normal(chance: &mut Chance, (mean, deviation): (f64, f64)) -> f64 {
     (mean + deviation * normal).exp()
 }
 
+/// A workload by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Workload {
+    /// As Mooncake's conversation trace: turns, shared prompts, branches
+    #[default]
+    Conversation,
+    /// Every request begins with one of eight long system prompts, and goes on with what is its own
+    SharedPrompt,
+    /// Users who take ten turns each; every turn repeats the whole conversation before it
+    Chat,
+    /// Bursts of eight agents that continue one context at the same moment, and a last one that joins them
+    Agents,
+    /// Documents read one after another, again and again: more than fits, beside a few that are hot
+    Scan,
+}
+
+impl Workload {
+    /// `count` requests, `rate` of them a second on average, Poisson; the same from a seed on every machine.
+    pub fn generate(self, seed: u64, count: usize, rate: f64) -> Vec<TraceRequest> {
+        let mut chance = Chance::new(seed);
+        let mut requests = match self {
+            // Its times are the trace's own.
+            Self::Conversation if rate == 0.0 => return generate(seed, count),
+            Self::Conversation => generate(seed, count),
+            Self::SharedPrompt => shared_prompt(&mut chance, count),
+            Self::Chat => chat(&mut chance, count),
+            Self::Agents => agents(&mut chance, count),
+            Self::Scan => scan(&mut chance, count),
+        };
+        let rate = if rate == 0.0 { 1000.0 } else { rate };
+        let mut now_ms = 0.0;
+        let mut burst = u64::MAX;
+        for request in &mut requests {
+            // What has one time here comes at one time.
+            if request.timestamp_ms != burst || self != Self::Agents {
+                burst = request.timestamp_ms;
+                let mean_ms = 1000.0 / rate * if self == Self::Agents { AGENTS as f64 / 3.0 } else { 1.0 };
+                now_ms -= (1.0 - uniform(&mut chance)).ln() * mean_ms;
+            }
+            request.timestamp_ms = now_ms as u64;
+        }
+        requests
+    }
+}
+
+const SYSTEM_PROMPTS: u64 = 8;
+const SYSTEM_BLOCKS: u64 = 64;
+const CHATS: usize = 64;
+const TURNS: usize = 10;
+/// A context, its agents, and the one that joins them.
+const AGENTS: u64 = 10;
+const DOCUMENTS: u64 = 256;
+const DOCUMENT_BLOCKS: u64 = 32;
+
+/// Blocks that nobody else has.
+struct Fresh(u64);
+
+impl Fresh {
+    fn take(&mut self, count: u64) -> std::ops::Range<u64> {
+        self.0 += count;
+        self.0 - count..self.0
+    }
+}
+
+fn request(hash_ids: Vec<u64>) -> TraceRequest {
+    TraceRequest { timestamp_ms: 0, hash_ids }
+}
+
+fn shared_prompt(chance: &mut Chance, count: usize) -> Vec<TraceRequest> {
+    let mut fresh = Fresh(SYSTEM_PROMPTS * SYSTEM_BLOCKS);
+    let one = |_| {
+        // The first prompt is as popular as all others together, the second as those after it.
+        let prompt = u64::from(chance.next_u64().trailing_zeros()).min(SYSTEM_PROMPTS - 1);
+        let own = 4 + chance.below(13);
+        request((prompt * SYSTEM_BLOCKS..(prompt + 1) * SYSTEM_BLOCKS).chain(fresh.take(own)).collect())
+    };
+    (0..count).map(one).collect()
+}
+
+fn chat(chance: &mut Chance, count: usize) -> Vec<TraceRequest> {
+    let mut fresh = Fresh(4);
+    let mut chats: Vec<(usize, Vec<u64>)> = vec![(TURNS, Vec::new()); CHATS];
+    let one = |_| {
+        let (turns, ids) = &mut chats[chance.below(CHATS as u64) as usize];
+        if *turns == TURNS {
+            (*turns, *ids) = (0, (0..4).collect());
+        }
+        *turns += 1;
+        ids.extend(fresh.take(2 + chance.below(7)));
+        request(ids.clone())
+    };
+    (0..count).map(one).collect()
+}
+
+fn agents(chance: &mut Chance, count: usize) -> Vec<TraceRequest> {
+    let mut fresh = Fresh(0);
+    let mut made = Vec::with_capacity(count);
+    let mut burst = 0;
+    while made.len() < count {
+        let context: Vec<u64> = fresh.take(24 + chance.below(33)).collect();
+        let mut at = |burst: u64, more: Vec<u64>| {
+            let hash_ids = context.iter().copied().chain(more).collect();
+            made.push(TraceRequest { timestamp_ms: burst, hash_ids });
+        };
+        at(burst, Vec::new());
+        let steps: Vec<Vec<u64>> = (0..AGENTS - 2).map(|_| fresh.take(6 + chance.below(9)).collect()).collect();
+        steps.iter().for_each(|step| at(burst + 1, step.clone()));
+        at(burst + 2, steps[0].iter().copied().chain(fresh.take(8)).collect());
+        burst += 3;
+    }
+    made.truncate(count);
+    made
+}
+
+fn scan(chance: &mut Chance, count: usize) -> Vec<TraceRequest> {
+    let mut next = 0;
+    let one = |_| {
+        // One request in four is for one of a few that everybody reads.
+        let document = if chance.happens(250) {
+            DOCUMENTS + chance.below(8)
+        } else {
+            next = (next + 1) % DOCUMENTS;
+            next
+        };
+        request((document * DOCUMENT_BLOCKS..(document + 1) * DOCUMENT_BLOCKS).collect())
+    };
+    (0..count).map(one).collect()
+}
+
+fn uniform(chance: &mut Chance) -> f64 {
+    (chance.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
 /// `count` requests from a seed: the same on every machine.
 pub fn generate(seed: u64, count: usize) -> Vec<TraceRequest> {
     let mut chance = Chance::new(seed);
@@ -70,6 +204,7 @@ pub fn generate(seed: u64, count: usize) -> Vec<TraceRequest> {
 
 #[cfg(test)]
 mod test {
+    use super::super::oracle::infinite;
     use super::*;
     use std::collections::HashSet;
 
@@ -88,5 +223,24 @@ mod test {
         println!("hit ratio of an infinite cache {ratio:.3}, mean blocks {mean:.1}");
         assert!((0.33..0.42).contains(&ratio), "{ratio}");
         assert!((20.0..30.0).contains(&mean), "{mean}");
+    }
+
+    #[test]
+    fn each_workload_shares_what_its_name_says() {
+        for (workload, least, most) in [
+            (Workload::SharedPrompt, 0.82, 0.90),
+            (Workload::Chat, 0.75, 0.90),
+            (Workload::Agents, 0.70, 0.85),
+            (Workload::Scan, 0.80, 0.95),
+        ] {
+            let requests = workload.generate(1, 3000, 500.0);
+            assert_eq!(requests, workload.generate(1, 3000, 500.0));
+            let ratio = infinite(&requests);
+            println!("{workload:?}: an infinite cache hits {ratio:.3}");
+            assert!((least..most).contains(&ratio), "{workload:?}: {ratio}");
+            let last_s = requests.last().unwrap().timestamp_ms as f64 / 1000.0;
+            assert!((4.5..7.5).contains(&last_s), "{workload:?}: 3000 requests at 500 a second end at {last_s} s");
+            assert!(requests.is_sorted_by_key(|request| request.timestamp_ms));
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! `kvring replay`: the main job on real input. A server if none runs, N instance processes, a table.
 
 pub mod generate;
+pub mod oracle;
 mod report;
 pub mod trace;
 pub mod worker;
@@ -18,6 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvring_ipc::handshake::{Reply, Request, ask};
 
 use crate::Outcome;
+use crate::observe::{Server, Which};
 use crate::settings::Settings;
 use report::Report;
 use worker::{Said, Spec};
@@ -45,8 +47,53 @@ pub struct ReplayArgs {
     /// Print the report as one JSON object.
     #[arg(long)]
     json: bool,
+    /// Save the report with all that is needed to believe it, for `kvring report`.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[arg(skip)]
+    workload: generate::Workload,
+    /// Requests a second that a generator makes; 0 for its own times.
+    #[arg(skip)]
+    rate: f64,
     #[command(flatten)]
     settings: Settings,
+}
+
+/// Arguments of `kvring bench cache`.
+#[derive(Args)]
+#[command(after_help = "\
+Open loop: requests come when they are due, whether the one before has ended or not; a request that an instance cannot begin in time is late, and its time counts from when it was due. With --rate 0 each instance asks as fast as it can.")]
+pub struct CacheArgs {
+    #[arg(value_enum, default_value_t)]
+    workload: generate::Workload,
+    /// Requests a second, over all instances.
+    #[arg(long, default_value_t = 200.0, allow_negative_numbers = true)]
+    rate: f64,
+    /// Instance processes.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    instances: u32,
+    /// Bytes of a block, in KiB.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(4..=1 << 20))]
+    block_kib: u64,
+    /// Requests in all.
+    #[arg(long, default_value_t = 4000)]
+    requests: usize,
+    /// Seed of the workload.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Runs a workload by name: a replay of what a generator makes.
+pub fn bench_cache(args: CacheArgs, json: bool, output: Option<PathBuf>) -> Outcome {
+    let CacheArgs { workload, rate, instances, block_kib, requests, seed, settings } = args;
+    if !(0.0..=1e6).contains(&rate) {
+        return Err(format!("--rate {rate}: expected requests a second, or 0").into());
+    }
+    let speed = if rate > 0.0 { 1.0 } else { 0.0 };
+    let requests = Some(requests);
+    run(ReplayArgs { trace: None, instances, block_kib, requests, speed, seed, json, output, workload, rate, settings })
 }
 
 /// A server that this replay has started, stopped when dropped.
@@ -129,13 +176,16 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
     let spec = Spec {
         requests: args.requests.unwrap_or(if args.trace.is_some() { usize::MAX } else { 2000 }),
         trace: args.trace.clone(),
+        workload: args.workload,
+        rate: args.rate,
         seed: args.seed,
         index: 0,
         of: args.instances as usize,
         block_bytes: args.block_kib << 10,
         speed: args.speed,
     };
-    let requests_count = spec.all_requests()?.len() as u64;
+    let requests = spec.all_requests()?;
+    let requests_count = requests.len() as u64;
     let config = args.settings.load()?.config;
     let own = match answers(&config.socket) {
         Some(_) => None,
@@ -145,13 +195,24 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
     let pid = before["server_pid"].as_u64().unwrap_or(0) as u32;
     let cpu_before = cpu_seconds(pid);
     let started = Instant::now();
-    let results = run_instances(&args, &spec, requests_count)?;
+    let (results, series) = run_instances(&args, &spec, requests_count)?;
     let elapsed = started.elapsed();
     let server_cpu_s = cpu_seconds(pid) - cpu_before;
     let after = answers(&config.socket);
     let lost = own.is_some() && after.is_none();
     drop(own);
-    let report = Report::new(&results, elapsed, server_cpu_s, spec.block_bytes, &before, after.as_ref())?;
+    let mut report = Report::new(&results, elapsed, server_cpu_s, spec.block_bytes, &before, after.as_ref())?;
+    let slots = |name: &str| after.as_ref().and_then(|after| after["metrics"][name].as_u64()).unwrap_or(0);
+    let capacity = slots("host_slots_count") + slots("ssd_slots_count");
+    report.bound_by(oracle::infinite(&requests), oracle::belady(&requests, capacity), capacity);
+    if spec.speed > 0.0 {
+        let last_s = requests.last().map_or(0.0, |request| request.timestamp_ms as f64 / 1000.0 / spec.speed);
+        report.offered(requests_count as f64 / last_s.max(1e-3));
+    }
+    report.series = series;
+    if let Some(path) = &args.output {
+        crate::report::save(path, "cache", &report.json(), &config)?;
+    }
     if args.json {
         println!("{}", serde_json::to_string(&report.json())?);
     } else {
@@ -165,7 +226,10 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
     }
 }
 
-fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<Vec<Said>, Box<dyn std::error::Error>> {
+/// What instances have said, and what the server did meanwhile: seconds, and blocks loaded and stored until then.
+type Told = (Vec<Said>, Vec<[f64; 3]>);
+
+fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<Told, Box<dyn std::error::Error>> {
     let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(requests_count) };
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} requests  {per_sec}  {eta} left")?);
     let (sender, receiver) = std::sync::mpsc::channel();
@@ -195,7 +259,18 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
     }
     let mut done = vec![0; children.len()];
     let mut results = Vec::new();
+    let server = Server::find(&args.settings.load()?.config.socket, Which::Current).ok();
+    let (began, mut series) = (Instant::now(), Vec::new());
     loop {
+        let now_s = began.elapsed().as_secs_f64();
+        if let Some(server) =
+            server.as_ref().filter(|_| series.last().is_none_or(|[at, ..]: &[f64; 3]| now_s > at + 0.25))
+        {
+            // Its shared memory: the server is not asked.
+            let sample = server.sample();
+            let loaded = sample.counter("load_blocks_dram_count") + sample.counter("load_blocks_ssd_count");
+            series.push([now_s, loaded as f64, sample.counter("commit_blocks_count") as f64]);
+        }
         match receiver.recv_timeout(Duration::from_millis(100)) {
             Ok((_, Said::Ready)) => {}
             Ok((index, Said::Progress(count))) => done[index] = count,
@@ -223,5 +298,5 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
     if results.len() != args.instances as usize {
         return Err("an instance ended without a result".into());
     }
-    Ok(results)
+    Ok((results, series))
 }

@@ -13,6 +13,13 @@ pub struct Report {
     pub counts: Counts,
     match_ns: Histogram<u64>,
     load_ns: Histogram<u64>,
+    request_ns: Histogram<u64>,
+    /// Hit ratios that no cache beats: without end, and of this capacity; and that in blocks.
+    bounds: Option<(f64, f64, u64)>,
+    /// Requests a second that were due, in an open loop.
+    offered: Option<f64>,
+    /// Seconds, and blocks loaded and stored until then.
+    pub series: Vec<[f64; 3]>,
     elapsed: Duration,
     server_cpu_s: f64,
     block_bytes: u64,
@@ -33,9 +40,9 @@ impl Report {
         after: Option<&Value>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let mut total = Counts::default();
-        let (mut match_all, mut load_all) = (new_histogram(), new_histogram());
+        let (mut match_all, mut load_all, mut request_all) = (new_histogram(), new_histogram(), new_histogram());
         for said in results {
-            let Said::Result { counts, match_ns, load_ns } = said else { continue };
+            let Said::Result { counts, match_ns, load_ns, request_ns } = said else { continue };
             total.requests += counts.requests;
             total.blocks_requested += counts.blocks_requested;
             total.blocks_hit_dram += counts.blocks_hit_dram;
@@ -50,6 +57,7 @@ impl Report {
             total.requests_without_server += counts.requests_without_server;
             match_all.add(from_hex(match_ns)?)?;
             load_all.add(from_hex(load_ns)?)?;
+            request_all.add(from_hex(request_ns)?)?;
         }
         let server = after.map(|after| {
             let grown = after["metrics"].as_object().into_iter().flatten().map(|(name, value)| {
@@ -65,6 +73,10 @@ impl Report {
             counts: total,
             match_ns: match_all,
             load_ns: load_all,
+            request_ns: request_all,
+            bounds: None,
+            offered: None,
+            series: Vec::new(),
             elapsed,
             server_cpu_s,
             block_bytes,
@@ -72,6 +84,26 @@ impl Report {
             page_bytes: before["page_bytes"].as_u64().unwrap_or(0),
             devices,
         })
+    }
+
+    /// What no cache beats.
+    pub fn bound_by(&mut self, infinite: f64, belady: f64, capacity: u64) {
+        self.bounds = Some((infinite, belady, capacity));
+    }
+
+    /// Requests came at this rate, whatever became of those before.
+    pub fn offered(&mut self, per_s: f64) {
+        self.offered = Some(per_s);
+    }
+
+    fn per_s(&self) -> f64 {
+        self.counts.requests as f64 / self.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    /// GB a second loaded from each tier, and stored.
+    fn gb_s(&self) -> [f64; 3] {
+        let gb_s = |blocks: u64| (blocks * self.block_bytes) as f64 / 1e9 / self.elapsed.as_secs_f64().max(1e-9);
+        [self.counts.blocks_hit_dram, self.counts.blocks_hit_ssd, self.counts.blocks_stored].map(gb_s)
     }
 
     fn hit_ratio(&self) -> f64 {
@@ -96,6 +128,19 @@ impl Report {
             (unserved > 0, format!("{unserved} requests found no server")),
             (self.server.is_none(), "the server was gone at the end, so its counters are missing".to_owned()),
             (seconds < 1.0, format!("{seconds:.2} s is short; give more --requests")),
+            (
+                self.offered.is_some_and(|offered| self.per_s() < 0.97 * offered),
+                format!(
+                    "{:.0} requests a second were due and {:.0} were answered: times are those of a queue that grows",
+                    self.offered.unwrap_or(0.0),
+                    self.per_s()
+                ),
+            ),
+            (
+                self.offered.is_none(),
+                "closed loop: each request waits for the one before it, so times say little about a busy system"
+                    .to_owned(),
+            ),
         ];
         all.into_iter().filter(|(is, _)| *is).map(|(_, doubt)| doubt).collect()
     }
@@ -106,7 +151,25 @@ impl Report {
             let at = |q: f64| histogram.value_at_quantile(q) as f64 / 1000.0;
             json!({"p50": at(0.5), "p90": at(0.9), "p99": at(0.99), "p999": at(0.999), "max": histogram.max() as f64 / 1000.0})
         };
+        let cdf = |histogram: &Histogram<u64>| -> Vec<[f64; 2]> {
+            let steps = histogram.iter_quantiles(4).filter(|step| step.count_since_last_iteration() > 0);
+            steps.map(|step| [step.value_iterated_to() as f64 / 1000.0, step.quantile()]).collect()
+        };
+        let [dram, ssd, stored] = self.gb_s();
+        let (infinite, belady, capacity) = self.bounds.unwrap_or_default();
         json!({
+            "request_us": percentiles(&self.request_ns),
+            "requests_per_s": self.per_s(),
+            "offered_per_s": self.offered,
+            "dram_gb_s": dram,
+            "ssd_gb_s": ssd,
+            "stored_gb_s": stored,
+            "hit_ratio_infinite": infinite,
+            "hit_ratio_belady": belady,
+            "capacity_blocks": capacity,
+            "block_bytes": self.block_bytes,
+            "cdf_us": {"match": cdf(&self.match_ns), "load": cdf(&self.load_ns), "request": cdf(&self.request_ns)},
+            "series": self.series,
             "requests": self.counts.requests,
             "blocks_requested": self.counts.blocks_requested,
             "blocks_hit_dram": self.counts.blocks_hit_dram,
@@ -163,6 +226,19 @@ impl std::fmt::Display for Report {
         )?;
         writeln!(f, "wrong blocks        {:>12}   every loaded byte was compared", c.wrong_blocks)?;
         writeln!(f, "hit ratio           {:>12.4}", self.hit_ratio())?;
+        if let Some((infinite, belady, capacity)) = self.bounds {
+            let of = 100.0 * self.hit_ratio() / belady.max(1e-9);
+            writeln!(
+                f,
+                "  Belady's optimum  {belady:>12.4}   for {capacity} blocks, knowing what comes: {of:.1} % of it"
+            )?;
+            writeln!(f, "  infinite cache    {infinite:>12.4}")?;
+        }
+        let [dram, ssd, stored] = self.gb_s();
+        writeln!(f, "throughput          {dram:>7.2} GB/s   from DRAM, {ssd:.2} from SSD, {stored:.2} stored")?;
+        if let Some(offered) = self.offered {
+            writeln!(f, "requests            {:>9.0} /s   of {offered:.0} /s that were due", self.per_s())?;
+        }
         writeln!(
             f,
             "moved               {:>9.2} GB   loaded ({:.2} GB/s), {:.2} GB stored",
@@ -176,7 +252,7 @@ impl std::fmt::Display for Report {
             gb(of_server("ssd_read_bytes")),
             gb(of_server("ssd_write_bytes"))
         )?;
-        for (name, histogram) in [("match", &self.match_ns), ("load", &self.load_ns)] {
+        for (name, histogram) in [("match", &self.match_ns), ("load", &self.load_ns), ("whole", &self.request_ns)] {
             let us = |q: f64| histogram.value_at_quantile(q) as f64 / 1000.0;
             writeln!(
                 f,

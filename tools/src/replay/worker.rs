@@ -15,7 +15,8 @@ use kvring_ipc::key::BlockKey;
 use kvring_ipc::layout::Layout;
 use serde::{Deserialize, Serialize};
 
-use super::{generate, trace};
+use super::generate::Workload;
+use super::trace;
 use crate::Outcome;
 use crate::settings::Settings;
 
@@ -31,8 +32,12 @@ pub struct WorkerArgs {
 /// What to replay.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Spec {
-    /// A trace, or none for the generator.
+    /// A trace, or none for a generator.
     pub trace: Option<PathBuf>,
+    /// Which generator.
+    pub workload: Workload,
+    /// Requests a second that it makes.
+    pub rate: f64,
     /// The generator's seed.
     pub seed: u64,
     /// How many requests, over all instances.
@@ -52,7 +57,7 @@ impl Spec {
     pub fn all_requests(&self) -> Result<Vec<trace::TraceRequest>, trace::TraceError> {
         match &self.trace {
             Some(path) => trace::read(path, self.requests),
-            None => Ok(generate::generate(self.seed, self.requests)),
+            None => Ok(self.workload.generate(self.seed, self.requests, self.rate)),
         }
     }
 }
@@ -90,6 +95,8 @@ pub enum Said {
         match_ns: String,
         /// Of load latencies.
         load_ns: String,
+        /// Of whole requests, from when each was due.
+        request_ns: String,
     },
 }
 
@@ -162,24 +169,35 @@ pub fn run(args: &WorkerArgs) -> Outcome {
         counts: Counts::default(),
         match_ns: new_histogram(),
         load_ns: new_histogram(),
+        request_ns: new_histogram(),
         load_wait,
     };
     say(&Said::Ready)?;
     let started = Instant::now();
     let mut told = started;
     for (done, request) in (1..).zip(&requests) {
+        let mut due = started.elapsed();
         if spec.speed > 0.0 {
-            let due = Duration::from_secs_f64(request.timestamp_ms as f64 / 1000.0 / spec.speed);
+            // What comes late because the one before it took long is late all the same: its time counts from when
+            // it was due (coordinated omission is not omitted).
+            due = Duration::from_secs_f64(request.timestamp_ms as f64 / 1000.0 / spec.speed);
             std::thread::sleep(due.saturating_sub(started.elapsed()));
         }
         replay.request(&trace::keys(request));
+        let took = started.elapsed().saturating_sub(due);
+        replay.request_ns.saturating_record(took.as_nanos() as u64);
         if told.elapsed() > Duration::from_millis(100) {
             told = Instant::now();
             say(&Said::Progress(done))?;
         }
     }
     replay.counts.sessions = u64::from(replay.agent.instance().sessions_count());
-    say(&Said::Result { counts: replay.counts, match_ns: to_hex(&replay.match_ns)?, load_ns: to_hex(&replay.load_ns)? })
+    say(&Said::Result {
+        counts: replay.counts,
+        match_ns: to_hex(&replay.match_ns)?,
+        load_ns: to_hex(&replay.load_ns)?,
+        request_ns: to_hex(&replay.request_ns)?,
+    })
 }
 
 struct Replay {
@@ -187,6 +205,7 @@ struct Replay {
     counts: Counts,
     match_ns: Histogram<u64>,
     load_ns: Histogram<u64>,
+    request_ns: Histogram<u64>,
     load_wait: Duration,
 }
 

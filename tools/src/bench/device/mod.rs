@@ -6,7 +6,7 @@ mod job;
 mod report;
 mod run;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
@@ -19,7 +19,6 @@ pub struct DeviceArgs {
     files: Vec<PathBuf>,
     flags: Vec<(String, String)>,
     json: bool,
-    output: Option<PathBuf>,
 }
 
 impl clap::FromArgMatches for DeviceArgs {
@@ -29,7 +28,6 @@ impl clap::FromArgMatches for DeviceArgs {
             files: matches.get_many::<PathBuf>("jobfile").into_iter().flatten().cloned().collect(),
             flags: KEYS.iter().filter_map(|(key, _)| said(key)).collect(),
             json: matches.get_one::<String>("output-format").is_some_and(|format| format == "json"),
-            output: matches.get_one::<PathBuf>("output").cloned(),
         })
     }
 
@@ -62,13 +60,6 @@ impl clap::Args for DeviceArgs {
                     .default_value("normal")
                     .help("normal, or fio's JSON"),
             )
-            .arg(
-                Arg::new("output")
-                    .long("output")
-                    .value_name("FILE")
-                    .value_parser(clap::value_parser!(PathBuf))
-                    .help("write the report there"),
-            )
             .next_help_heading("Keys, as in job files")
             .args(keys)
     }
@@ -79,7 +70,7 @@ impl clap::Args for DeviceArgs {
 }
 
 /// Runs the jobs, group after group, and reports.
-pub fn bench(args: &DeviceArgs, json: bool) -> Outcome {
+pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
     let read = |path: &PathBuf| {
         let name = path.display().to_string();
         std::fs::read_to_string(path).map(|text| (name.clone(), text)).map_err(|error| format!("{name}: {error}"))
@@ -107,7 +98,7 @@ pub fn bench(args: &DeviceArgs, json: bool) -> Outcome {
     } else {
         report::in_words(&done)
     };
-    match &args.output {
+    match output {
         Some(path) => std::fs::write(path, text).map_err(|error| format!("--output {}: {error}", path.display()))?,
         None => print!("{text}"),
     }

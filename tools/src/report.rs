@@ -1,0 +1,491 @@
+//! Saved runs, and `kvring report`: one self-contained HTML page of one, or of two compared. No script and nothing from
+//! elsewhere: what is drawn is SVG.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use kvring_ipc::config::Config;
+use plotters::prelude::*;
+use serde_json::{Value, json};
+
+use crate::Outcome;
+
+/// Arguments of `kvring report`.
+#[derive(Args)]
+pub struct ReportArgs {
+    /// One or two runs that were saved with --output
+    #[arg(required = true, num_args = 1..=2)]
+    runs: Vec<PathBuf>,
+    /// File to write
+    #[arg(long, short, value_name = "FILE", default_value = "kvring-report.html")]
+    output: PathBuf,
+}
+
+const FORMAT: u64 = 1;
+
+/// Saves a run with all that is needed to believe it.
+pub fn save(path: &Path, kind: &str, report: &Value, config: &Config) -> Outcome {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let line = |path: &str, name: &str| {
+        let text = read(path);
+        let found = text.lines().find_map(|line| line.strip_prefix(name));
+        found.map_or_else(String::new, |rest| rest.trim_start_matches([' ', '\t', ':']).to_owned())
+    };
+    let uname = rustix::system::uname();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let saved = json!({
+        "kvring_run": FORMAT,
+        "kind": kind,
+        "version": env!("CARGO_PKG_VERSION"),
+        "commit": env!("KVRING_COMMIT"),
+        "optimised": !cfg!(debug_assertions),
+        "saved_unix_s": now.as_secs(),
+        "command": std::env::args().collect::<Vec<_>>(),
+        "host": uname.nodename().to_string_lossy(),
+        "kernel": format!("{} {}", uname.release().to_string_lossy(), uname.machine().to_string_lossy()),
+        "cpu": line("/proc/cpuinfo", "model name"),
+        "cpus": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
+        "memory": line("/proc/meminfo", "MemTotal"),
+        "hugepages_total": line("/proc/meminfo", "HugePages_Total"),
+        "transparent_hugepages": read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "settings": config.as_text(),
+        "report": report,
+    });
+    std::fs::write(path, serde_json::to_string_pretty(&saved)? + "\n")
+        .map_err(|error| format!("--output {}: {error}", path.display()))?;
+    eprintln!("saved in {}: kvring report {}", path.display(), path.display());
+    Ok(())
+}
+
+struct Run {
+    name: String,
+    saved: Value,
+}
+
+fn load(path: &Path) -> Result<Run, String> {
+    let name = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{name}: {error}"))?;
+    let saved: Value = serde_json::from_str(&text).map_err(|error| format!("{name}: {error}: not a saved run"))?;
+    match saved["kvring_run"].as_u64() {
+        Some(FORMAT) => Ok(Run { name, saved }),
+        Some(other) => {
+            Err(format!("{name}: format {other}, this program reads {FORMAT}: use the kvring that saved it"))
+        }
+        None => Err(format!("{name}: not a saved run: save one with --output FILE")),
+    }
+}
+
+/// Writes the page.
+pub fn run(args: &ReportArgs) -> Outcome {
+    let runs = args.runs.iter().map(|path| load(path)).collect::<Result<Vec<_>, _>>()?;
+    if let [a, b] = &runs[..]
+        && a.saved["kind"] != b.saved["kind"]
+    {
+        return Err(format!(
+            "{} is of a {} run and {} of a {} run: compare two of one kind",
+            a.name, a.saved["kind"], b.name, b.saved["kind"]
+        )
+        .into());
+    }
+    let page = page(&runs)?;
+    std::fs::write(&args.output, page).map_err(|error| format!("--output {}: {error}", args.output.display()))?;
+    eprintln!("written: {}", args.output.display());
+    Ok(())
+}
+
+const COLOURS: [RGBColor; 2] = [RGBColor(31, 119, 180), RGBColor(214, 88, 20)];
+const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}\
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .75rem;border-bottom:1px solid #d8dee4;text-align:left}\
+td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#e8ecf0;width:16rem;height:1rem}.bar div{height:1rem}\
+.doubt{background:#fff6dd;padding:.4rem .8rem;border-left:4px solid #d9a400;margin:.3rem 0}svg{max-width:100%;height:auto}\
+code{background:#f0f2f4;padding:0 .25rem}h2{margin-top:2.2rem}";
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+fn page(runs: &[Run]) -> Result<String, Box<dyn std::error::Error>> {
+    let mut out = String::new();
+    let title = runs.iter().map(|run| escaped(&run.name)).collect::<Vec<_>>().join(" and ");
+    let _ = write!(
+        out,
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\"><title>kvring: {title}</title><style>{STYLE}</style><body><h1>kvring: {title}</h1>"
+    );
+    for (run, colour) in runs.iter().zip(COLOURS) {
+        let doubts = run.saved["report"]["doubts"].as_array().cloned().unwrap_or_default();
+        for doubt in doubts.iter().filter_map(Value::as_str) {
+            let _ = write!(
+                out,
+                "<p class=\"doubt\"><b style=\"color:{}\">{}</b>: {}</p>",
+                css(colour),
+                escaped(&run.name),
+                escaped(doubt)
+            );
+        }
+    }
+    if runs.len() == 2 {
+        compared(&mut out, &runs[0], &runs[1]);
+    }
+    roofline(&mut out, runs);
+    hit_ratios(&mut out, runs);
+    throughput(&mut out, runs)?;
+    for (name, what) in
+        [("request", "Whole requests, from when they were due"), ("load", "Loads"), ("match", "Matches")]
+    {
+        cdf(&mut out, runs, name, what)?;
+    }
+    told(&mut out, runs);
+    out.push_str("</body></html>\n");
+    Ok(out)
+}
+
+fn css(colour: RGBColor) -> String {
+    format!("rgb({},{},{})", colour.0, colour.1, colour.2)
+}
+
+/// What was measured, and on what.
+fn told(out: &mut String, runs: &[Run]) {
+    out.push_str("<h2>What was run</h2><table><tr><th></th>");
+    for run in runs {
+        let _ = write!(out, "<th>{}</th>", escaped(&run.name));
+    }
+    out.push_str("</tr>");
+    let text = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        Value::Array(words) => words.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    };
+    let facts = [
+        "command",
+        "version",
+        "commit",
+        "optimised",
+        "host",
+        "kernel",
+        "cpu",
+        "cpus",
+        "memory",
+        "hugepages_total",
+        "transparent_hugepages",
+        "governor",
+        "saved_unix_s",
+    ];
+    for fact in facts {
+        let _ = write!(out, "<tr><td>{fact}</td>");
+        for run in runs {
+            let _ = write!(out, "<td>{}</td>", escaped(&text(&run.saved[fact])));
+        }
+        out.push_str("</tr>");
+    }
+    let names = runs[0].saved["settings"].as_object().into_iter().flatten().map(|(name, _)| name);
+    for name in
+        names.filter(|name| runs.len() == 1 || runs[0].saved["settings"][*name] != runs[1].saved["settings"][*name])
+    {
+        let _ = write!(out, "<tr><td>{name}</td>");
+        for run in runs {
+            let _ = write!(out, "<td>{}</td>", escaped(&text(&run.saved["settings"][name])));
+        }
+        out.push_str("</tr>");
+    }
+    out.push_str("</table>");
+}
+
+/// Percent of each ceiling.
+fn roofline(out: &mut String, runs: &[Run]) {
+    let mut rows = String::new();
+    for (run, colour) in runs.iter().zip(COLOURS) {
+        for row in run.saved["report"]["ceilings"].as_array().into_iter().flatten() {
+            let n = |field: &str| row[field].as_f64().unwrap_or(0.0);
+            let s = |field: &str| escaped(row[field].as_str().unwrap_or_default());
+            let share = 100.0 * n("share");
+            let _ = write!(
+                rows,
+                "<tr><td>{}</td><td class=\"n\">{} {}</td><td class=\"n\">{} {}</td><td><div class=\"bar\"><div style=\"width:{:.1}%;background:{}\"></div></div></td><td class=\"n\">{share:.0} %</td><td>{}</td></tr>",
+                s("name"),
+                n("value"),
+                s("unit"),
+                n("limit"),
+                s("unit"),
+                share.clamp(0.0, 100.0),
+                css(colour),
+                s("limit_is"),
+            );
+        }
+    }
+    if !rows.is_empty() {
+        let _ = write!(
+            out,
+            "<h2>How close to the limit</h2><p>Each number beside what bounds it, measured in the same run.</p><table><tr><th></th><th>kvring</th><th>limit</th><th></th><th></th><th>the limit is</th></tr>{rows}</table>"
+        );
+    }
+}
+
+fn hit_ratios(out: &mut String, runs: &[Run]) {
+    let mut rows = String::new();
+    for (run, colour) in runs.iter().zip(COLOURS) {
+        let report = &run.saved["report"];
+        for (name, field) in [
+            ("measured", "hit_ratio"),
+            ("Belady's optimum for this capacity", "hit_ratio_belady"),
+            ("infinite cache", "hit_ratio_infinite"),
+        ] {
+            if let Some(ratio) = report[field].as_f64() {
+                let _ = write!(
+                    rows,
+                    "<tr><td>{}: {name}</td><td><div class=\"bar\"><div style=\"width:{:.1}%;background:{}\"></div></div></td><td class=\"n\">{:.1} %</td></tr>",
+                    escaped(&run.name),
+                    100.0 * ratio,
+                    css(colour),
+                    100.0 * ratio
+                );
+            }
+        }
+    }
+    if !rows.is_empty() {
+        let _ = write!(out, "<h2>Hit ratio</h2><table>{rows}</table>");
+    }
+}
+
+/// Steps of a series of counts: seconds, and GB/s loaded and stored since the step before.
+fn rates(report: &Value) -> Vec<[f64; 3]> {
+    let gb = report["block_bytes"].as_f64().unwrap_or(0.0) / 1e9;
+    let point =
+        |value: &Value| -> Option<[f64; 3]> { Some([value[0].as_f64()?, value[1].as_f64()?, value[2].as_f64()?]) };
+    let series: Vec<_> = report["series"].as_array().into_iter().flatten().filter_map(point).collect();
+    let step = |two: &[[f64; 3]]| {
+        let seconds = (two[1][0] - two[0][0]).max(1e-6);
+        [two[1][0], (two[1][1] - two[0][1]) * gb / seconds, (two[1][2] - two[0][2]) * gb / seconds]
+    };
+    series.windows(2).map(step).collect()
+}
+
+type Drawn = Result<(), Box<dyn std::error::Error>>;
+
+fn throughput(out: &mut String, runs: &[Run]) -> Drawn {
+    for (at, what) in [(1, "Loaded"), (2, "Stored")] {
+        let lines: Vec<Vec<(f64, f64)>> = runs
+            .iter()
+            .map(|run| rates(&run.saved["report"]).iter().map(|step| (step[0], step[at])).collect())
+            .collect();
+        let last = lines.iter().flatten().map(|(x, _)| *x).fold(0.0, f64::max);
+        let most = lines.iter().flatten().map(|(_, y)| *y).fold(0.0, f64::max);
+        if last > 0.0 && most > 0.0 {
+            let _ = write!(out, "<h2>{what}, over time</h2>");
+            out.push_str(&chart(runs, &lines, "seconds", "GB/s", (0.0..last).into(), 0.0..most * 1.1)?);
+        }
+    }
+    Ok(())
+}
+
+fn cdf(out: &mut String, runs: &[Run], name: &str, what: &str) -> Drawn {
+    let line = |run: &Run| -> Vec<(f64, f64)> {
+        let steps = run.saved["report"]["cdf_us"][name].as_array().into_iter().flatten();
+        // The tail is what matters: the axis is of nines.
+        let nines = |quantile: f64| -(1.0 - quantile.min(0.99999)).log10();
+        steps.filter_map(|step| Some((step[0].as_f64()?.max(0.1), nines(step[1].as_f64()?)))).collect()
+    };
+    let lines: Vec<_> = runs.iter().map(line).collect();
+    let (least, most) =
+        lines.iter().flatten().fold((f64::MAX, 0.0f64), |(least, most), (x, _)| (least.min(*x), most.max(*x)));
+    if most > 0.0 {
+        let _ = write!(
+            out,
+            "<h2>{what}: how long</h2><p>The part that took no longer than so many microseconds (logarithmic); each step up is another nine.</p>"
+        );
+        let x = Axis::Log(least..(most * 1.05).max(least * 1.5));
+        out.push_str(&chart(runs, &lines, "µs", "90 %, 99 %, 99.9 %, ...", x, 0.0..5.0)?);
+    }
+    Ok(())
+}
+
+enum Axis {
+    Linear(std::ops::Range<f64>),
+    Log(std::ops::Range<f64>),
+}
+
+impl From<std::ops::Range<f64>> for Axis {
+    fn from(range: std::ops::Range<f64>) -> Self {
+        Self::Linear(range)
+    }
+}
+
+fn chart(
+    runs: &[Run],
+    lines: &[Vec<(f64, f64)>],
+    x_is: &str,
+    y_is: &str,
+    x: Axis,
+    y: std::ops::Range<f64>,
+) -> Result<String, Box<dyn std::error::Error>> {
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (860, 320)).into_drawing_area();
+        area.fill(&WHITE)?;
+        let mut builder = ChartBuilder::on(&area);
+        builder.margin(12).x_label_area_size(42).y_label_area_size(64);
+        macro_rules! draw {
+            ($x:expr) => {{
+                let mut chart = builder.build_cartesian_2d($x, y)?;
+                chart.configure_mesh().x_desc(x_is).y_desc(y_is).light_line_style(WHITE).draw()?;
+                for ((run, line), colour) in runs.iter().zip(lines).zip(COLOURS) {
+                    let series = LineSeries::new(line.iter().copied(), colour.stroke_width(2));
+                    let key = move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2));
+                    chart.draw_series(series)?.label(run.name.as_str()).legend(key);
+                }
+                chart.configure_series_labels().background_style(WHITE).border_style(RGBColor(216, 222, 228)).draw()?;
+            }};
+        }
+        match x {
+            Axis::Linear(range) => draw!(range),
+            Axis::Log(range) => draw!(range.log_scale()),
+        }
+        area.present()?;
+    }
+    Ok(svg)
+}
+
+/// Probability that two samples come from one distribution (Mann and Whitney, 1947; two-sided, normal approximation with
+/// correction for continuity, ties by midranks). None for fewer than four of either.
+fn p_value(a: &[f64], b: &[f64]) -> Option<f64> {
+    let (n, m) = (a.len() as f64, b.len() as f64);
+    if a.len() < 4 || b.len() < 4 {
+        return None;
+    }
+    let wins = |x: f64| {
+        b.iter()
+            .map(|y| {
+                if x > *y {
+                    1.0
+                } else if x == *y {
+                    0.5
+                } else {
+                    0.0
+                }
+            })
+            .sum::<f64>()
+    };
+    let u: f64 = a.iter().map(|x| wins(*x)).sum();
+    let deviation = (n * m * (n + m + 1.0) / 12.0).sqrt();
+    let z = ((u - n * m / 2.0).abs() - 0.5).max(0.0) / deviation;
+    Some(2.0 * (1.0 - normal_cdf(z)))
+}
+
+/// Abramowitz and Stegun, 26.2.17: to 7.5e-8.
+fn normal_cdf(z: f64) -> f64 {
+    let t = 1.0 / (1.0 + 0.231_641_9 * z);
+    let poly =
+        t * (0.319_381_530 + t * (-0.356_563_782 + t * (1.781_477_937 + t * (-1.821_255_978 + t * 1.330_274_429))));
+    1.0 - (-z * z / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt() * poly
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Two runs, number by number, and whether they differ.
+fn compared(out: &mut String, a: &Run, b: &Run) {
+    let mut rows = String::new();
+    let mut row = |name: &str, unit: &str, ours: f64, theirs: f64, samples: [&[f64]; 2]| {
+        let change = 100.0 * (theirs / ours - 1.0);
+        let sure = match p_value(samples[0], samples[1]) {
+            Some(p) if p < 0.01 => format!("yes (p = {p:.4})"),
+            Some(p) if p < 0.05 => format!("probably (p = {p:.3})"),
+            Some(p) => format!("no: noise does that (p = {p:.2})"),
+            None => "not known: too few rounds".to_owned(),
+        };
+        let _ = write!(
+            rows,
+            "<tr><td>{}</td><td class=\"n\">{ours:.4} {unit}</td><td class=\"n\">{theirs:.4} {unit}</td><td class=\"n\">{change:+.1} %</td><td>{sure}</td></tr>",
+            escaped(name)
+        );
+    };
+    let (ra, rb) = (&a.saved["report"], &b.saved["report"]);
+    let list =
+        |row: &Value| row["samples"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect::<Vec<_>>();
+    for one in ra["ceilings"].as_array().into_iter().flatten() {
+        let other = rb["ceilings"].as_array().into_iter().flatten().find(|other| other["name"] == one["name"]);
+        if let (Some(other), Some(name)) = (other, one["name"].as_str()) {
+            let v = |row: &Value| row["value"].as_f64().unwrap_or(f64::NAN);
+            row(name, one["unit"].as_str().unwrap_or_default(), v(one), v(other), [&list(one), &list(other)]);
+        }
+    }
+    for (at, name) in [(1, "loaded"), (2, "stored")] {
+        // Windows of a quarter of a second are not independent: every fourth.
+        let steps = |report: &Value| rates(report).iter().map(|step| step[at]).step_by(4).collect::<Vec<_>>();
+        let (x, y) = (steps(ra), steps(rb));
+        if !x.is_empty() && !y.is_empty() {
+            row(name, "GB/s", median(&x), median(&y), [&x, &y]);
+        }
+    }
+    for (name, field, unit) in [
+        ("hit ratio", "hit_ratio", ""),
+        ("requests", "requests_per_s", "/s"),
+        ("server's CPU time", "server_cpu_s", "s"),
+    ] {
+        if let (Some(x), Some(y)) = (ra[field].as_f64(), rb[field].as_f64()) {
+            row(name, unit, x, y, [&[], &[]]);
+        }
+    }
+    for (name, field) in [("request", "request_us"), ("load", "load_us"), ("match", "match_us")] {
+        for quantile in ["p50", "p99"] {
+            if let (Some(x), Some(y)) = (ra[field][quantile].as_f64(), rb[field][quantile].as_f64()) {
+                row(&format!("{name}, {quantile}"), "µs", x, y, [&[], &[]]);
+            }
+        }
+    }
+    let _ = write!(
+        out,
+        "<h2>Compared</h2><table><tr><th></th><th style=\"color:{}\">{}</th><th style=\"color:{}\">{}</th><th>change</th><th>a difference?</th></tr>{rows}</table><p>Mann and Whitney's test over rounds, or over every fourth quarter of a second; the numbers are medians.</p>",
+        css(COLOURS[0]),
+        escaped(&a.name),
+        css(COLOURS[1]),
+        escaped(&b.name)
+    );
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_told_from_noise() {
+        let a: Vec<f64> = (0..12).map(|i| 10.0 + f64::from(i % 4) * 0.1).collect();
+        let shifted: Vec<f64> = a.iter().map(|x| x + 1.0).collect();
+        assert!(p_value(&a, &shifted).unwrap() < 0.001);
+        assert!(p_value(&a, &a).unwrap() > 0.9);
+        assert_eq!(p_value(&a[..3], &shifted), None);
+        // Tables of U: for 5 and 5 all on one side p is 0.008 exactly, 0.012 by the approximation.
+        let p = p_value(&[1.0, 2.0, 3.0, 4.0, 5.0], &[6.0, 7.0, 8.0, 9.0, 10.0]).unwrap();
+        assert!((0.008..0.013).contains(&p), "{p}");
+        assert!((normal_cdf(1.959_964) - 0.975).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_page_has_what_was_saved_and_nothing_from_elsewhere() {
+        let report = json!({
+            "doubts": ["a <doubt>"], "hit_ratio": 0.5, "hit_ratio_belady": 0.6, "hit_ratio_infinite": 0.9, "block_bytes": 1_000_000_000u64,
+            "series": (0..40).map(|i| json!([f64::from(i) * 0.25, i * 2, i])).collect::<Vec<_>>(),
+            "cdf_us": {"request": [[10.0, 0.5], [100.0, 0.9], [1000.0, 0.999]]},
+            "ceilings": [{"name": "x", "value": 8.0, "limit": 10.0, "unit": "GB/s", "limit_is": "memcpy", "share": 0.8, "samples": [8.0, 8.1, 7.9, 8.0]}],
+        });
+        let run = |name: &str| Run {
+            name: name.into(),
+            saved: json!({"kvring_run": 1, "kind": "cache", "report": report, "settings": {"a": "1"}}),
+        };
+        let page = page(&[run("a.json"), run("b.json")]).unwrap();
+        for part in ["a &lt;doubt&gt;", "Belady", "80 %", "<svg", "no: noise does that", "8.0000 GB/s", "hit ratio"] {
+            assert!(page.contains(part), "no {part:?}");
+        }
+        assert!(
+            !page.contains("<script")
+                && !page.contains("http://") | page.contains("http://www.w3.org/2000/svg")
+                && !page.contains("https://")
+        );
+        assert_eq!(rates(&report)[0], [0.25, 8.0, 4.0]);
+    }
+}
