@@ -251,6 +251,32 @@ impl Cache {
         self.disk.as_mut()?.acquire()
     }
 
+    /// Has the next block leave a tier. False: none may.
+    pub fn evict(&mut self, tier: Tier) -> bool {
+        let Some(slot) = self.index.evict(tier) else { return false };
+        match tier {
+            Tier::Host => {
+                self.evicted.host += 1;
+                self.host.release(slot);
+            }
+            Tier::Disk => {
+                self.evicted.disk += 1;
+                self.release_disk(slot);
+            }
+        }
+        self.collect();
+        true
+    }
+
+    /// Forgets a block and all that continues it, because somebody has asked for it. Says how many.
+    pub fn forget(&mut self, key: BlockKey) -> u32 {
+        let Some(id) = self.index.find(key) else { return 0 };
+        self.index.recorder.cause = Cause::Asked;
+        let count = self.index.detach(id);
+        self.collect();
+        count
+    }
+
     /// Reserves a slot for the block with this key after `parent`, if the writer `may_take` another. Says what
     /// became of it, and the block, which is the next one's parent.
     pub fn reserve(

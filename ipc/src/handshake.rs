@@ -49,6 +49,31 @@ pub enum Request {
         /// Bound on what is read; 0 for none.
         bytes_per_s: u64,
     },
+    /// Blocks that are known, from this place of the index on; or what is known of one.
+    Blocks {
+        /// Where to go on: 0, or what the last answer said.
+        from: u32,
+        /// Only the block with this key: 32 hexadecimal digits.
+        #[serde(default)]
+        key: Option<String>,
+    },
+    /// Have up to so many blocks leave a tier, those that the policy would take next.
+    Evict {
+        /// dram or ssd.
+        tier: String,
+        /// How many.
+        blocks: u32,
+    },
+    /// Forget a block, and all that continues it.
+    Forget {
+        /// Its key: 32 hexadecimal digits.
+        key: String,
+    },
+    /// Take no stores and write what is dirty; or take them again.
+    Drain {
+        /// Whether to drain.
+        on: bool,
+    },
     /// Replace the engine process by what the program file is now; the pool stays.
     Upgrade,
 }
@@ -101,6 +126,8 @@ pub enum Reply {
     Verifying,
     /// Answer to `Upgrade`.
     Upgrading,
+    /// Answer to `Blocks`, `Evict`, `Forget` and `Drain`.
+    Admin(serde_json::Value),
 }
 
 /// What a client must know of the pool.

@@ -19,6 +19,12 @@ impl BlockKey {
     pub const fn from_words(words: [u64; 2]) -> Self {
         Self(words)
     }
+    /// From 32 hexadecimal digits, as it is displayed.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let word = |part: Option<&str>| u64::from_str_radix(part?, 16).ok();
+        let is_hex = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if is_hex { Some(Self([word(text.get(16..))?, word(text.get(..16))?])) } else { None }
+    }
     /// As two words, low first.
     pub fn to_words(self) -> [u64; 2] {
         self.0

@@ -80,6 +80,8 @@ pub enum Refusal {
     NoParent = 1,
     /// No slot was free and nothing could be evicted, or the instance's share of the pool is in use.
     NoRoom = 2,
+    /// The server is being drained: it takes no stores.
+    Draining = 3,
 }
 
 macro_rules! from_byte {
@@ -94,7 +96,7 @@ macro_rules! from_byte {
 }
 from_byte!(What: Answered, Stored, Evicted, Forgotten, Dropped, Read, Written, Missed, Attached, Ended, Expired, Reset);
 from_byte!(Cause: Unknown, Reset, DramChecksum, SsdChecksum, SsdRead, Aborted, WriterGone, Stalled, Asked);
-from_byte!(Refusal: NoParent, NoRoom);
+from_byte!(Refusal: NoParent, NoRoom, Draining);
 
 /// One entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

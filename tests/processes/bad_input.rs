@@ -197,7 +197,7 @@ fn sockets() {
 #[test]
 fn nobody_there() {
     let place = Place::new();
-    for command in ["stat", "stop", "upgrade", "top", "sessions", "devices", "explain", "trace"] {
+    for command in ["stat", "stop", "upgrade", "top", "sessions", "devices", "explain", "trace", "blocks", "drain"] {
         refused_by(&mut place.kvring(&[command]), &["no server listens on", &place.socket().display().to_string()]);
     }
 }

@@ -1,5 +1,6 @@
 //! Real processes, real sockets, real files, real signals: the program as its users meet it.
 
+mod admin;
 mod bad_input;
 mod chaos;
 mod device;

@@ -1,4 +1,4 @@
-//! `kvring config`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
+//! `kvring blocks`, `drain`, `evict`, `reset`, `kvring config`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
 
 use std::time::{Duration, Instant};
 
@@ -6,6 +6,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvring_ipc::config::CLIENT_SETTINGS;
 use kvring_ipc::handshake::{ChannelError, Reply, Request, ask};
+use kvring_ipc::key::BlockKey;
 use serde_json::{Value, json};
 
 use crate::Outcome;
@@ -82,6 +83,204 @@ pub fn config(args: &ConfigArgs) -> Outcome {
         println!("{name:<names$}  {value:<values$}  {origin}{other}");
     }
     loaded.notes.iter().for_each(|note| println!("{note}"));
+    Ok(())
+}
+
+fn administer(socket: &std::path::Path, request: &Request) -> Result<Value, String> {
+    match ask(socket, request, PATIENCE).map_err(|error| explained(error, socket))? {
+        Reply::Admin(answer) => Ok(answer),
+        Reply::Refused { reason, .. } => Err(reason),
+        reply => Err(format!("an unexpected answer: {reply:?}")),
+    }
+}
+
+/// Arguments of `kvring blocks`.
+#[derive(Args)]
+pub struct BlocksArgs {
+    /// Only the block with this key: 32 hexadecimal digits
+    #[arg(long, value_parser = crate::observe::explain::key_of)]
+    key: Option<BlockKey>,
+    /// Only those in this tier: dram or ssd
+    #[arg(long, value_parser = ["dram", "ssd"])]
+    tier: Option<String>,
+    /// At most this many
+    #[arg(long, default_value_t = usize::MAX, hide_default_value = true)]
+    limit: usize,
+    /// Print JSON: one object a line
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Lists blocks: pieces of the index, each as it was when it was read.
+pub fn blocks(args: &BlocksArgs) -> Outcome {
+    use std::io::Write;
+    let socket = args.settings.load()?.config.socket;
+    let key = args.key.map(|key| key.to_string());
+    let (mut from, mut left) = (0, args.limit);
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    if !args.json {
+        writeln!(
+            out,
+            "{:<32}  {:>5}  {:>10}  {:>10}  {:>6}  {:>4}  continues",
+            "key", "depth", "DRAM slot", "SSD slot", "leases", "uses"
+        )?;
+    }
+    loop {
+        let mut answer = administer(&socket, &Request::Blocks { from, key: key.clone() })?;
+        for block in answer["blocks"].as_array_mut().into_iter().flatten() {
+            if left == 0 || args.tier.as_ref().is_some_and(|tier| block[tier].is_null()) {
+                continue;
+            }
+            left -= 1;
+            if args.json {
+                writeln!(out, "{block}")?;
+                continue;
+            }
+            let slot = |tier: &str| match (block[tier]["slot"].as_u64(), block[tier]["filling"].as_bool()) {
+                (Some(slot), Some(true)) => format!("({slot})"),
+                (Some(slot), _) => slot.to_string(),
+                (None, _) => "-".into(),
+            };
+            let text = |field: &str| block[field].as_str().unwrap_or("-").to_owned();
+            let parent = text("parent");
+            let (key, depth, leases, uses) = (text("key"), &block["depth"], &block["leases"], &block["uses"]);
+            writeln!(
+                out,
+                "{key}  {depth:>5}  {:>10}  {:>10}  {leases:>6}  {uses:>4}  {parent}",
+                slot("dram"),
+                slot("ssd")
+            )?;
+        }
+        match answer["next"].as_u64().filter(|_| left > 0) {
+            Some(next) => from = next as u32,
+            None => break,
+        }
+    }
+    out.flush()?;
+    if left == args.limit && args.key.is_some() {
+        return Err("there is no such block: `kvring explain --key` says what became of it".into());
+    }
+    Ok(())
+}
+
+/// Arguments of `kvring drain`.
+#[derive(Args)]
+#[command(after_help = "\
+Matches and loads go on. A crash or an upgrade of the engine process ends it; so does --undo.")]
+pub struct DrainArgs {
+    /// Take stores again
+    #[arg(long)]
+    undo: bool,
+    /// Seconds to wait until everything is written
+    #[arg(long, default_value_t = 60)]
+    wait: u64,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Drains, and waits until all is written.
+pub fn drain(args: &DrainArgs) -> Outcome {
+    let socket = args.settings.load()?.config.socket;
+    let request = Request::Drain { on: !args.undo };
+    let mut answer = administer(&socket, &request)?;
+    if args.undo {
+        println!("stores are taken again");
+        return Ok(());
+    }
+    if stats(&socket)?["metrics"]["ssd_slots_count"] == 0 {
+        println!("stores are refused; there is no SSD tier to write to: what the pool holds ends with the server");
+        return Ok(());
+    }
+    let deadline = Instant::now() + Duration::from_secs(args.wait);
+    let bar = ProgressBar::no_length();
+    while answer["clean"] != true {
+        if Instant::now() > deadline {
+            let dirty = &answer["dirty"];
+            return Err(format!(
+                "{dirty} blocks are not written after {} s: look at the device (kvring devices)",
+                args.wait
+            )
+            .into());
+        }
+        bar.set_message(format!("{} blocks to write", answer["dirty"]));
+        std::thread::sleep(Duration::from_millis(20));
+        answer = administer(&socket, &request)?;
+    }
+    bar.finish_and_clear();
+    println!(
+        "stores are refused, and all that the SSD has room for is written; `kvring drain --undo` takes stores again"
+    );
+    Ok(())
+}
+
+/// Arguments of `kvring evict`.
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["blocks", "key"]))]
+pub struct EvictArgs {
+    /// How many blocks
+    #[arg(long, requires = "tier")]
+    blocks: Option<u32>,
+    /// Which tier they leave: dram or ssd. What is in no other tier is gone
+    #[arg(long, value_parser = ["dram", "ssd"])]
+    tier: Option<String>,
+    /// The block with this key, and all that continues it, in every tier
+    #[arg(long, value_parser = crate::observe::explain::key_of, conflicts_with = "tier")]
+    key: Option<BlockKey>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Evicts.
+pub fn evict(args: &EvictArgs) -> Outcome {
+    let socket = args.settings.load()?.config.socket;
+    if let Some(key) = args.key {
+        let answer = administer(&socket, &Request::Forget { key: key.to_string() })?;
+        return match answer["forgotten"].as_u64().unwrap_or(0) {
+            0 => Err("there is no such block: `kvring explain --key` says what became of it".into()),
+            count => {
+                println!("{count} blocks forgotten: it and what continued it");
+                Ok(())
+            }
+        };
+    }
+    let (Some(wanted), Some(tier)) = (args.blocks, args.tier.clone()) else { return Err("--blocks and --tier".into()) };
+    let mut evicted = 0;
+    loop {
+        let request = Request::Evict { tier: tier.clone(), blocks: wanted - evicted };
+        let answer = administer(&socket, &request)?;
+        evicted += answer["evicted"].as_u64().unwrap_or(0) as u32;
+        if answer["more"] != true || evicted >= wanted {
+            break;
+        }
+    }
+    println!("{evicted} blocks have left {}", if tier == "dram" { "DRAM" } else { "the SSD" });
+    if evicted < wanted {
+        println!("no other may go now: those that are left are leased, in use, or have blocks that continue them");
+    }
+    Ok(())
+}
+
+/// Arguments of `kvring reset`.
+#[derive(Args)]
+pub struct ResetArgs {
+    /// Yes: every instance's blocks
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Forgets everything.
+pub fn reset(args: &ResetArgs) -> Outcome {
+    if !args.all {
+        return Err("a reset forgets the blocks of every instance: say --all if that is meant".into());
+    }
+    let socket = args.settings.load()?.config.socket;
+    stats(&socket)?;
+    let blocks = kvring_ipc::instance::reset(&socket)?;
+    println!("{blocks} blocks forgotten, on the SSD too");
     Ok(())
 }
 

@@ -47,6 +47,14 @@ enum Command {
     Trace(observe::trace::TraceArgs),
     /// Print every setting, its value and where that was said; and what a running server has instead.
     Config(admin::ConfigArgs),
+    /// List the blocks that are known, or say where one is.
+    Blocks(admin::BlocksArgs),
+    /// Take no more stores and write what is not on the SSD yet, before a stop or a move.
+    Drain(admin::DrainArgs),
+    /// Have blocks leave a tier, those that the policy would take next; or one block and all that continues it.
+    Evict(admin::EvictArgs),
+    /// Forget every block, on the SSD too.
+    Reset(admin::ResetArgs),
     /// Stop a running server: what is being written is finished.
     Stop(admin::AdminArgs),
     /// Replace a running server's engine process by the program as it is now: the cache stays.
@@ -82,6 +90,10 @@ fn main() -> std::process::ExitCode {
         Command::Explain(args) => observe::explain::explain(&args),
         Command::Trace(args) => observe::trace::trace(&args),
         Command::Config(args) => admin::config(&args),
+        Command::Blocks(args) => admin::blocks(&args),
+        Command::Drain(args) => admin::drain(&args),
+        Command::Evict(args) => admin::evict(&args),
+        Command::Reset(args) => admin::reset(&args),
         Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),
         Command::Upgrade(args) => admin::upgrade(&args),

@@ -38,7 +38,7 @@ pub fn save(path: &Path, kind: &str, report: &Value, config: &Config) -> Outcome
         "kvring_run": FORMAT,
         "kind": kind,
         "version": env!("CARGO_PKG_VERSION"),
-        "commit": env!("KVRING_COMMIT"),
+        "commit": env!("BUILT_FROM_COMMIT"),
         "optimised": !cfg!(debug_assertions),
         "saved_unix_s": now.as_secs(),
         "command": std::env::args().collect::<Vec<_>>(),
@@ -296,9 +296,28 @@ fn cdf(out: &mut String, runs: &[Run], name: &str, what: &str) -> Drawn {
             "<h2>{what}: how long</h2><p>The part that took no longer than so many microseconds (logarithmic); each step up is another nine.</p>"
         );
         let x = Axis::Log(least..(most * 1.05).max(least * 1.5));
-        out.push_str(&chart(runs, &lines, "µs", "90 %, 99 %, 99.9 %, ...", x, 0.0..5.0)?);
+        out.push_str(&chart(runs, &lines, "µs", "part of all", x, 0.0..NINES)?);
     }
     Ok(())
+}
+
+/// Where an axis of nines ends: 99.999 %.
+const NINES: f64 = 5.0;
+
+/// A number of nines as a part of all.
+fn nines(count: f64) -> String {
+    let percent = 100.0 * (1.0 - 10f64.powf(-count));
+    format!("{percent:.*} %", (count - 2.0).clamp(0.0, 3.0).ceil() as usize)
+}
+
+/// Four digits, and no more zeros than are needed.
+fn plain(value: f64) -> String {
+    if value == 0.0 || !value.is_finite() {
+        return format!("{value}");
+    }
+    let digits = (3 - value.abs().log10().floor() as i32).clamp(0, 6) as usize;
+    let text = format!("{value:.digits$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
 enum Axis {
@@ -321,6 +340,8 @@ fn chart(
     y: std::ops::Range<f64>,
 ) -> Result<String, Box<dyn std::error::Error>> {
     let mut svg = String::new();
+    let of_nines = y.end == NINES;
+    let y_label = |y: &f64| if of_nines { nines(*y) } else { plain(*y) };
     {
         let area = SVGBackend::with_string(&mut svg, (860, 320)).into_drawing_area();
         area.fill(&WHITE)?;
@@ -329,13 +350,28 @@ fn chart(
         macro_rules! draw {
             ($x:expr) => {{
                 let mut chart = builder.build_cartesian_2d($x, y)?;
-                chart.configure_mesh().x_desc(x_is).y_desc(y_is).light_line_style(WHITE).draw()?;
+                chart
+                    .configure_mesh()
+                    .x_desc(x_is)
+                    .y_desc(y_is)
+                    .light_line_style(WHITE)
+                    .label_style(("sans-serif", 13))
+                    .axis_desc_style(("sans-serif", 13))
+                    .y_label_formatter(&y_label)
+                    .x_label_formatter(&|x: &f64| plain(*x))
+                    .draw()?;
                 for ((run, line), colour) in runs.iter().zip(lines).zip(COLOURS) {
                     let series = LineSeries::new(line.iter().copied(), colour.stroke_width(2));
                     let key = move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2));
                     chart.draw_series(series)?.label(run.name.as_str()).legend(key);
                 }
-                chart.configure_series_labels().background_style(WHITE).border_style(RGBColor(216, 222, 228)).draw()?;
+                chart
+                    .configure_series_labels()
+                    .position(SeriesLabelPosition::UpperLeft)
+                    .label_font(("sans-serif", 13))
+                    .background_style(WHITE)
+                    .border_style(RGBColor(216, 222, 228))
+                    .draw()?;
             }};
         }
         match x {
@@ -400,8 +436,10 @@ fn compared(out: &mut String, a: &Run, b: &Run) {
         };
         let _ = write!(
             rows,
-            "<tr><td>{}</td><td class=\"n\">{ours:.4} {unit}</td><td class=\"n\">{theirs:.4} {unit}</td><td class=\"n\">{change:+.1} %</td><td>{sure}</td></tr>",
-            escaped(name)
+            "<tr><td>{}</td><td class=\"n\">{} {unit}</td><td class=\"n\">{} {unit}</td><td class=\"n\">{change:+.1} %</td><td>{sure}</td></tr>",
+            escaped(name),
+            plain(ours),
+            plain(theirs)
         );
     };
     let (ra, rb) = (&a.saved["report"], &b.saved["report"]);
@@ -478,7 +516,7 @@ mod test {
             saved: json!({"kvring_run": 1, "kind": "cache", "report": report, "settings": {"a": "1"}}),
         };
         let page = page(&[run("a.json"), run("b.json")]).unwrap();
-        for part in ["a &lt;doubt&gt;", "Belady", "80 %", "<svg", "no: noise does that", "8.0000 GB/s", "hit ratio"] {
+        for part in ["a &lt;doubt&gt;", "Belady", "80 %", "<svg", "no: noise does that", "8 GB/s", "hit ratio"] {
             assert!(page.contains(part), "no {part:?}");
         }
         assert!(
@@ -487,5 +525,7 @@ mod test {
                 && !page.contains("https://")
         );
         assert_eq!(rates(&report)[0], [0.25, 8.0, 4.0]);
+        assert_eq!([0.0, 1.0, 2.0, 3.0, 4.0].map(nines), ["0 %", "90 %", "99 %", "99.9 %", "99.99 %"]);
+        assert_eq!([1234.5678, 0.25, 8.0, 100_000.0].map(plain), ["1235", "0.25", "8", "100000"]);
     }
 }

@@ -12,6 +12,7 @@ use kvring_ipc::bell as doorbells;
 use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::config::{Config, IoEngine, OnMismatch, Polling};
 use kvring_ipc::events::EventLog;
+use kvring_ipc::key::BlockKey;
 use kvring_ipc::layout::Layout;
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::segment::SessionState;
@@ -25,7 +26,7 @@ use crate::device::files::{self, FilesError};
 use crate::device::uring::{self, Uring, UringError};
 use crate::device::{Device, DeviceMemory};
 use crate::dma::{self, PoolError, PoolMemory};
-use crate::index::IndexOptions;
+use crate::index::{Block, IndexOptions, Place, Tier};
 use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
 use crate::metrics::Metrics;
 use crate::recovery::Recovered;
@@ -89,6 +90,8 @@ pub enum ToShard {
     Survey(Survey, Sender<Survey>),
     /// Look again at a block that does not match its checksum, and say whether it was bad.
     Distrust(Surveyed, Sender<bool>),
+    /// Do what an operator asks; the number names who.
+    Admin(u64, AdminOp),
     /// Finish writing and return.
     Stop,
     /// Finish what is under way and return: the pool stays, for another engine process.
@@ -97,6 +100,43 @@ pub enum ToShard {
         write_back: bool,
     },
 }
+
+/// What an operator asks of the shard.
+#[derive(Debug, Clone, Copy)]
+pub enum AdminOp {
+    /// Some blocks, from this place of the index on.
+    Blocks {
+        /// Where.
+        from: u32,
+    },
+    /// One block.
+    Block {
+        /// Its key.
+        key: BlockKey,
+    },
+    /// Have blocks leave a tier.
+    Evict {
+        /// Which.
+        tier: Tier,
+        /// How many.
+        count: u32,
+    },
+    /// Forget a block and what continues it.
+    Forget {
+        /// Its key.
+        key: BlockKey,
+    },
+    /// Take no stores, or take them again.
+    Drain {
+        /// Which of both.
+        on: bool,
+    },
+}
+
+/// Blocks described in one answer: it fits one message.
+const BLOCKS_PER_ANSWER: usize = 150;
+/// Evictions in one answer: less than a millisecond of the shard's time.
+const EVICTIONS_PER_ANSWER: u32 = 1024;
 
 /// A pool and its slot table, from an engine process that is gone.
 pub struct Kept {
@@ -311,6 +351,8 @@ pub enum FromShard {
         /// Whether a restart forgets them too.
         durable: bool,
     },
+    /// What an operator has asked for is done.
+    Admin(u64, serde_json::Value),
     /// What the SSD held is known.
     Recovered(Recovered),
     /// A piece of the pool could not be registered: its slots are not used.
@@ -926,6 +968,10 @@ impl Runner {
             ToShard::Distrust(at, back) => {
                 let _ = back.send(self.shard.distrust(at));
             }
+            ToShard::Admin(asked_by, op) => {
+                let done = self.administer(op);
+                let _ = self.to_control.send(FromShard::Admin(asked_by, done));
+            }
             ToShard::Stop => {
                 self.finish(SessionState::Closing, true);
                 return false;
@@ -936,6 +982,56 @@ impl Runner {
             }
         }
         true
+    }
+
+    /// Bounded: what is more than fits one answer, or would take the shard long, is asked for again.
+    fn administer(&mut self, op: AdminOp) -> serde_json::Value {
+        match op {
+            AdminOp::Blocks { from } => {
+                let index = &self.shard.cache().index;
+                let mut found: Vec<_> = index.blocks_from(from).take(BLOCKS_PER_ANSWER + 1).collect();
+                let next = (found.len() > BLOCKS_PER_ANSWER).then(|| found.pop()).flatten().map(|(id, _)| id.0);
+                let blocks: Vec<_> = found.iter().map(|(_, block)| self.describe(block)).collect();
+                serde_json::json!({"blocks": blocks, "next": next})
+            }
+            AdminOp::Block { key } => {
+                let index = &self.shard.cache().index;
+                let found = index.find(key).map(|id| self.describe(index.block(id)));
+                serde_json::json!({"blocks": found.into_iter().collect::<Vec<_>>(), "next": null})
+            }
+            AdminOp::Evict { tier, count } => {
+                let asked = count.min(EVICTIONS_PER_ANSWER);
+                let evicted = self.shard.evict(tier, asked);
+                // Fewer than asked: no more may go now.
+                let more = evicted == asked && count > asked;
+                serde_json::json!({"evicted": evicted, "more": more})
+            }
+            AdminOp::Forget { key } => serde_json::json!({"forgotten": self.shard.forget(key)}),
+            AdminOp::Drain { on } => {
+                self.shard.drain(on);
+                let (dirty, clean) = (self.shard.dirty_count(), self.shard.is_clean());
+                serde_json::json!({"draining": on, "dirty": dirty, "clean": clean})
+            }
+        }
+    }
+
+    fn describe(&self, block: &Block) -> serde_json::Value {
+        let place = |tier| match block.place(tier) {
+            Place::Absent => serde_json::Value::Null,
+            Place::Filling(slot) => serde_json::json!({"slot": slot, "filling": true}),
+            Place::Ready(slot) => serde_json::json!({"slot": slot, "filling": false}),
+        };
+        let parent = block.parent().map(|parent| self.shard.cache().index.key_of(parent).to_string());
+        serde_json::json!({
+            "key": block.key.to_string(),
+            "parent": parent,
+            "depth": block.depth,
+            "dram": place(Tier::Host),
+            "ssd": place(Tier::Disk),
+            "leases": block.leases,
+            "uses": block.pins,
+            "matchable": block.is_visible(),
+        })
     }
 
     fn answer_resets(&mut self, now_ns: u64) {

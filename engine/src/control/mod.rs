@@ -18,12 +18,13 @@ use kvring_ipc::segment::Segment;
 use kvring_ipc::wire::PROTOCOL_VERSION;
 use rustix::event::{Timespec, epoll};
 
+use crate::index::Tier;
 use crate::limits::{ASKERS_PER_PEER_MAX, SESSIONS_MAX, SESSIONS_PER_PEER_MAX};
 use crate::shard::End;
 use crate::shard::session::Session;
 use crate::tier::host::{SessionId, Writer};
 use crate::tier::table::FormerSession;
-use engine::{BuildError, Engine, FromShard, Kept, Prepared, ToShard};
+use engine::{AdminOp, BuildError, Engine, FromShard, Kept, Prepared, ToShard};
 use keeper::{Inheritance, ToEngine, ToKeeper};
 use verify::VerifyState;
 
@@ -65,8 +66,8 @@ struct Connection {
     /// Why whatever it asks is refused.
     refusal: Option<String>,
     opened: Instant,
-    /// It has asked for a reset that is under way.
-    awaits_reset: bool,
+    /// It has asked for something that the shard is yet to do.
+    awaits_shard: bool,
     session: Option<Attached>,
 }
 
@@ -134,6 +135,8 @@ pub struct Server {
     forget_at_start: bool,
     leaving: Option<Leaving>,
     keeper_is_gone: bool,
+    /// Stores are refused because an operator has asked for it.
+    draining: bool,
     refusal_told: Option<Instant>,
     upgrades_failed_count: u64,
     verify: Arc<VerifyState>,
@@ -209,6 +212,7 @@ impl Server {
             forget_at_start: false,
             leaving: None,
             keeper_is_gone: false,
+            draining: false,
             refusal_told: None,
             upgrades_failed_count: 0,
             verify: Arc::default(),
@@ -488,7 +492,7 @@ impl Server {
             #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
             let opened = Instant::now();
             self.connections
-                .insert(number, Connection { channel, peer, refusal, opened, awaits_reset: false, session: None });
+                .insert(number, Connection { channel, peer, refusal, opened, awaits_shard: false, session: None });
         }
     }
 
@@ -504,7 +508,7 @@ impl Server {
     }
 
     fn drop_silent(&mut self) {
-        self.connections.retain(|_, c| c.session.is_some() || c.awaits_reset || c.opened.elapsed() < FIRST_WORD);
+        self.connections.retain(|_, c| c.session.is_some() || c.awaits_shard || c.opened.elapsed() < FIRST_WORD);
     }
 
     fn on_message(&mut self, number: u64) {
@@ -563,6 +567,12 @@ impl Server {
                 self.reply(number, &refusal.into_reply());
                 self.drop_if_no_session(number);
             }
+            Request::Blocks { .. } | Request::Evict { .. } | Request::Forget { .. } | Request::Drain { .. } => {
+                if let Err(refusal) = self.administer(number, &request) {
+                    self.reply(number, &refusal.into_reply());
+                    self.drop_if_no_session(number);
+                }
+            }
             Request::Reset => match &self.engine {
                 _ if !self.is_same_user(number) => {
                     self.reply(number, &Refusal::for_good("only the server's user may reset it".into()).into_reply());
@@ -571,7 +581,7 @@ impl Server {
                 Some(engine) => {
                     engine.tell(ToShard::Reset(number));
                     if let Some(connection) = self.connections.get_mut(&number) {
-                        connection.awaits_reset = true;
+                        connection.awaits_shard = true;
                     }
                 }
                 None => {
@@ -625,6 +635,50 @@ impl Server {
                 self.reply(number, &Reply::Upgrading);
             }
         }
+    }
+
+    /// What an operator asks of the shard: only the server's user, and what changes anything is logged.
+    fn administer(&mut self, number: u64, request: &Request) -> Result<(), Refusal> {
+        if !self.is_same_user(number) {
+            return Err(Refusal::for_good("only the server's user may administer it".into()));
+        }
+        let key = |text: &str| {
+            let key = kvring_ipc::key::BlockKey::from_hex(text);
+            key.ok_or_else(|| Refusal::for_good(format!("{text:?} is no key: expected 32 hexadecimal digits")))
+        };
+        let op = match request {
+            Request::Blocks { key: Some(text), .. } => AdminOp::Block { key: key(text)? },
+            Request::Blocks { from, .. } => AdminOp::Blocks { from: *from },
+            Request::Evict { tier, blocks } => AdminOp::Evict {
+                tier: match tier.as_str() {
+                    "dram" => Tier::Host,
+                    "ssd" => Tier::Disk,
+                    other => return Err(Refusal::for_good(format!("tier = {other:?}: expected dram or ssd"))),
+                },
+                count: *blocks,
+            },
+            Request::Forget { key: text } => AdminOp::Forget { key: key(text)? },
+            Request::Drain { on } => AdminOp::Drain { on: *on },
+            _ => return Ok(()),
+        };
+        let Some(engine) = &self.engine else {
+            return Err(Refusal::for_now("there is nothing yet: no worker has attached".into()));
+        };
+        engine.tell(ToShard::Admin(number, op));
+        if let Some(connection) = self.connections.get_mut(&number) {
+            connection.awaits_shard = true;
+            // Asking again how far a drain has come is no news.
+            let is_news = !matches!(op, AdminOp::Blocks { .. } | AdminOp::Block { .. })
+                && !matches!(op, AdminOp::Drain { on } if std::mem::replace(&mut self.draining, on) == on);
+            if is_news {
+                tracing::info!(
+                    "process {} (user {}) asks: {op:?}",
+                    connection.peer.pid.as_raw_nonzero(),
+                    connection.peer.uid
+                );
+            }
+        }
+        Ok(())
     }
 
     fn drop_if_no_session(&mut self, number: u64) {
@@ -870,7 +924,14 @@ impl Server {
                     tracing::info!("reset: {blocks} blocks forgotten");
                     self.reply(asked_by, &Reply::Reset { blocks: u64::from(blocks), durable });
                     if let Some(connection) = self.connections.get_mut(&asked_by) {
-                        connection.awaits_reset = false;
+                        connection.awaits_shard = false;
+                    }
+                    self.drop_if_no_session(asked_by);
+                }
+                FromShard::Admin(asked_by, done) => {
+                    self.reply(asked_by, &Reply::Admin(done));
+                    if let Some(connection) = self.connections.get_mut(&asked_by) {
+                        connection.awaits_shard = false;
                     }
                     self.drop_if_no_session(asked_by);
                 }
@@ -939,6 +1000,7 @@ impl Server {
             "crashes": self.inheritance.crashes,
             "fell_back": self.inheritance.fell_back,
             "upgrades_failed": self.upgrades_failed_count,
+            "draining": self.draining,
             "socket": self.config.socket,
             "settings": self.config.as_text(),
             "instances": instances,

@@ -256,6 +256,17 @@ impl Index {
         known.map(|(id, block)| (BlockId(id), block))
     }
 
+    /// As [`Index::blocks`], from a place on.
+    pub fn blocks_from(&self, from: u32) -> impl Iterator<Item = (BlockId, &Block)> {
+        let known = (from..).zip(self.blocks.iter().skip(from as usize));
+        known.filter(|(_, block)| block.in_use && !block.detached).map(|(id, block)| (BlockId(id), block))
+    }
+
+    /// Places that there are for blocks.
+    pub fn capacity(&self) -> u32 {
+        self.blocks.len() as u32
+    }
+
     /// Adds a block that no key finds yet, after `parent`. `None` if the table is full.
     pub fn insert(&mut self, key: BlockKey, parent: Option<BlockId>, depth: u32) -> Option<BlockId> {
         let id = BlockId(self.free.pop()?);

@@ -106,6 +106,8 @@ pub struct Shard<D> {
     requests_count: u64,
     /// Since when the request that is being served is, if it is one whose time is taken.
     timed_since_ns: Option<u64>,
+    /// No store is taken.
+    draining: bool,
     /// The next of the live sessions whose levels are shown.
     shown: usize,
     done: Vec<Done>,
@@ -201,6 +203,7 @@ impl<D: Device> Shard<D> {
             now_ns: 0,
             requests_count: 0,
             timed_since_ns: None,
+            draining: false,
             shown: 0,
             done: Vec::with_capacity(DEVICE_BUDGET),
             landed: Vec::with_capacity(DEVICE_BUDGET),
@@ -293,6 +296,32 @@ impl<D: Device> Shard<D> {
     /// The cache, for checks and statistics.
     pub fn cache(&self) -> &Cache {
         &self.cache
+    }
+    /// Takes no stores from now on, or takes them again.
+    pub fn drain(&mut self, on: bool) {
+        self.draining = on;
+    }
+    /// Whether nothing would be lost with the pool: every block that the SSD has room for is there, headers too.
+    pub fn is_clean(&self) -> bool {
+        self.is_drained() && self.cache.disk.is_some()
+    }
+    /// Blocks that wait to be written.
+    pub fn dirty_count(&self) -> u32 {
+        self.dirty.len() as u32
+    }
+    /// Has up to `count` blocks leave a tier. Says how many.
+    pub fn evict(&mut self, tier: Tier, count: u32) -> u32 {
+        self.cache.index.recorder.serves = (u32::MAX, 0);
+        let evicted = (0..count).take_while(|_| self.cache.evict(tier)).count() as u32;
+        self.tell_levels();
+        evicted
+    }
+    /// Forgets a block and all that continues it. Says how many.
+    pub fn forget(&mut self, key: BlockKey) -> u32 {
+        self.cache.index.recorder.serves = (u32::MAX, 0);
+        let count = self.cache.forget(key);
+        self.metrics.blocks_forgotten_count.add(u64::from(count));
+        count
     }
     /// Forgets every block. Says how many; `is_reset` says when a restart forgets them too.
     pub fn reset(&mut self) -> u32 {
@@ -974,11 +1003,16 @@ impl<D: Device> Shard<D> {
             }
             let may_take = self.cache.host.filling_count(instance) < may_fill;
             let (reserve, block) = match parent {
+                Ok(_) if self.draining => (Reserve::Dropped, None),
                 Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer, may_take),
                 Err(NoParent) => (Reserve::Dropped, None),
             };
             if reserve == Reserve::Dropped {
-                let why = if parent.is_err() { Refusal::NoParent } else { Refusal::NoRoom };
+                let why = match parent {
+                    _ if self.draining => Refusal::Draining,
+                    Err(NoParent) => Refusal::NoParent,
+                    Ok(_) => Refusal::NoRoom,
+                };
                 self.cache.index.recorder.block(What::Dropped, key, why as u8, 0);
             }
             // What follows a block that is not there has no parent.

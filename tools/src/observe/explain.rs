@@ -45,12 +45,9 @@ pub struct ExplainArgs {
 
 /// A key as it is written: 32 hexadecimal digits.
 pub fn key_of(text: &str) -> Result<BlockKey, String> {
-    let wrong = || format!("{text:?} is no key: expected 32 hexadecimal digits, as `kvring explain` and `trace` print");
-    if text.len() != 32 || !text.is_ascii() {
-        return Err(wrong());
-    }
-    let word = |part: &str| u64::from_str_radix(part, 16).map_err(|_| wrong());
-    Ok(BlockKey::from_words([word(&text[16..])?, word(&text[..16])?]))
+    BlockKey::from_hex(text).ok_or_else(|| {
+        format!("{text:?} is no key: expected 32 hexadecimal digits, as `kvring explain`, `blocks` and `trace` print")
+    })
 }
 
 /// Explains.

@@ -199,6 +199,7 @@ pub fn refusal_text(refusal: u8) -> &'static str {
     match Refusal::from_byte(refusal) {
         Some(Refusal::NoParent) => "the block before it was not there",
         Some(Refusal::NoRoom) => "no slot was free and nothing could go, or its instance has its share in use",
+        Some(Refusal::Draining) => "the server was being drained (kvring drain)",
         None => "no reason was recorded",
     }
 }
