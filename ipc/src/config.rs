@@ -592,7 +592,7 @@ pub const SETTINGS: &[Setting] = &[
     setting!(
         "recorder_entries",
         None,
-        "32768",
+        "262144",
         "a whole number up to 4194304; 0 for no recorder",
         "How many of the last operations and block moves the server remembers for `kvring explain` and `kvring trace`, 64 bytes each; rounded up to a power of two.",
         |c, v| {

@@ -5,6 +5,7 @@ mod bad_input;
 mod chaos;
 mod device;
 mod doctor;
+mod golden;
 mod integrity;
 mod lifecycle;
 mod observe;

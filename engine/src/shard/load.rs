@@ -60,8 +60,8 @@ pub struct Asked {
     pub instance: u32,
     /// Depth of its first block.
     pub first: u32,
-    /// Now.
-    pub now_ns: u64,
+    /// When it was picked up.
+    pub began_ns: u64,
     /// Key of its first block.
     pub key: BlockKey,
     /// When its unstarted blocks are answered busy.
@@ -144,7 +144,7 @@ impl Loads {
             answered: 0,
             served: 0,
             from_disk: false,
-            began_ns: asked.now_ns,
+            began_ns: asked.began_ns,
             key: asked.key,
             rooms: count,
             deadline_ns: asked.deadline_ns,

@@ -578,6 +578,15 @@ impl<D: Device> Shard<D> {
         work
     }
 
+    /// A load is worth the look: what it took is known to more than a round.
+    fn look_at_the_clock(&mut self) {
+        if self.stats.is_some() {
+            let serves = self.cache.index.recorder.serves;
+            self.is_now((self.options.clock)().max(self.now_ns));
+            self.cache.index.recorder.serves = serves;
+        }
+    }
+
     fn is_now(&mut self, now_ns: u64) {
         self.now_ns = now_ns;
         self.cache.index.recorder.now_ns = now_ns;
@@ -753,8 +762,10 @@ impl<D: Device> Shard<D> {
             return;
         }
         session.loads_count += 1;
+        self.look_at_the_clock();
         let deadline_ns = now_ns + self.options.load_wait_ns;
-        let asked = Asked { tag, session: at, lease, instance, first, now_ns, key: self.keys[0], deadline_ns };
+        let (began_ns, key) = (self.now_ns, self.keys[0]);
+        let asked = Asked { tag, session: at, lease, instance, first, began_ns, key, deadline_ns };
         let load = self.loads.begin(asked, &self.blocks[..count]);
         self.hungry_count += 1;
         self.advance_load(load, now_ns);
@@ -909,6 +920,7 @@ impl<D: Device> Shard<D> {
     }
 
     fn tell_load(&mut self, load: &load::Load) {
+        self.look_at_the_clock();
         let Some(stats) = &self.stats else { return };
         let tier = if load.from_disk { ShardHistogram::LoadSsd } else { ShardHistogram::LoadDram };
         stats.histogram(tier as usize).record(self.now_ns.saturating_sub(load.began_ns));
