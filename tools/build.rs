@@ -12,5 +12,10 @@ fn main() {
     if let Some(dir) = git(&["rev-parse", "--absolute-git-dir"]) {
         println!("cargo::rerun-if-changed={dir}/HEAD");
         println!("cargo::rerun-if-changed={dir}/logs/HEAD");
+        println!("cargo::rerun-if-changed={dir}/index");
+        // What makes a tree dirty.
+        for source in ["../ipc/src", "../engine/src", "../gpu/src", "src", "../Cargo.lock"] {
+            println!("cargo::rerun-if-changed={source}");
+        }
     }
 }

@@ -158,7 +158,7 @@ pub fn names(devices: usize) -> Names {
         .chain(["dram", "ssd"].map(|tier| label("load", "tier", tier.to_owned())))
         .collect();
     assert_eq!(histograms.len(), SHARD_HISTOGRAMS);
-    for device in 0..devices {
+    for device in 0..devices.min(kvring_ipc::stats::DEVICE_ROWS) {
         for name in ["ssd_read_queue", "ssd_read", "ssd_write"] {
             histograms.push(label(name, "device", device.to_string()));
         }

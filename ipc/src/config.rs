@@ -1066,7 +1066,6 @@ fn log_level(text: &str) -> Option<&'static str> {
     )
 }
 
-/// GiB with a fraction, in bytes. At most 1 EiB.
 /// Nobody outside this machine is told what a cache does.
 fn metrics_listen(text: &str) -> Option<MetricsListen> {
     if let Some(path) = text.strip_prefix("unix:") {
@@ -1075,6 +1074,7 @@ fn metrics_listen(text: &str) -> Option<MetricsListen> {
     text.parse().ok().filter(|address: &std::net::SocketAddr| address.ip().is_loopback()).map(MetricsListen::Tcp)
 }
 
+/// GiB with a fraction, in bytes. At most 1 EiB.
 fn gib(text: &str) -> Option<u64> {
     let gib: f64 = text.parse().ok()?;
     (gib.is_finite() && (0.0..=f64::from(1 << 30)).contains(&gib)).then_some((gib * f64::from(1 << 30)) as u64)

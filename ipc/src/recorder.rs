@@ -17,7 +17,7 @@ pub const ENTRY_BYTES: usize = ENTRY_WORDS * 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum What {
-    /// A request was answered in full; `took_ns` since it was picked up. `count` blocks were asked for and `part` of
+    /// A match, load, reserve or commit was answered in full; `took_ns` since it was picked up. `count` blocks were asked for and `part` of
     /// them served (hit, loaded, granted, committed). `key`: of a match the first that was missing, if one was; else
     /// the first block's.
     Answered = 1,
@@ -41,7 +41,7 @@ pub enum What {
     Attached = 9,
     /// A session ended.
     Ended = 10,
-    /// A lease ended because nobody had released it.
+    /// `count` leases ended because nobody had released them.
     Expired = 11,
     /// Everything was forgotten: a reset.
     Reset = 12,
@@ -111,7 +111,7 @@ pub struct Entry {
     pub status: u8,
     /// See [`What`].
     pub detail: u8,
-    /// Whose it was; `u32::MAX` if nobody's.
+    /// Whose it was; `u32::MAX` if nobody's, one less if an operator has asked for it.
     pub session: u32,
     /// The request's tag.
     pub tag: u64,
@@ -268,7 +268,8 @@ impl Recording {
         // Acquire: the words were read before the count is read again.
         fence(Ordering::Acquire);
         // The one after the last counted is being written, perhaps.
-        let sound = (self.ring.mapping.words64(WRITTEN, 1)[0].load(Ordering::Relaxed) + 1).saturating_sub(self.entries);
+        let now = self.ring.mapping.words64(WRITTEN, 1)[0].load(Ordering::Relaxed);
+        let sound = now.saturating_add(1).saturating_sub(self.entries);
         let lost = sound.saturating_sub(first).min(read.len() as u64);
         let entries = read.into_iter().skip(lost as usize).filter_map(Entry::from_words).collect();
         (entries, first + lost)

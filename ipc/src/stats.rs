@@ -133,6 +133,8 @@ pub struct Text {
 #[derive(Debug, Clone)]
 pub struct Stats {
     mapping: Arc<Mapping>,
+    /// As they were when that was checked.
+    recorder_entries: u64,
 }
 
 impl Stats {
@@ -154,7 +156,7 @@ impl Stats {
             Ok(()) | Err(Errno::INVAL) => {}
             Err(errno) => return Err(errno),
         }
-        let stats = Self { mapping: Arc::new(mapping) };
+        let stats = Self { mapping: Arc::new(mapping), recorder_entries: recorder_entries as u64 };
         stats.say(recorder_entries);
         Ok((stats, fd))
     }
@@ -165,7 +167,7 @@ impl Stats {
     /// What mmap says.
     pub fn private(recorder_entries: usize) -> rustix::io::Result<Self> {
         let mapping = Mapping::private(RECORDER + recorder_entries * ENTRY_BYTES)?;
-        let stats = Self { mapping: Arc::new(mapping) };
+        let stats = Self { mapping: Arc::new(mapping), recorder_entries: recorder_entries as u64 };
         stats.say(recorder_entries);
         Ok(stats)
     }
@@ -186,7 +188,7 @@ impl Stats {
             return Err("it is no stats segment".into());
         }
         let mapping = Mapping::new_read_only(&fd, bytes).map_err(|errno| errno.to_string())?;
-        let stats = Self { mapping: Arc::new(mapping) };
+        let mut stats = Self { mapping: Arc::new(mapping), recorder_entries: 0 };
         let (magic, version) = (stats.get(Head::Magic), stats.get(Head::Version));
         if magic != MAGIC {
             return Err("its server is only starting".into());
@@ -200,6 +202,7 @@ impl Stats {
         if !fits || stats.get(Head::TextBytes) > TEXT_BYTES_MAX as u64 {
             return Err("its sizes make no sense".into());
         }
+        stats.recorder_entries = entries as u64;
         Ok(stats)
     }
 
@@ -307,11 +310,11 @@ impl Stats {
 
     /// The flight recorder, to write.
     pub fn recorder(&self) -> Recorder {
-        Recorder::new(self.mapping.clone(), RECORDER, self.get(Head::RecorderEntries))
+        Recorder::new(self.mapping.clone(), RECORDER, self.recorder_entries)
     }
     /// The flight recorder, to read.
     pub fn recording(&self) -> Recording {
-        Recording::new(self.mapping.clone(), RECORDER, self.get(Head::RecorderEntries))
+        Recording::new(self.mapping.clone(), RECORDER, self.recorder_entries)
     }
 }
 

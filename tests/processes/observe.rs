@@ -113,14 +113,16 @@ fn a_trace_is_one_that_perfetto_reads() {
     for event in events {
         let phase = event["ph"].as_str().unwrap();
         assert!(
-            ["M", "X", "i"].contains(&phase)
+            ["M", "b", "e", "i"].contains(&phase)
                 && event["name"].is_string()
                 && event["pid"].is_u64()
                 && event["tid"].is_u64()
         );
         assert!(phase == "M" || event["ts"].as_f64().is_some_and(|ts| ts > 0.0), "{event}");
-        assert!(phase != "X" || event["dur"].as_f64().is_some_and(|dur| dur >= 0.0), "{event}");
+        assert!(!["b", "e"].contains(&phase) || event["id"].is_u64() && event["cat"].is_string(), "{event}");
     }
+    let ends = |phase: &str| events.iter().filter(|event| event["ph"] == phase).count();
+    assert!(ends("b") > 0 && ends("b") == ends("e"));
     let named = |name: &str| events.iter().filter(|event| event["name"] == name).count();
     assert!(named("stored") == 80 && named("evicted from DRAM") >= 20 && named("match") >= 4, "{trace:#}");
     let all = json(&place.ask(&["trace"]))["traceEvents"].as_array().unwrap().len();
@@ -179,7 +181,7 @@ fn prometheus_reads_what_happened_and_the_dashboard_asks_for_nothing_else() {
     assert_eq!(value("kvring_device_write_bytes_total{device=\"0\"}"), 40.0 * BLOCK as f64);
     assert!(value("kvring_load_seconds_count{tier=\"dram\"}") >= 1.0);
     let of_session = metrics.iter().any(|(name, value)| {
-        name.starts_with("kvring_session_commit_blocks_total{instance=\"2\",rank=\"0\"") && *value == 40.0
+        name.starts_with("kvring_session_commit_blocks_total{instance_id=\"2\",rank=\"0\"") && *value == 40.0
     });
     assert!(of_session, "{body}");
     // A histogram's buckets add up, and the last has all.

@@ -426,7 +426,7 @@ impl Shown {
         ];
         let labels = |row: &crate::observe::Row| {
             let label = |name: &str, column: &str| (name.to_owned(), row.get(column).copied().unwrap_or(0).to_string());
-            [label("instance", "instance_id"), label("rank", "rank"), label("session", "session")]
+            [label("instance_id", "instance_id"), label("rank", "rank"), label("session", "session")]
         };
         for (columns, is_gauge) in [(&COUNTERS[..], false), (&GAUGES[..], true)] {
             for (column, help) in columns {

@@ -5,7 +5,6 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kvring_ipc::config::Config;
 use plotters::prelude::*;
 use serde_json::{Value, json};
 
@@ -24,8 +23,15 @@ pub struct ReportArgs {
 
 const FORMAT: u64 = 1;
 
+/// Whether a run can be saved there: before it is measured.
+pub fn check(path: &Path) -> Outcome {
+    let opened = std::fs::File::options().create(true).append(true).open(path);
+    opened.map_err(|error| format!("--output {}: {error}", path.display()))?;
+    Ok(())
+}
+
 /// Saves a run with all that is needed to believe it.
-pub fn save(path: &Path, kind: &str, report: &Value, config: &Config) -> Outcome {
+pub fn save(path: &Path, kind: &str, report: &Value, settings: Option<Value>) -> Outcome {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let line = |path: &str, name: &str| {
         let text = read(path);
@@ -41,7 +47,7 @@ pub fn save(path: &Path, kind: &str, report: &Value, config: &Config) -> Outcome
         "commit": env!("BUILT_FROM_COMMIT"),
         "optimised": !cfg!(debug_assertions),
         "saved_unix_s": now.as_secs(),
-        "command": std::env::args().collect::<Vec<_>>(),
+        "command": std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>(),
         "host": uname.nodename().to_string_lossy(),
         "kernel": format!("{} {}", uname.release().to_string_lossy(), uname.machine().to_string_lossy()),
         "cpu": line("/proc/cpuinfo", "model name"),
@@ -50,7 +56,7 @@ pub fn save(path: &Path, kind: &str, report: &Value, config: &Config) -> Outcome
         "hugepages_total": line("/proc/meminfo", "HugePages_Total"),
         "transparent_hugepages": read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "settings": config.as_text(),
+        "settings": settings.unwrap_or_else(|| json!({})),
         "report": report,
     });
     std::fs::write(path, serde_json::to_string_pretty(&saved)? + "\n")
@@ -184,7 +190,7 @@ fn told(out: &mut String, runs: &[Run]) {
     for name in
         names.filter(|name| runs.len() == 1 || runs[0].saved["settings"][*name] != runs[1].saved["settings"][*name])
     {
-        let _ = write!(out, "<tr><td>{name}</td>");
+        let _ = write!(out, "<tr><td>{}</td>", escaped(name));
         for run in runs {
             let _ = write!(out, "<td>{}</td>", escaped(&text(&run.saved["settings"][name])));
         }
@@ -404,7 +410,14 @@ fn p_value(a: &[f64], b: &[f64]) -> Option<f64> {
             .sum::<f64>()
     };
     let u: f64 = a.iter().map(|x| wins(*x)).sum();
-    let deviation = (n * m * (n + m + 1.0) / 12.0).sqrt();
+    // Ties make the spread smaller.
+    let mut all: Vec<f64> = a.iter().chain(b).copied().collect();
+    all.sort_by(f64::total_cmp);
+    let ties: f64 = all.chunk_by(|x, y| x == y).map(|same| (same.len() as f64).powi(3) - same.len() as f64).sum();
+    let deviation = (n * m / 12.0 * (n + m + 1.0 - ties / ((n + m) * (n + m - 1.0)))).sqrt();
+    if deviation == 0.0 {
+        return Some(1.0);
+    }
     let z = ((u - n * m / 2.0).abs() - 0.5).max(0.0) / deviation;
     Some(2.0 * (1.0 - normal_cdf(z)))
 }
@@ -420,14 +433,20 @@ fn normal_cdf(z: f64) -> f64 {
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    let at = |place: usize| sorted.get(place).copied().unwrap_or(f64::NAN);
+    if sorted.len() % 2 == 1 {
+        at(sorted.len() / 2)
+    } else {
+        (at(sorted.len() / 2) + at((sorted.len() / 2).wrapping_sub(1))) / 2.0
+    }
 }
 
 /// Two runs, number by number, and whether they differ.
 fn compared(out: &mut String, a: &Run, b: &Run) {
     let mut rows = String::new();
     let mut row = |name: &str, unit: &str, ours: f64, theirs: f64, samples: [&[f64]; 2]| {
-        let change = 100.0 * (theirs / ours - 1.0);
+        let unit = escaped(unit);
+        let change = if ours == theirs { 0.0 } else { 100.0 * (theirs / ours - 1.0) };
         let sure = match p_value(samples[0], samples[1]) {
             Some(p) if p < 0.01 => format!("yes (p = {p:.4})"),
             Some(p) if p < 0.05 => format!("probably (p = {p:.3})"),

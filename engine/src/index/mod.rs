@@ -256,10 +256,10 @@ impl Index {
         known.map(|(id, block)| (BlockId(id), block))
     }
 
-    /// As [`Index::blocks`], from a place on.
-    pub fn blocks_from(&self, from: u32) -> impl Iterator<Item = (BlockId, &Block)> {
-        let known = (from..).zip(self.blocks.iter().skip(from as usize));
-        known.filter(|(_, block)| block.in_use && !block.detached).map(|(id, block)| (BlockId(id), block))
+    /// Blocks that a key finds among `places` of the index from `from` on.
+    pub fn blocks_at(&self, from: u32, places: u32) -> impl Iterator<Item = &Block> {
+        let known = self.blocks.iter().skip(from as usize).take(places as usize);
+        known.filter(|block| block.in_use && !block.detached)
     }
 
     /// Places that there are for blocks.

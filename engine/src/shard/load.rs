@@ -1,7 +1,7 @@
 //! Loads under way: a fixed table, and for each slot being read the loads that wait for it.
 
 use kvring_ipc::key::BlockKey;
-use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Grant, LeaseId, Tag};
+use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Grant, LeaseId, Status, Tag};
 
 use crate::index::BlockId;
 use crate::limits::LOADS_MAX;
@@ -32,6 +32,8 @@ pub struct Load {
     pub answered: u32,
     /// Of those, blocks that it got.
     pub served: u32,
+    /// How the last one ended that it did not get.
+    pub failed: Status,
     /// Whether some were read from the disk.
     pub from_disk: bool,
     /// When it was picked up.
@@ -101,6 +103,7 @@ impl Loads {
             next: 0,
             answered: 0,
             served: 0,
+            failed: Status::Ok,
             from_disk: false,
             began_ns: 0,
             key: BlockKey::default(),
@@ -143,6 +146,7 @@ impl Loads {
             next: 0,
             answered: 0,
             served: 0,
+            failed: Status::Ok,
             from_disk: false,
             began_ns: asked.began_ns,
             key: asked.key,
@@ -178,6 +182,12 @@ impl Loads {
         let place = waiter.load * BATCH_BLOCKS_MAX + waiter.index;
         self.next_waiter[place as usize] = self.first_waiter[host_slot as usize];
         self.first_waiter[host_slot as usize] = place;
+    }
+
+    /// One of those that wait for a host slot: who came last.
+    pub fn first_waiter(&self, host_slot: u32) -> Option<Waiter> {
+        let place = self.first_waiter[host_slot as usize];
+        (place != NONE).then_some(Waiter { load: place / BATCH_BLOCKS_MAX, index: place % BATCH_BLOCKS_MAX })
     }
 
     /// Takes one of those that wait for a host slot.

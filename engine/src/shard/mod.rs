@@ -130,6 +130,8 @@ const RECOVERY_BUDGET: u32 = 128;
 /// verify = sampled: one block in this many, by its key.
 const SAMPLE: u64 = 16;
 
+/// Whose request it is when an operator asks.
+const OPERATOR: u32 = u32::MAX - 1;
 /// Sessions whose levels are shown in one round.
 const SHOWN_MAX: usize = 64;
 
@@ -303,28 +305,40 @@ impl<D: Device> Shard<D> {
     }
     /// Whether nothing would be lost with the pool: every block that the SSD has room for is there, headers too.
     pub fn is_clean(&self) -> bool {
-        self.is_drained() && self.cache.disk.is_some()
+        let host = &self.cache.host;
+        let is_filling = self.is_filling();
+        // What an earlier process left in the pool is queued bit by bit, once it is known what the SSD has.
+        let is_known = !self.cache.is_recovering() && self.requeue_from >= host.count();
+        self.cache.disk.is_some() && is_known && !is_filling && self.is_drained()
+    }
+    /// Whether any instance has been granted a slot that it has not committed.
+    fn is_filling(&self) -> bool {
+        self.sessions().any(|session| self.cache.host.filling_count(session.writer.instance) > 0)
     }
     /// Blocks that wait to be written.
     pub fn dirty_count(&self) -> u32 {
-        self.dirty.len() as u32
+        let unseen = if self.requeue_from == u32::MAX { 0 } else { self.cache.host.count() - self.requeue_from };
+        let hashing = self.hasher.as_ref().map_or(0, Hasher::pending_count);
+        let writing: u32 = self.devices.iter().map(Transfers::writes_count).sum();
+        self.dirty.len() as u32 + unseen + hashing + writing
     }
     /// Has up to `count` blocks leave a tier. Says how many.
     pub fn evict(&mut self, tier: Tier, count: u32) -> u32 {
-        self.cache.index.recorder.serves = (u32::MAX, 0);
+        self.cache.index.recorder.serves = (OPERATOR, 0);
         let evicted = (0..count).take_while(|_| self.cache.evict(tier)).count() as u32;
         self.tell_levels();
         evicted
     }
     /// Forgets a block and all that continues it. Says how many.
     pub fn forget(&mut self, key: BlockKey) -> u32 {
-        self.cache.index.recorder.serves = (u32::MAX, 0);
+        self.cache.index.recorder.serves = (OPERATOR, 0);
         let count = self.cache.forget(key);
         self.metrics.blocks_forgotten_count.add(u64::from(count));
         count
     }
     /// Forgets every block. Says how many; `is_reset` says when a restart forgets them too.
     pub fn reset(&mut self) -> u32 {
+        self.cache.index.recorder.serves = (OPERATOR, 0);
         let count = self.cache.reset();
         self.metrics.blocks_forgotten_count.add(u64::from(count));
         count
@@ -427,7 +441,6 @@ impl<D: Device> Shard<D> {
         let session = self.sessions[at].as_ref().map_or(u32::MAX, |session| session.writer.session.0);
         let at_ns = self.now_ns;
         let row = stats.session(at);
-        row[SessionColumn::LastRequestNs as usize].store(at_ns, Ordering::Relaxed);
         let add = |column: SessionColumn, count: u32| stats::add(&row[column as usize], u64::from(count));
         match op {
             Op::Match => {
@@ -511,6 +524,7 @@ impl<D: Device> Shard<D> {
     /// Takes back what a session holds, once.
     fn take_back(&mut self, at: usize, drained: bool) {
         let Some(session) = self.sessions[at].as_deref_mut() else { return };
+        self.cache.index.recorder.serves = (session.writer.session.0, 0);
         if std::mem::replace(&mut session.ended, true) {
             return;
         }
@@ -578,6 +592,15 @@ impl<D: Device> Shard<D> {
         work
     }
 
+    /// The control plane tells something: the round before it may be long past.
+    pub fn is_told(&mut self, now_ns: u64) {
+        self.is_now(now_ns.max(self.now_ns));
+    }
+
+    fn serves_nobody(&mut self) {
+        self.cache.index.recorder.serves = (u32::MAX, 0);
+    }
+
     /// A load is worth the look: what it took is known to more than a round.
     fn look_at_the_clock(&mut self) {
         if self.stats.is_some() {
@@ -598,6 +621,7 @@ impl<D: Device> Shard<D> {
     }
 
     fn recover(&mut self) -> u32 {
+        self.serves_nobody();
         if self.cache.is_recovering() {
             let count = self.cache.recover_some(RECOVERY_BUDGET);
             self.metrics.ssd_recovered_blocks_count.set(u64::from(self.cache.recovery.recovered.disk));
@@ -675,6 +699,9 @@ impl<D: Device> Shard<D> {
         }
         session.submissions.take();
         let op = submission.op();
+        if let Some(stats) = &self.stats {
+            stats.session(at)[SessionColumn::LastRequestNs as usize].store(now_ns, Ordering::Relaxed);
+        }
         self.cache.index.recorder.serves = (session.writer.session.0, tag.0);
         self.requests_count += 1;
         let is_timed = self.stats.is_some() && self.requests_count.is_multiple_of(SERVICE_SAMPLE);
@@ -774,6 +801,9 @@ impl<D: Device> Shard<D> {
     /// Starts or answers as many blocks of a load as can be now. On entry it counts as hungry.
     fn advance_load(&mut self, at: u32, now_ns: u64) {
         let load = *self.loads.get(at);
+        if let Some(session) = load.session.and_then(|at| self.sessions[at].as_deref()) {
+            self.cache.index.recorder.serves = (session.writer.session.0, load.tag.0);
+        }
         let mut run = Run::new(load.tag, Op::Load);
         let current = self.cache.leases.cover(load.lease, load.instance).is_some();
         let mut share_left = self.share_left(load.instance);
@@ -846,7 +876,8 @@ impl<D: Device> Shard<D> {
         let session = self.sessions[at].as_ref().filter(|_| status != Status::Ok);
         if let Some(session) = session.map(|session| session.writer.session.0) {
             // Without its lease the block may be another by now.
-            let key = if status == Status::Stale { BlockKey::default() } else { self.cache.index.key_of(block) };
+            let unseen = matches!(status, Status::Stale | Status::Cancelled);
+            let key = if unseen { BlockKey::default() } else { self.cache.index.key_of(block) };
             let (tag, detail) = (tag.0, status as u8);
             let at_ns = self.now_ns;
             let entry = Entry { session, tag, key, detail, ..Entry::plain(What::Missed, at_ns) };
@@ -901,6 +932,8 @@ impl<D: Device> Shard<D> {
         load.from_disk |= completion.from_disk;
         if completion.status == Status::Ok {
             load.served += completion.count;
+        } else {
+            load.failed = completion.status;
         }
         completion.last = load.answered == load.count;
         let ended = *load;
@@ -925,11 +958,7 @@ impl<D: Device> Shard<D> {
         let tier = if load.from_disk { ShardHistogram::LoadSsd } else { ShardHistogram::LoadDram };
         stats.histogram(tier as usize).record(self.now_ns.saturating_sub(load.began_ns));
         let Some(at) = load.session else { return };
-        let status = match (load.served == load.count, load.cancelled) {
-            (true, _) => Status::Ok,
-            (false, true) => Status::Cancelled,
-            (false, false) => Status::Miss,
-        };
+        let status = if load.served == load.count { Status::Ok } else { load.failed };
         let (op, tag, key, began_ns) = (Op::Load, load.tag, load.key, Some(load.began_ns));
         self.answered(at, Answer { op, tag, status, key, count: load.count, part: load.served, began_ns });
     }
@@ -1013,17 +1042,17 @@ impl<D: Device> Shard<D> {
                 next_key = session.segment.read_key(keys, index + 1);
                 self.cache.index.prefetch(next_key);
             }
-            let may_take = self.cache.host.filling_count(instance) < may_fill;
+            // A drain takes no slot; what is there is there, and ranks finish what others have begun.
+            let may_take = self.cache.host.filling_count(instance) < may_fill && !self.draining;
             let (reserve, block) = match parent {
-                Ok(_) if self.draining => (Reserve::Dropped, None),
                 Ok(parent) => self.cache.reserve(key, parent, first + index, session.writer, may_take),
                 Err(NoParent) => (Reserve::Dropped, None),
             };
             if reserve == Reserve::Dropped {
                 let why = match parent {
-                    _ if self.draining => Refusal::Draining,
-                    Err(NoParent) => Refusal::NoParent,
+                    Ok(_) if self.draining => Refusal::Draining,
                     Ok(_) => Refusal::NoRoom,
+                    Err(NoParent) => Refusal::NoParent,
                 };
                 self.cache.index.recorder.block(What::Dropped, key, why as u8, 0);
             }
@@ -1142,10 +1171,10 @@ impl<D: Device> Shard<D> {
         for landed in landed.drain(..) {
             match landed.purpose {
                 Purpose::Read { block, host_slot, disk_slot } => {
-                    let sound = self.end_read(block, host_slot, disk_slot, landed.good);
-                    self.tell_moved(at, &landed, What::Read, block, sound);
+                    self.end_read(at, &landed, block, host_slot, disk_slot);
                 }
                 Purpose::Write { block } => {
+                    self.serves_nobody();
                     self.tell_moved(at, &landed, What::Written, block, landed.good);
                     self.end_write(block, landed.good);
                 }
@@ -1203,9 +1232,16 @@ impl<D: Device> Shard<D> {
     }
 
     /// A block has come from the disk, or has not: its bytes are compared with what was written, and
-    /// all that wait for it are answered. Says whether they were.
-    fn end_read(&mut self, block: BlockId, host_slot: u32, disk_slot: u32, moved: bool) -> bool {
-        self.cache.index.recorder.serves = (u32::MAX, 0);
+    /// all that wait for it are answered.
+    fn end_read(&mut self, device: usize, landed: &Landed, block: BlockId, host_slot: u32, disk_slot: u32) {
+        let moved = landed.good;
+        // The first that waits for it is said to have read it; others waited for that.
+        let first = self.loads.first_waiter(host_slot).map(|waiter| *self.loads.get(waiter.load));
+        let session = first.and_then(|load| load.session).and_then(|at| self.sessions[at].as_deref());
+        self.cache.index.recorder.serves = match (session, first) {
+            (Some(session), Some(load)) => (session.writer.session.0, load.tag.0),
+            _ => (u32::MAX, 0),
+        };
         self.cache.index.recorder.cause = if moved { Cause::SsdChecksum } else { Cause::SsdRead };
         let bytes = self.options.slot_bytes;
         if moved {
@@ -1222,6 +1258,7 @@ impl<D: Device> Shard<D> {
             self.metrics.ssd_checksum_errors_count.add(1);
         }
         let good = moved && sound;
+        self.tell_moved(device, landed, What::Read, block, good);
         // Forgotten while it was read, with an ancestor or by a reset: nobody gets it any more.
         let wanted = good && !self.cache.index.block(block).is_detached();
         if good && self.options.checksum {
@@ -1246,7 +1283,10 @@ impl<D: Device> Shard<D> {
                 Status::Ok => self.metrics.load_blocks_ssd_count.add(1),
                 _ => self.metrics.load_blocks_miss_count.add(1),
             }
-            self.tell_loaded(load.session, load.tag, block, status, SessionColumn::LoadedSsd);
+            // Its lease may have ended while it was read: then nothing is said of the block.
+            let lacks_lease = wanted && grant.is_none();
+            let told = if lacks_lease { Status::Stale } else { status };
+            self.tell_loaded(load.session, load.tag, block, told, SessionColumn::LoadedSsd);
             let mut payload = [0; GRANTS_PER_ENTRY];
             payload[0] = grant.map_or(0, Grant::to_word);
             let completion = Completion {
@@ -1262,7 +1302,6 @@ impl<D: Device> Shard<D> {
         if held {
             self.cache.unpin(block);
         }
-        good
     }
 
     fn end_write(&mut self, block: BlockId, good: bool) {
@@ -1277,6 +1316,7 @@ impl<D: Device> Shard<D> {
     /// Begins write-backs, oldest first, as far as the devices want them. At most two a poll: each
     /// costs a checksum.
     fn start_writes(&mut self) -> u32 {
+        self.serves_nobody();
         let mut count = 0;
         let mut looked_at = 0;
         while let Some(Hashing { block, write, data_crc }) = self.hasher.as_mut().and_then(Hasher::take) {
@@ -1335,7 +1375,11 @@ impl<D: Device> Shard<D> {
     }
 
     fn keep_house(&mut self, now_ns: u64) {
+        self.serves_nobody();
         let expired = self.cache.expire(now_ns);
+        if expired > 0 {
+            self.cache.index.recorder.record(Entry { count: expired, ..Entry::plain(What::Expired, now_ns) });
+        }
         self.cache.host.release_quarantined(now_ns);
         if now_ns >= self.next_sweep_ns {
             // Ranks store the same blocks within one step of their engine; a lease's life is ages.

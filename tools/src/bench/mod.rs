@@ -30,7 +30,7 @@ pub struct BenchArgs {
     /// Seconds of each single measurement.
     #[arg(long, global = true, default_value_t = 2.0)]
     seconds: f64,
-    /// Save the report with all that is needed to believe it, for `kvring report`.
+    /// Save the report with all that is needed to believe it, for `kvring report`; of `device`, fio's report.
     #[arg(long, global = true, value_name = "FILE")]
     output: Option<std::path::PathBuf>,
 }
@@ -86,6 +86,12 @@ pub fn run(args: BenchArgs) -> Outcome {
     let mut run = Run { time: Duration::from_secs_f64(args.seconds), doubts: general_doubts() };
     let stolen = stolen_ticks();
     let what = args.what.as_ref().map(|_| ());
+    if let Some(path) = &args.output {
+        crate::report::check(path)?;
+    }
+    // Each begins where it may run anywhere: the rings' part pins itself.
+    let anywhere = rustix::thread::sched_getaffinity(None).ok();
+    let free = || anywhere.as_ref().is_some_and(|set| rustix::thread::sched_setaffinity(None, set).is_ok());
     let mut report = match args.what {
         Some(What::Ring) => ring::measure(&mut run)?,
         Some(What::Dram) => dram::measure(&mut run)?,
@@ -96,12 +102,18 @@ pub fn run(args: BenchArgs) -> Outcome {
         Some(What::Instruments) => instruments::measure(&mut run)?,
         Some(What::Crash(crash)) => crash::measure(&mut run, &crash)?,
         Some(What::Recover(recover)) => recover::measure(&mut run, &recover)?,
-        None => json!({
-            "ring": ring::measure(&mut run)?,
-            "dram": dram::measure(&mut run)?,
-            "ssd": ssd::measure(&mut run, &ssd::SsdArgs::default())?,
-            "evict": evict::measure(&mut run)?,
-        }),
+        None => {
+            let ring = ring::measure(&mut run)?;
+            if !free() {
+                run.doubts.push("all but the rings was measured on one CPU: it cannot be given back".into());
+            }
+            json!({
+                "ring": ring,
+                "dram": dram::measure(&mut run)?,
+                "ssd": ssd::measure(&mut run, &ssd::SsdArgs::default())?,
+                "evict": evict::measure(&mut run)?,
+            })
+        }
     };
     let stolen = stolen_ticks().saturating_sub(stolen);
     if stolen > 10 {
@@ -111,7 +123,7 @@ pub fn run(args: BenchArgs) -> Outcome {
     report["doubts"] = run.doubts.into();
     report["ceilings"] = ceilings.iter().map(Ceiling::json).collect();
     if let Some(path) = &args.output {
-        crate::report::save(path, "bench", &report, &Settings::default().load()?.config)?;
+        crate::report::save(path, "bench", &report, None)?;
     }
     if let (None, false) = (&what, args.json) {
         // A handful of numbers; the rest is in --json.
@@ -255,7 +267,12 @@ fn stolen_ticks() -> u64 {
 /// The middle of some measurements.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    let at = |place: usize| values.get(place).copied().unwrap_or(f64::NAN);
+    if values.len() % 2 == 1 {
+        at(values.len() / 2)
+    } else {
+        (at(values.len() / 2) + at((values.len() / 2).wrapping_sub(1))) / 2.0
+    }
 }
 
 fn rounded(value: f64, digits: i32) -> f64 {

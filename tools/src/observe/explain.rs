@@ -11,7 +11,7 @@ use kvring_ipc::recorder::{Entry, What};
 use kvring_ipc::wire::{Op, Status};
 use serde_json::{Value, json};
 
-use super::trace::{cause_text, op_name, refusal_text, status_name, tier_name};
+use super::trace::{OPERATOR, cause_text, op_name, refusal_text, status_name, tier_name};
 use super::{Server, Which, short_ns};
 use crate::Outcome;
 use crate::settings::Settings;
@@ -60,7 +60,10 @@ pub fn explain(args: &ExplainArgs) -> Outcome {
     }
     let (entries, lost) = recording.read();
     let policy = server.text.settings.get("eviction_policy").cloned().unwrap_or_default();
-    let record = Record::new(entries, lost, policy);
+    let sample = server.sample();
+    let found = ["ssd_recovered_blocks_count", "dram_recovered_blocks_count"].map(|name| sample.counter(name));
+    let has_past = server.stats.owner().0 > 1 || found != [0, 0];
+    let record = Record::new(entries, lost, policy, has_past);
     let report = match (args.tag, args.key) {
         (Some(tag), _) => record.request(tag, args.session)?,
         (None, Some(key)) => record.block(key),
@@ -79,6 +82,8 @@ pub struct Record {
     entries: Vec<Entry>,
     lost: u64,
     policy: String,
+    /// Blocks may have been there before the recorder began: an engine process before this one had them.
+    has_past: bool,
     /// What happened to each block, in order.
     of_block: HashMap<BlockKey, Vec<usize>>,
     resets: Vec<usize>,
@@ -93,7 +98,7 @@ struct Why {
 
 impl Record {
     /// Of these entries, before which `lost` others were written.
-    pub fn new(entries: Vec<Entry>, lost: u64, policy: String) -> Self {
+    pub fn new(entries: Vec<Entry>, lost: u64, policy: String, has_past: bool) -> Self {
         let mut of_block: HashMap<_, Vec<usize>> = HashMap::new();
         let mut resets = Vec::new();
         for (at, entry) in entries.iter().enumerate() {
@@ -105,7 +110,7 @@ impl Record {
                 _ => {}
             }
         }
-        Self { entries, lost, policy, of_block, resets }
+        Self { entries, lost, policy, has_past, of_block, resets }
     }
 
     fn end_ns(&self) -> u64 {
@@ -136,7 +141,11 @@ impl Record {
             return Why { reason: "reset", text };
         }
         let Some((_, last)) = last else {
-            let text = if self.lost == 0 {
+            let text = if self.lost == 0 && self.has_past {
+                format!(
+                    "nobody had stored it since this engine process began; whether one before it had is not known{later}"
+                )
+            } else if self.lost == 0 {
                 format!("nobody had stored it since the server began{later}")
             } else {
                 let reach = short_ns(ns - self.entries.first().map_or(ns, |entry| entry.at_ns));
@@ -144,7 +153,7 @@ impl Record {
                     "nobody had stored it in the {reach} before, which is as far back as the recorder reaches: it was new, or it went earlier{later}"
                 )
             };
-            return Why { reason: if self.lost == 0 { "never_stored" } else { "not_known" }, text };
+            return Why { reason: if self.lost == 0 && !self.has_past { "never_stored" } else { "not_known" }, text };
         };
         let (reason, text) = match last.what {
             What::Evicted => {
@@ -152,7 +161,8 @@ impl Record {
                     self.history(key).any(|(i, entry)| i < at && entry.what == What::Written && entry.part == 1);
                 let tier = tier_name(last.detail);
                 let by = match last.session {
-                    u32::MAX => "a write-back".to_owned(),
+                    u32::MAX => "a write-back, or what was read ahead".to_owned(),
+                    OPERATOR => "an operator (kvring evict)".to_owned(),
                     session => format!("session {session} (tag {})", last.tag),
                 };
                 let rest = match (last.part == 1, last.detail == 0, written) {
@@ -288,7 +298,7 @@ impl Record {
     /// All that happened to a block.
     fn block(&self, key: BlockKey) -> Value {
         let step = |(_, entry): (usize, &Entry)| {
-            let by = if entry.session == u32::MAX { json!(null) } else { json!(entry.session) };
+            let by = if entry.session >= OPERATOR { json!(null) } else { json!(entry.session) };
             let what = match entry.what {
                 What::Stored => "stored: it can be matched from here on".to_owned(),
                 What::Evicted => format!(
@@ -509,7 +519,7 @@ mod test {
 
     fn reason(entries: Vec<Entry>, lost: u64) -> (String, String) {
         let last = entries.iter().position(Record::is_missing_match).unwrap();
-        let told = Record::new(entries, lost, "lru".into()).told(last);
+        let told = Record::new(entries, lost, "lru".into(), false).told(last);
         (told["reason"].as_str().unwrap().into(), told["why"].as_str().unwrap().into())
     }
 
@@ -562,7 +572,7 @@ mod test {
         };
         let entries =
             vec![read(1_000_000, 111), load(1_000_000, 700_000), read(9_000_000, 444), load(9_000_000, 800_000)];
-        let record = Record::new(entries, 0, "lru".into());
+        let record = Record::new(entries, 0, "lru".into(), false);
         let report = record.request(9, Some(1)).unwrap();
         let waited = |at: usize| {
             report["requests"][at]["reads"]

@@ -16,7 +16,7 @@ use kvring_ipc::handshake::{ChannelError, Reply, Request, ask_for_fds};
 use kvring_ipc::launch::beside_socket;
 use kvring_ipc::peer::started_ticks;
 use kvring_ipc::stats::{
-    DEVICE_ROWS, HistogramName, SESSION_HISTOGRAM, SESSION_ROWS, ServerState, Snapshot, Stats, Text,
+    DEVICE_ROWS, HISTOGRAMS_MAX, HistogramName, SESSION_HISTOGRAM, SESSION_ROWS, ServerState, Snapshot, Stats, Text,
 };
 use rustix::io::Errno;
 use serde_json::{Value, json};
@@ -48,16 +48,21 @@ impl Server {
     pub fn find(socket: &Path, which: Which) -> Result<Self, String> {
         let asked = match which {
             Which::Current => ask_for_fds(socket, &Request::StatsSegment, PATIENCE),
-            Which::Previous => Err(ChannelError::TimedOut),
+            Which::Previous => ask_for_fds(socket, &Request::Stats, PATIENCE),
         };
         let stats = match asked {
             Ok((Reply::StatsSegment, fds)) => {
                 let fd = fds.into_iter().next().ok_or("the server sent no descriptor")?;
                 Stats::open(&fd)?
             }
+            Ok((Reply::Stats(told), _)) => held_by_processes(socket, which, told["epoch"].as_u64())?,
             Ok((Reply::Refused { reason, .. }, _)) => return Err(reason),
             Ok((reply, _)) => return Err(format!("an unexpected answer: {reply:?}")),
-            Err(_) => held_by_processes(socket, which)?,
+            // Whoever is kept out of the socket is told so.
+            Err(ChannelError::System(errno @ (Errno::ACCESS | Errno::PERM))) => {
+                return Err(format!("{}: {}", socket.display(), std::io::Error::from(errno)));
+            }
+            Err(_) => held_by_processes(socket, which, None)?,
         };
         let text = stats.text()?;
         Ok(Self { stats, text })
@@ -96,8 +101,12 @@ impl Server {
             loads: words[SESSION_HISTOGRAM..].iter().map(load).collect(),
         });
         let devices = (0..self.text.devices.len().min(DEVICE_ROWS)).map(|at| row(&names.device, self.stats.device(at)));
-        let histograms =
-            names.histograms.iter().enumerate().map(|(at, name)| (name.clone(), self.stats.histogram(at).snapshot()));
+        let histograms = names
+            .histograms
+            .iter()
+            .enumerate()
+            .take(HISTOGRAMS_MAX)
+            .map(|(at, name)| (name.clone(), self.stats.histogram(at).snapshot()));
         #[expect(clippy::disallowed_methods, reason = "a tool looks at the clock")]
         let at = Instant::now();
         Sample {
@@ -200,37 +209,60 @@ fn process_state(pid: u32) -> Option<char> {
 }
 
 /// The segment that the keeper of a socket holds, or the engine process that has outlived it: their descriptors are
-/// in /proc for whoever may trace them (proc(5): PTRACE_MODE_READ).
-fn held_by_processes(socket: &Path, which: Which) -> Result<Stats, String> {
+/// in /proc for whoever may trace them (proc(5): PTRACE_MODE_READ). `serving` is the epoch of the one that serves, if that has
+/// said so.
+fn held_by_processes(socket: &Path, which: Which, serving: Option<u64>) -> Result<Stats, String> {
     let nobody = || format!("no server listens on {}", socket.display());
-    let lock_path = beside_socket(socket, "lock");
-    let pid = std::fs::read_to_string(&lock_path).map_err(|_| nobody())?;
+    // The lock is not tried: a server that starts right now would take us for another one.
+    let pid = std::fs::read_to_string(beside_socket(socket, "lock")).map_err(|_| nobody())?;
     let pid: u32 = pid.trim().parse().map_err(|_| nobody())?;
-    // Who holds the lock lives, and is the one that is named in it.
-    let lock = File::open(&lock_path).map_err(|_| nobody())?;
-    match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared) {
-        Ok(()) => return Err(nobody()),
-        Err(Errno::WOULDBLOCK) => {}
-        Err(errno) => return Err(format!("{}: {errno}", lock_path.display())),
+    let Some(keeper) = memfds_of(pid) else {
+        let lives = Path::new(&format!("/proc/{pid}")).exists();
+        let unseen = "and its descriptors in /proc cannot be read: try as the server's user or as root";
+        return Err(if lives {
+            format!("process {pid}, which may be the server, does not answer, {unseen}")
+        } else {
+            nobody()
+        });
+    };
+    // A number that was given again is somebody else's.
+    if !keeper.iter().any(|(name, _)| name.starts_with("/memfd:kvring-epoch")) {
+        return Err(nobody());
     }
-    let dir = format!("/proc/{pid}/fd");
-    let entries = std::fs::read_dir(&dir).map_err(|error| {
-        format!("the server does not answer, and {dir} cannot be read ({error}): try as the server's user or as root")
-    })?;
-    let mut found = Vec::new();
-    for entry in entries.flatten() {
-        let named = std::fs::read_link(entry.path()).unwrap_or_default();
-        if named.to_string_lossy().starts_with("/memfd:kvring-stats")
-            && let Ok(stats) = File::open(entry.path()).map_err(|error| error.to_string()).and_then(Stats::open)
+    // A keeper of an earlier version holds no segment; its engine process does.
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let theirs = children.split_whitespace().filter_map(|child| memfds_of(child.parse().ok()?)).flatten();
+    let mut found: Vec<Stats> = Vec::new();
+    for (_, path) in keeper.into_iter().chain(theirs).filter(|(name, _)| name.starts_with("/memfd:kvring-stats")) {
+        let opened = File::open(path).map_err(|error| error.to_string()).and_then(Stats::open);
+        if let Ok(stats) = opened
+            && found.iter().all(|other| other.owner() != stats.owner())
         {
             found.push(stats);
         }
     }
     found.sort_by_key(|stats| std::cmp::Reverse(stats.owner().0));
-    match which {
-        Which::Current => found.into_iter().next().ok_or("no worker has attached yet: there is nothing to show".into()),
-        Which::Previous => found.into_iter().nth(1).ok_or("there was no engine process before this one".into()),
-    }
+    let lives = |stats: &Stats| started_ticks(stats.owner().1 as i32) == Some(stats.owner().2);
+    let current = found.iter().position(lives);
+    let epoch = serving.or_else(|| found.get(current.unwrap_or(0)).map(|stats| stats.owner().0));
+    let chosen = match which {
+        Which::Current => current.or((!found.is_empty()).then_some(0)),
+        Which::Previous => found.iter().position(|stats| epoch.is_some_and(|epoch| stats.owner().0 < epoch)),
+    };
+    chosen.map(|at| found.swap_remove(at)).ok_or_else(|| match which {
+        Which::Current => "there is nothing to show: no worker has attached yet, or stats_segment = off".into(),
+        Which::Previous => "there was no engine process before this one, or it had nothing to show".into(),
+    })
+}
+
+/// The memory files that a process has open: their names, and where they can be opened.
+fn memfds_of(pid: u32) -> Option<Vec<(String, std::path::PathBuf)>> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    let named = entries.flatten().filter_map(|entry| {
+        let name = std::fs::read_link(entry.path()).ok()?.to_string_lossy().into_owned();
+        name.starts_with("/memfd:").then(|| (name, entry.path()))
+    });
+    Some(named.collect())
 }
 
 /// A duration of nanoseconds as a person reads it.

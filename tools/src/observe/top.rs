@@ -294,7 +294,7 @@ impl Screen {
                     below += count;
                     below * 2 >= total.max(1)
                 });
-                middle.filter(|_| total > 0).map_or_else(|| "-".into(), |at| format!("<{}", short_ns(1000 << at)))
+                middle.filter(|_| total > 0).map_or_else(|| "-".into(), |at| format!("<{}", short_ns(1000 << (at + 1))))
             };
             let asked = v("match_blocks_requested_count").max(1) as f64;
             let by: f64 = SORTS[self.sort].1.iter().map(|name| more(name)).sum();

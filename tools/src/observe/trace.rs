@@ -1,5 +1,6 @@
 //! `kvring trace`: what the flight recorder holds, as a trace that Perfetto and chrome://tracing show (Trace Event
-//! Format: complete events, phase X, and instants, phase i; microseconds).
+//! Format: what takes time and overlaps others of its track is an async pair, phases b and e; the rest are instants,
+//! phase i; microseconds).
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -54,13 +55,18 @@ pub fn trace(args: &TraceArgs) -> Outcome {
         writeln!(out)?;
     } else {
         let name = args.output.display();
-        let file = std::fs::File::create(&args.output).map_err(|error| format!("--output {name}: {error}"))?;
+        // It names what others store.
+        use std::os::unix::fs::OpenOptionsExt;
+        let file = std::fs::File::options().create(true).truncate(true).write(true).mode(0o600).open(&args.output);
+        let file = file.map_err(|error| format!("--output {name}: {error}"))?;
         serde_json::to_writer(std::io::BufWriter::new(file), &trace)?;
         eprintln!("{} entries written to {name}: open it in https://ui.perfetto.dev", entries.len());
     }
     Ok(())
 }
 
+/// Who asks when no session does.
+pub const OPERATOR: u32 = u32::MAX - 1;
 const SESSIONS: u64 = 1;
 const DEVICES: u64 = 2;
 const CACHE: u64 = 3;
@@ -75,12 +81,12 @@ pub fn events(server: &Server, entries: &[Entry]) -> Value {
     events.push(name("process", SESSIONS, None, "sessions".into()));
     events.push(name("process", DEVICES, None, "devices".into()));
     events.push(name("process", CACHE, None, "cache".into()));
-    let sessions: BTreeSet<_> = entries.iter().map(|entry| entry.session).filter(|id| *id != u32::MAX).collect();
+    let sessions: BTreeSet<_> = entries.iter().map(|entry| entry.session).filter(|id| *id < OPERATOR).collect();
     events.extend(sessions.iter().map(|id| name("thread", SESSIONS, Some(u64::from(*id)), format!("session {id}"))));
     for (at, text) in server.text.devices.iter().enumerate() {
         events.push(name("thread", DEVICES, Some(at as u64), text.clone()));
     }
-    events.extend(entries.iter().map(event));
+    events.extend(entries.iter().enumerate().flat_map(|(number, entry)| event(number, entry)));
     let realtime_ns = entries.first().map_or(0, |entry| server.stats.realtime_ns(entry.at_ns));
     json!({
         "traceEvents": events,
@@ -89,38 +95,38 @@ pub fn events(server: &Server, entries: &[Entry]) -> Value {
     })
 }
 
-fn event(entry: &Entry) -> Value {
+/// The two ends of something that takes time.
+fn span(number: usize, entry: &Entry, name: &str, category: &str, pid: u64, tid: u64, args: Value) -> Vec<Value> {
     let us = |ns: u64| ns as f64 / 1e3;
-    let began = us(entry.at_ns.saturating_sub(entry.took_ns));
+    let end = |phase: &str, ns: u64, args: Value| json!({"ph": phase, "id": number, "name": name, "cat": category, "pid": pid, "tid": tid, "ts": us(ns), "args": args});
+    vec![end("b", entry.at_ns.saturating_sub(entry.took_ns), args), end("e", entry.at_ns, json!({}))]
+}
+
+fn event(number: usize, entry: &Entry) -> Vec<Value> {
+    let us = |ns: u64| ns as f64 / 1e3;
     let key = entry.key.to_string();
     let session = u64::from(entry.session);
-    let instant = |name: String, pid: u64, tid: u64, args: Value| json!({"ph": "i", "s": "t", "name": name, "pid": pid, "tid": tid, "ts": us(entry.at_ns), "args": args});
+    let instant = |name: String, pid: u64, tid: u64, args: Value| {
+        vec![json!({"ph": "i", "s": "t", "name": name, "pid": pid, "tid": tid, "ts": us(entry.at_ns), "args": args})]
+    };
     match entry.what {
-        What::Answered => json!({
-            "ph": "X",
-            "name": op_name(entry.op),
-            "cat": "request",
-            "pid": SESSIONS,
-            "tid": session,
-            "ts": began,
-            "dur": us(entry.took_ns),
-            "args": {
-                "tag": entry.tag, "status": status_name(entry.status), "blocks": entry.count, "served": entry.part,
-                "key": key,
-            },
-        }),
-        What::Read | What::Written => json!({
-            "ph": "X",
-            "name": if entry.what == What::Read { "read" } else { "write" },
-            "cat": "device",
-            "pid": DEVICES,
-            "tid": entry.detail,
-            "ts": began,
-            "dur": us(entry.took_ns),
-            "args": {
+        What::Answered => {
+            let args = json!({
+                "tag": entry.tag, "status": status_name(entry.status), "blocks": entry.count, "served": entry.part, "key": key,
+            });
+            match entry.took_ns {
+                // Not one whose time was taken.
+                0 => instant(op_name(entry.op).to_owned(), SESSIONS, session, args),
+                _ => span(number, entry, op_name(entry.op), "request", SESSIONS, session, args),
+            }
+        }
+        What::Read | What::Written => {
+            let name = if entry.what == What::Read { "read" } else { "write" };
+            let args = json!({
                 "waited_us": entry.count, "good": entry.part == 1, "key": key, "session": session, "tag": entry.tag,
-            },
-        }),
+            });
+            span(number, entry, name, "device", DEVICES, u64::from(entry.detail), args)
+        }
         What::Attached => instant(format!("attached: process {}", entry.count), SESSIONS, session, json!({})),
         What::Ended => instant("ended".into(), SESSIONS, session, json!({})),
         What::Missed => {
@@ -133,7 +139,7 @@ fn event(entry: &Entry) -> Value {
                 What::Evicted => format!("evicted from {}", tier_name(entry.detail)),
                 What::Forgotten => format!("forgotten: {}", cause_text(entry.detail)),
                 What::Dropped => format!("dropped: {}", refusal_text(entry.detail)),
-                What::Expired => "lease expired".to_owned(),
+                What::Expired => format!("{} leases expired", entry.count),
                 _ => "reset".to_owned(),
             };
             instant(name, CACHE, 0, json!({"key": key, "session": session, "tag": entry.tag}))

@@ -64,16 +64,16 @@ impl Workload {
             Self::Scan => scan(&mut chance, count),
         };
         let rate = if rate == 0.0 { 1000.0 } else { rate };
-        let mut now_ms = 0.0;
+        let mut now_us = 0.0;
         let mut burst = u64::MAX;
         for request in &mut requests {
             // What has one time here comes at one time.
-            if request.timestamp_ms != burst || self != Self::Agents {
-                burst = request.timestamp_ms;
-                let mean_ms = 1000.0 / rate * if self == Self::Agents { AGENTS as f64 / 3.0 } else { 1.0 };
-                now_ms -= (1.0 - uniform(&mut chance)).ln() * mean_ms;
+            if request.timestamp_us != burst || self != Self::Agents {
+                burst = request.timestamp_us;
+                let mean_us = 1e6 / rate * if self == Self::Agents { AGENTS as f64 / 3.0 } else { 1.0 };
+                now_us -= (1.0 - uniform(&mut chance)).ln() * mean_us;
             }
-            request.timestamp_ms = now_ms as u64;
+            request.timestamp_us = now_us as u64;
         }
         requests
     }
@@ -99,7 +99,7 @@ impl Fresh {
 }
 
 fn request(hash_ids: Vec<u64>) -> TraceRequest {
-    TraceRequest { timestamp_ms: 0, hash_ids }
+    TraceRequest { timestamp_us: 0, hash_ids }
 }
 
 fn shared_prompt(chance: &mut Chance, count: usize) -> Vec<TraceRequest> {
@@ -136,7 +136,7 @@ fn agents(chance: &mut Chance, count: usize) -> Vec<TraceRequest> {
         let context: Vec<u64> = fresh.take(24 + chance.below(33)).collect();
         let mut at = |burst: u64, more: Vec<u64>| {
             let hash_ids = context.iter().copied().chain(more).collect();
-            made.push(TraceRequest { timestamp_ms: burst, hash_ids });
+            made.push(TraceRequest { timestamp_us: burst, hash_ids });
         };
         at(burst, Vec::new());
         let steps: Vec<Vec<u64>> = (0..AGENTS - 2).map(|_| fresh.take(6 + chance.below(9)).collect()).collect();
@@ -197,7 +197,7 @@ pub fn generate(seed: u64, count: usize) -> Vec<TraceRequest> {
         let added = (added.round() as usize).max(1).min(BLOCKS_MAX.saturating_sub(ids.len()).max(1));
         ids.extend((next_id..).take(added));
         next_id += added as u64;
-        requests.push(TraceRequest { timestamp_ms: now_ms, hash_ids: ids });
+        requests.push(TraceRequest { timestamp_us: now_ms * 1000, hash_ids: ids });
     }
     requests
 }
@@ -238,9 +238,9 @@ mod test {
             let ratio = infinite(&requests);
             println!("{workload:?}: an infinite cache hits {ratio:.3}");
             assert!((least..most).contains(&ratio), "{workload:?}: {ratio}");
-            let last_s = requests.last().unwrap().timestamp_ms as f64 / 1000.0;
+            let last_s = requests.last().unwrap().timestamp_us as f64 / 1e6;
             assert!((4.5..7.5).contains(&last_s), "{workload:?}: 3000 requests at 500 a second end at {last_s} s");
-            assert!(requests.is_sorted_by_key(|request| request.timestamp_ms));
+            assert!(requests.is_sorted_by_key(|request| request.timestamp_us));
         }
     }
 }

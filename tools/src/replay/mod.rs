@@ -194,9 +194,10 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
     let before = answers(&config.socket).ok_or("the server is gone")?;
     let pid = before["server_pid"].as_u64().unwrap_or(0) as u32;
     let cpu_before = cpu_seconds(pid);
-    let started = Instant::now();
-    let (results, series) = run_instances(&args, &spec, requests_count)?;
-    let elapsed = started.elapsed();
+    if let Some(path) = &args.output {
+        crate::report::check(path)?;
+    }
+    let (results, series, elapsed) = run_instances(&args, &spec, requests_count)?;
     let server_cpu_s = cpu_seconds(pid) - cpu_before;
     let after = answers(&config.socket);
     let lost = own.is_some() && after.is_none();
@@ -206,12 +207,15 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
     let capacity = slots("host_slots_count") + slots("ssd_slots_count");
     report.bound_by(oracle::infinite(&requests), oracle::belady(&requests, capacity), capacity);
     if spec.speed > 0.0 {
-        let last_s = requests.last().map_or(0.0, |request| request.timestamp_ms as f64 / 1000.0 / spec.speed);
+        let last_s = requests.last().map_or(0.0, |request| request.timestamp_us as f64 / 1e6 / spec.speed);
         report.offered(requests_count as f64 / last_s.max(1e-3));
     }
     report.series = series;
     if let Some(path) = &args.output {
-        crate::report::save(path, "cache", &report.json(), &config)?;
+        // Of a server that ran already, its own.
+        let theirs = after.as_ref().map_or(&serde_json::Value::Null, |after| &after["settings"]);
+        let settings = if theirs.is_null() { serde_json::to_value(config.as_text())? } else { theirs.clone() };
+        crate::report::save(path, "cache", &report.json(), Some(settings))?;
     }
     if args.json {
         println!("{}", serde_json::to_string(&report.json())?);
@@ -226,8 +230,9 @@ pub fn run(mut args: ReplayArgs) -> Outcome {
     }
 }
 
-/// What instances have said, and what the server did meanwhile: seconds, and blocks loaded and stored until then.
-type Told = (Vec<Said>, Vec<[f64; 3]>);
+/// What instances have said; what the server did meanwhile: seconds, and blocks loaded and stored until then; and how
+/// long it all took from when all were ready.
+type Told = (Vec<Said>, Vec<[f64; 3]>, Duration);
 
 fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<Told, Box<dyn std::error::Error>> {
     let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(requests_count) };
@@ -240,7 +245,7 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
         args.settings.tell(&mut command)?;
         command.env("KVRING_INSTANCE_NUM", args.instances.to_string()).env("KVRING_INSTANCE_ID", index.to_string());
         command.env("KVRING_SERVER_LAUNCH_MODE", "external");
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or("no standard output")?;
         let sender = sender.clone();
         std::thread::spawn(move || {
@@ -260,7 +265,8 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
     let mut done = vec![0; children.len()];
     let mut results = Vec::new();
     let server = Server::find(&args.settings.load()?.config.socket, Which::Current).ok();
-    let (began, mut series) = (Instant::now(), Vec::new());
+    let (mut began, mut series) = (Instant::now(), Vec::new());
+    let mut waited_for = children.len();
     loop {
         let now_s = began.elapsed().as_secs_f64();
         if let Some(server) =
@@ -272,9 +278,23 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
             series.push([now_s, loaded as f64, sample.counter("commit_blocks_count") as f64]);
         }
         match receiver.recv_timeout(Duration::from_millis(100)) {
-            Ok((_, Said::Ready)) => {}
+            Ok((_, Said::Ready)) => {
+                waited_for = waited_for.saturating_sub(1);
+                if waited_for == 0 {
+                    // Its standard input is closed: it begins.
+                    children.iter_mut().for_each(|child: &mut Child| drop(child.stdin.take()));
+                    (began, series) = (Instant::now(), Vec::new());
+                }
+            }
             Ok((index, Said::Progress(count))) => done[index] = count,
             Ok((_, result)) => results.push(result),
+            // One that died before it was ready keeps nobody waiting.
+            Err(RecvTimeoutError::Timeout) if waited_for > 0 => {
+                if children.iter_mut().any(|child| !matches!(child.try_wait(), Ok(None))) {
+                    waited_for = 0;
+                    children.iter_mut().for_each(|child: &mut Child| drop(child.stdin.take()));
+                }
+            }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
@@ -289,6 +309,7 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
         }
     }
     bar.finish_and_clear();
+    let elapsed = began.elapsed();
     for (index, mut child) in children.into_iter().enumerate() {
         let status = child.wait()?;
         if !status.success() {
@@ -298,5 +319,5 @@ fn run_instances(args: &ReplayArgs, spec: &Spec, requests_count: u64) -> Result<
     if results.len() != args.instances as usize {
         return Err("an instance ended without a result".into());
     }
-    Ok((results, series))
+    Ok((results, series, elapsed))
 }

@@ -64,7 +64,7 @@ mod test {
     use kvring_engine::device::sim::Chance;
 
     fn requests(chains: &[&[u64]]) -> Vec<TraceRequest> {
-        chains.iter().map(|ids| TraceRequest { timestamp_ms: 0, hash_ids: ids.to_vec() }).collect()
+        chains.iter().map(|ids| TraceRequest { timestamp_us: 0, hash_ids: ids.to_vec() }).collect()
     }
 
     #[test]
@@ -109,7 +109,7 @@ mod test {
             let chains: Vec<Vec<u64>> = (0..5).map(chain).collect();
             let asked: usize = chains.iter().map(Vec::len).sum();
             let all: Vec<TraceRequest> =
-                chains.iter().map(|ids| TraceRequest { timestamp_ms: 0, hash_ids: ids.clone() }).collect();
+                chains.iter().map(|ids| TraceRequest { timestamp_us: 0, hash_ids: ids.clone() }).collect();
             for capacity in 1..=2 {
                 let ours = (belady(&all, capacity as u64) * asked as f64).round() as usize;
                 assert_eq!(ours, best(&chains, capacity), "seed {seed}, {capacity} blocks: {chains:?}");

@@ -26,6 +26,9 @@ pub struct Report {
     /// Growth of the server's counters; `None` if it was gone at the end.
     server: Option<Value>,
     page_bytes: u64,
+    /// Blocks that were there before.
+    blocks_before: u64,
+    instances: usize,
     devices: Vec<String>,
 }
 
@@ -55,6 +58,7 @@ impl Report {
             total.wrong_blocks += counts.wrong_blocks;
             total.sessions += counts.sessions;
             total.requests_without_server += counts.requests_without_server;
+            total.beside_us += counts.beside_us;
             match_all.add(from_hex(match_ns)?)?;
             load_all.add(from_hex(load_ns)?)?;
             request_all.add(from_hex(request_ns)?)?;
@@ -82,13 +86,16 @@ impl Report {
             block_bytes,
             server,
             page_bytes: before["page_bytes"].as_u64().unwrap_or(0),
+            blocks_before: before["metrics"]["blocks_count"].as_u64().unwrap_or(0),
+            instances: results.len(),
             devices,
         })
     }
 
     /// What no cache beats.
     pub fn bound_by(&mut self, infinite: f64, belady: f64, capacity: u64) {
-        self.bounds = Some((infinite, belady, capacity));
+        // A server that is gone says no capacity.
+        self.bounds = (capacity > 0).then_some((infinite, belady, capacity));
     }
 
     /// Requests came at this rate, whatever became of those before.
@@ -134,6 +141,20 @@ impl Report {
                     "{:.0} requests a second were due and {:.0} were answered: times are those of a queue that grows",
                     self.offered.unwrap_or(0.0),
                     self.per_s()
+                ),
+            ),
+            (
+                self.blocks_before > 0,
+                format!(
+                    "{} blocks were there before: what hit them is no merit, and the optimum does not know them",
+                    self.blocks_before
+                ),
+            ),
+            (
+                self.counts.beside_us as f64 / 1e6 > 0.2 * seconds * self.instances.max(1) as f64,
+                format!(
+                    "instances spent {:.1} s on making and comparing bytes: left out of the times, and not out of what they could ask",
+                    self.counts.beside_us as f64 / 1e6
                 ),
             ),
             (

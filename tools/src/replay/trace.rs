@@ -12,8 +12,8 @@ use serde::Deserialize;
 /// One request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TraceRequest {
-    /// When it arrived, in milliseconds from the start.
-    pub timestamp_ms: u64,
+    /// When it arrived, in microseconds from the start.
+    pub timestamp_us: u64,
     /// Its blocks.
     pub hash_ids: Vec<u64>,
 }
@@ -82,7 +82,7 @@ pub fn read(path: &Path, limit: usize) -> Result<Vec<TraceRequest>, TraceError> 
         if line.hash_ids.is_empty() || line.hash_ids.len() > MATCH_BLOCKS_MAX as usize {
             return Err(wrong(number, format!("{} hash_ids", line.hash_ids.len())));
         }
-        requests.push(TraceRequest { timestamp_ms: timestamp as u64, hash_ids: line.hash_ids });
+        requests.push(TraceRequest { timestamp_us: (timestamp * 1000.0) as u64, hash_ids: line.hash_ids });
     }
     if requests.is_empty() {
         return Err(wrong(0, "holds no request".into()));
@@ -117,7 +117,7 @@ mod test {
         };
         let requests = read_text(&(line("[0, 1, 2]") + "\n" + &line("[0, 1, 9]"))).unwrap();
         let (a, b) = (keys(&requests[0]), keys(&requests[1]));
-        assert_eq!(requests[0].timestamp_ms, 27);
+        assert_eq!(requests[0].timestamp_us, 27_000);
         assert!(a[..2] == b[..2] && a[2] != b[2]);
     }
 

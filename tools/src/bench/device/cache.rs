@@ -3,7 +3,7 @@
 //!
 //! A read is a match, a load, the copy out of the pool and the release of one block that is on the SSD only. A write is a
 //! reserve, the copy into the pool and a commit; stores run no further ahead of the SSD than a quarter of the pool, and
-//! the run ends when what was stored is written.
+//! the run ends when what was stored is written; bytes of a write job are those that reached the SSD.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use kvring_engine::device::sim::Chance;
 use kvring_ipc::client::{Matched, Session, monotonic_ns};
+use kvring_ipc::handshake::{Reply, Request, ask};
 use kvring_ipc::key::{BlockKey, Namespace};
 use kvring_ipc::wire::{Completion, Grant, LeaseId, Status, Tag};
 
@@ -62,7 +63,7 @@ pub fn run(job: &Job) -> Result<Done, Failure> {
     let gb = |bytes: u64| (bytes as f64 / f64::from(1 << 30)).to_string();
     let settings = [
         ("cpu_cache_gb", gb(pool_bytes)),
-        ("ssd_cache_gb", gb(size + size / 8)),
+        ("ssd_cache_gb", gb(size.saturating_add(size / 8))),
         ("ssd_read_depth", job.iodepth.min(256).to_string()),
         ("ssd_write_depth", job.iodepth.min(256).to_string()),
     ];
@@ -94,23 +95,31 @@ pub fn run(job: &Job) -> Result<Done, Failure> {
             keep_pace(&server, (number + 1) * bytes, pool_bytes / 4)?;
         }
         cached.settle(1, false)?;
-        keep_pace(&server, blocks * bytes, 0)?;
+        if keep_pace(&server, blocks * bytes, 0)? < blocks * bytes {
+            return Err("not all blocks have reached the SSD: the disk is slow, or busy".into());
+        }
+        // What is still in the pool would be read from there.
+        cached.empty_the_pool(&server)?;
     }
     cached.report.sides = Default::default();
     cached.work(&server, blocks, pool_bytes)?;
     Ok(cached.report)
 }
 
-/// Waits until all but `ahead` of what was stored is on the SSD.
-fn keep_pace(server: &BenchServer, stored: u64, ahead: u64) -> Result<(), Failure> {
-    let until = Instant::now() + Duration::from_secs(60);
-    while server.metric("ssd_write_bytes")? + ahead < stored {
-        if Instant::now() > until {
-            return Err("what was stored is not written: see the server's log".into());
+/// Waits until all but `ahead` of what was stored is on the SSD, or until no more comes: what was evicted before it was
+/// written never does.
+fn keep_pace(server: &BenchServer, stored: u64, ahead: u64) -> Result<u64, Failure> {
+    let (mut last, mut since) = (0, Instant::now());
+    loop {
+        let written = server.metric("ssd_write_bytes")?;
+        if written != last {
+            (last, since) = (written, Instant::now());
         }
-        std::thread::sleep(Duration::from_millis(4));
+        if written + ahead >= stored || since.elapsed() > Duration::from_secs(1) {
+            return Ok(written);
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
-    Ok(())
 }
 
 fn key(number: u64, is_new: bool) -> BlockKey {
@@ -132,12 +141,14 @@ impl Cached {
         let (mut cpu_from, mut counted_from_ns) = (cpu(), began_ns);
         self.counting = self.job.ramp_time.is_zero();
         let written_before = server.metric("ssd_write_bytes")?;
+        let mut counted_from_bytes = written_before;
         let mut chance = Chance::new(self.job.randseed);
         let mut number = 0;
         loop {
             let now_ns = monotonic_ns();
             if !self.counting && now_ns >= count_from_ns {
                 (self.counting, counted_from_ns, cpu_from) = (true, now_ns, cpu());
+                counted_from_bytes = server.metric("ssd_write_bytes")?;
             }
             if now_ns >= end_ns || !self.job.time_based && number == blocks || self.report.error != 0 {
                 break;
@@ -147,19 +158,33 @@ impl Cached {
             number += 1;
             self.settle(u64::from(self.job.iodepth), true)?;
             if self.job.pattern.writes && number.is_multiple_of(64) {
-                let behind = written_before + (number - 64) * bytes;
-                keep_pace(server, behind, pool_bytes / 4)?;
+                // Nothing is under way while the disk is waited for: no answer is taken late.
+                self.settle(1, true)?;
+                keep_pace(server, written_before + number * bytes, pool_bytes / 4)?;
             }
         }
         self.settle(1, true)?;
         if self.job.pattern.writes {
-            let stored = self.report.sides[1].bytes;
-            keep_pace(server, written_before + stored, 0)?;
+            // What has reached the SSD, and not what was stored and evicted before.
+            let written = keep_pace(server, written_before + number * bytes, 0)?;
+            self.report.sides[1].bytes = written - counted_from_bytes;
         }
         let ended_ns = monotonic_ns();
         self.report.cpu = [cpu() - cpu_from, 0.0];
         self.report.runtime_ms = (ended_ns - counted_from_ns).div_ceil(1_000_000);
         Ok(())
+    }
+
+    fn empty_the_pool(&self, server: &BenchServer) -> Result<(), Failure> {
+        let socket = server.settings.load()?.config.socket;
+        let request = Request::Evict { tier: "dram".into(), blocks: u32::MAX };
+        loop {
+            match ask(&socket, &request, Duration::from_secs(5))? {
+                Reply::Admin(done) if done["more"] == true => {}
+                Reply::Admin(_) => return Ok(()),
+                reply => return Err(format!("an unexpected answer: {reply:?}").into()),
+            }
+        }
     }
 
     fn issue(&mut self, number: u64, is_job: bool, now_ns: u64) -> Result<(), Failure> {
@@ -233,7 +258,12 @@ impl Cached {
                 let tag = self.session.post_commit(&grants)?;
                 self.flights.insert(tag, at(Step::Commit));
             }
-            Step::Commit => self.end(1, issued_ns, is_job),
+            Step::Commit => {
+                if completion.payload[0] != 1 {
+                    self.report.error = libc::EIO;
+                }
+                self.end(1, issued_ns, is_job);
+            }
         }
         Ok(())
     }

@@ -23,9 +23,9 @@ pub const KEYS: &[(&str, &str)] = &[
         "io_uring (default), libaio, sim (memory, with simulated latency) or kvring (through the whole cache)",
     ),
     ("rwmixread", "percent of reads in rw and randrw"),
-    ("rate", "bytes a second, at the most"),
+    ("rate", "bytes a second, at the most, reads and writes together"),
     ("rate_iops", "transfers a second, at the most"),
-    ("thinktime", "pause after each transfer: microseconds"),
+    ("thinktime", "pause after transfers have ended: microseconds"),
     ("iodepth_batch", "transfers handed over in one system call (default 1, as fio's)"),
     ("fixedbufs", "register the buffers with io_uring (default 1 here; fio's is 0)"),
     ("registerfiles", "register the file with io_uring (always done)"),
@@ -89,6 +89,8 @@ pub struct Job {
     pub ramp_time: Duration,
     pub direct: bool,
     pub filename: PathBuf,
+    /// No file was named: each copy has one of its own.
+    pub own_files: bool,
     pub rwmixread: u64,
     pub rate: Option<u64>,
     pub rate_iops: Option<u64>,
@@ -108,12 +110,13 @@ pub struct Job {
 const PERCENTILES: [f64; 17] =
     [1.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.95, 99.99];
 
-/// A number of bytes: 4096, 4k, 1MiB. Units are powers of 1024, as fio's are by default.
+/// A number of bytes: 4096, 4k, 1m, 2g: powers of 1024. Not 4kb and 4KiB, which mean one thing to fio and another to
+/// everybody else (kb_base).
 pub fn bytes(text: &str) -> Option<u64> {
     let text = text.trim().to_ascii_lowercase();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let shift = match unit.trim_end_matches("ib").trim_end_matches('b') {
+    let shift = match unit {
         "" => 0,
         "k" => 10,
         "m" => 20,
@@ -303,6 +306,7 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
         time_based: get(said, "time_based", false, switch)?,
         ramp_time: get(said, "ramp_time", Duration::ZERO, millis(Duration::from_secs(1)))?,
         direct: get(said, "direct", true, switch)?,
+        own_files: !said.contains_key("filename"),
         filename: said.get("filename").map_or_else(|| format!("{name}.0.0").into(), |(value, _)| value.into()),
         rwmixread: get(said, "rwmixread", 50, whole(0, 100))?,
         rate: get(said, "rate", None, |v| bytes(v).filter(|b| *b > 0).map(Some))?,
@@ -334,6 +338,12 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
     }
     if job.verify && job.bs[0] != job.bs[1] {
         return Err(format!("{}: verify with different sizes of reads and writes: choose one bs", said["verify"].1));
+    }
+    if job.verify && job.pattern.writes && job.numjobs > 1 && !job.own_files {
+        return Err(format!(
+            "{}: verify of several jobs that write one file: leave out filename, or numjobs",
+            said["verify"].1
+        ));
     }
     if job.engine == Engine::Kvring
         && (job.bs[0] != job.bs[1] || job.bs[0].0 != job.bs[0].1 || !job.bs[0].0.is_multiple_of(4096))
@@ -394,10 +404,10 @@ mod test {
     #[test]
     fn sizes_and_times_have_units() {
         assert_eq!(
-            ["4096", "4k", "1MiB", "2g", "0.5m"].map(bytes),
+            ["4096", "4k", "1M", "2g", "0.5m"].map(bytes),
             [Some(4096), Some(4096), Some(1 << 20), Some(2 << 30), Some(1 << 19)]
         );
-        assert_eq!(["", "k", "4x", "-1", "99999999999g"].map(bytes), [None; 5]);
+        assert_eq!(["", "k", "4x", "-1", "1MiB", "99999999999g"].map(bytes), [None; 6]);
         assert_eq!(time("5", Duration::from_secs(1)), Some(Duration::from_secs(5)));
         assert_eq!(time("5", Duration::from_micros(1)), Some(Duration::from_micros(5)));
         assert_eq!(time("1.5m", Duration::from_secs(1)), Some(Duration::from_secs(90)));

@@ -81,12 +81,15 @@ pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
     for group in 0..=jobs.last().map_or(0, |job| job.group) {
         let its: Vec<_> = jobs.iter().filter(|job| job.group == group).cloned().collect();
         let (cache, device): (Vec<_>, Vec<_>) = its.into_iter().partition(|job| job.engine == Engine::Kvring);
+        if cache.len() > 1 || !cache.is_empty() && !device.is_empty() {
+            return Err("ioengine=kvring: one job at a time: say stonewall".into());
+        }
         let mut ended = run::run(&device)?;
         for job in &cache {
             ended.push(cache::run(job)?);
         }
         for one in ended {
-            let same = |other: &&mut report::Done| other.job.group == group && other.job.name == one.job.name;
+            let same = |other: &&mut report::Done| other.job.group == group;
             match done.iter_mut().find(same).filter(|_| one.job.group_reporting) {
                 Some(other) => other.add(&one),
                 None => done.push(one),

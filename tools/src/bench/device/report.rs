@@ -305,7 +305,7 @@ pub fn in_words(all: &[Done]) -> String {
             let bytes: u64 = its.iter().map(|done| done.sides[at].bytes).sum();
             let ms = its.iter().filter(|done| done.sides[at].ios > 0).map(|done| done.runtime_ms).max();
             let Some(ms) = ms else { continue };
-            let bw: f64 = its.iter().map(|done| done.per_s(done.sides[at].bytes)).sum();
+            let bw = bytes as f64 * 1000.0 / ms.max(1) as f64;
             let _ = writeln!(
                 out,
                 "{name:>7}: bw={}/s ({}/s), io={} ({}), run={ms}msec",

@@ -20,6 +20,8 @@ use super::report::Done;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
+/// Most memory of one job: a registered buffer is at most so long (io_uring_register(2)).
+const BUFFERS_MAX: u64 = 1 << 30;
 /// Latency of the simulated device.
 const SIM_LATENCY_NS: u64 = 20_000;
 /// Most memory of a simulated file.
@@ -32,8 +34,16 @@ pub fn run(jobs: &[Job]) -> Result<Vec<Done>, Box<dyn std::error::Error>> {
     }
     let mut threads = Vec::new();
     for job in jobs {
-        let size = lay_out(job)?;
-        threads.extend((0..job.numjobs).map(|number| (job.clone(), size, number)));
+        for number in 0..job.numjobs {
+            let mut job = job.clone();
+            if job.own_files {
+                job.filename = format!("{}.{number}.0", job.name).into();
+            }
+            let reads =
+                jobs.iter().any(|other| other.pattern.reads && (other.own_files || other.filename == job.filename));
+            let size = lay_out(&job, reads)?;
+            threads.push((job, size, number));
+        }
     }
     let barrier = Barrier::new(threads.len());
     let longest = jobs.iter().filter_map(|job| job.runtime.map(|runtime| runtime + job.ramp_time)).max();
@@ -60,22 +70,34 @@ pub fn run(jobs: &[Job]) -> Result<Vec<Done>, Box<dyn std::error::Error>> {
     ended.into_iter().collect::<Result<_, Failure>>().map_err(|error| -> Box<dyn std::error::Error> { error })
 }
 
-/// Sees to it that the file is there and as long as it is read. Says how long it is.
-fn lay_out(job: &Job) -> Result<u64, Box<dyn std::error::Error>> {
+/// Sees to it that the file is there and as long as it is used, and that what will be read was written. Says how long.
+fn lay_out(job: &Job, reads: bool) -> Result<u64, Box<dyn std::error::Error>> {
     let name = job.filename.display();
+    let failed = |error: std::io::Error| format!("filename={name}: {error}");
+    // Whole transfers only.
+    let least = job.bs[0].0.min(job.bs[1].0);
+    let whole = |size: u64| size - size % least;
+    if job.size.is_some_and(|size| size < least) {
+        return Err(format!("job {}: bs={least} is more than size={}", job.name, job.size.unwrap_or(0)).into());
+    }
     if job.engine == Engine::Sim {
         let size = job.size.ok_or("ioengine=sim: say size=BYTES")?;
-        return if size <= SIM_BYTES_MAX {
-            Ok(size)
+        let all = size.saturating_mul(u64::from(job.numjobs));
+        let fits = all <= SIM_BYTES_MAX;
+        return if fits {
+            Ok(whole(size))
         } else {
-            Err(format!("size={size}: ioengine=sim is in memory: at most 4g").into())
+            Err(format!("size={size}: ioengine=sim is in memory: at most 4g in all").into())
         };
     }
     let found = std::fs::metadata(&job.filename).ok();
     if found.as_ref().is_some_and(|found| found.file_type().is_block_device()) {
-        let mut device = File::open(&job.filename).map_err(|error| format!("filename={name}: {error}"))?;
+        // Exclusive: the kernel refuses a device that is mounted or otherwise in use (open(2), O_EXCL).
+        let flags = if job.pattern.writes { rustix::fs::OFlags::EXCL.bits() as i32 } else { 0 };
+        let device = File::options().read(true).write(job.pattern.writes).custom_flags(flags).open(&job.filename);
+        let mut device = device.map_err(|error| format!("{} (mounted, or in use by another?)", failed(error)))?;
         let length = std::io::Seek::seek(&mut device, std::io::SeekFrom::End(0))?;
-        return Ok(job.size.unwrap_or(length).min(length));
+        return Ok(whole(job.size.unwrap_or(length).min(length)));
     }
     let length = found.map_or(0, |found| found.len());
     let size = job
@@ -83,26 +105,30 @@ fn lay_out(job: &Job) -> Result<u64, Box<dyn std::error::Error>> {
         .or(Some(length).filter(|length| *length > 0))
         .ok_or_else(|| format!("job {}: say size=BYTES", job.name))?;
     if length >= size {
-        return Ok(size);
+        return Ok(whole(size));
     }
-    let failed = |error: std::io::Error| format!("filename={name}: {error}");
     let file = File::options().create(true).truncate(false).write(true).open(&job.filename).map_err(failed)?;
-    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size).map_err(|errno| failed(errno.into()))?;
-    if job.pattern.reads {
-        // What was never written is not read from the device.
-        let bar = ProgressBar::new(size >> 20).with_message(format!("laying out {name}"));
+    if reads {
+        // What was never written is not read from the device. From where the file ends now: a layout that was
+        // interrupted goes on there.
+        let bar = ProgressBar::new((size - length) >> 20).with_message(format!("laying out {name}"));
         let mut piece = vec![0u8; 1 << 20];
         let mut chance = Chance::new(job.randseed);
-        for offset in (0..size).step_by(1 << 20) {
+        let mut offset = length;
+        while offset < size {
             piece.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&chance.next_u64().to_le_bytes()));
             let count = (size - offset).min(1 << 20) as usize;
-            rustix::io::pwrite(&file, &piece[..count], offset).map_err(|errno| failed(errno.into()))?;
+            let wrote = rustix::io::pwrite(&file, &piece[..count], offset).map_err(|errno| failed(errno.into()))?;
+            offset += wrote as u64;
             bar.inc(1);
         }
         bar.finish_and_clear();
         file.sync_all().map_err(failed)?;
+    } else {
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size)
+            .map_err(|errno| failed(errno.into()))?;
     }
-    Ok(size)
+    Ok(whole(size))
 }
 
 type AnyDevice = Box<dyn Device>;
@@ -130,7 +156,12 @@ fn open(job: &Job, size: u64, pool: &Arc<Mapping>) -> Result<AnyDevice, Failure>
             Box::new(Uring::new(vec![file()?], None, memory, job.iodepth.next_power_of_two().max(2), job.fixedbufs)?)
         }
     };
-    device.register_piece(0)?;
+    device.register_piece(0).map_err(|errno| {
+        format!(
+            "fixedbufs=1: {} bytes of buffers cannot be registered: {errno}: raise ulimit -l, or say fixedbufs=0",
+            pool.bytes()
+        )
+    })?;
     Ok(device)
 }
 
@@ -174,6 +205,11 @@ struct Flight {
     issued_ns: u64,
 }
 
+/// Another for each job and each copy of it.
+fn seed_of(job: &Job, number: u32) -> u64 {
+    job.randseed ^ checksum::of_bytes(job.name.as_bytes()) ^ u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// Where the next transfer goes.
 struct Offsets {
     size: u64,
@@ -189,7 +225,7 @@ struct Offsets {
 
 impl Offsets {
     fn new(job: &Job, size: u64, number: u32) -> Self {
-        let seed = job.randseed.wrapping_add(u64::from(number) * 0x1_0001);
+        let seed = seed_of(job, number);
         let least = job.bs[0].0.min(job.bs[1].0);
         let random = job.pattern.random;
         let map = (random && !job.norandommap).then(|| Shuffle::new((size / least).max(1), seed));
@@ -217,7 +253,7 @@ impl Offsets {
                 offset
             }
         };
-        // The last one ends with the file.
+        // The last one ends with the file, which is whole blocks of the least size of both.
         (offset, bytes.min(self.size - offset))
     }
 }
@@ -233,6 +269,10 @@ struct Worker {
     report: Done,
     counting: bool,
     scratch: Vec<u8>,
+    /// Says of what this run has written that it was this run.
+    generation: u64,
+    /// Blocks that it has written whole, by their place; for verify only.
+    written: Vec<bool>,
 }
 
 impl Worker {
@@ -242,8 +282,8 @@ impl Worker {
         barrier.wait();
         let mut worker = made?;
         worker.work(size)?;
-        if worker.job.verify && worker.job.pattern.writes {
-            worker.read_back(size)?;
+        if worker.job.verify && worker.job.pattern.writes && worker.report.error == 0 {
+            worker.read_back()?;
         }
         Ok(worker.report)
     }
@@ -255,6 +295,13 @@ impl Worker {
         }
         let slot_bytes = most.next_multiple_of(4096) as usize;
         let bytes = slot_bytes as u64 * u64::from(job.iodepth);
+        if bytes > BUFFERS_MAX {
+            return Err(format!(
+                "job {}: bs={most} and iodepth={} take {bytes} bytes of buffers: at most 1 GiB",
+                job.name, job.iodepth
+            )
+            .into());
+        }
         let pool = Arc::new(Mapping::private(bytes.next_multiple_of(2 << 20) as usize)?);
         pool.advise_hugepages();
         pool.populate(0, bytes as usize)?;
@@ -285,6 +332,9 @@ impl Worker {
             report,
             counting: false,
             scratch: vec![0; slot_bytes],
+            generation: Chance::new(monotonic_ns() ^ u64::from(std::process::id()) << 32 ^ u64::from(number))
+                .next_u64(),
+            written: vec![false; if job.verify { (size / job.bs[1].0) as usize } else { 0 }],
             job,
         })
     }
@@ -295,11 +345,11 @@ impl Worker {
         let count_from_ns = began_ns + ns(self.job.ramp_time);
         let end_ns = self.job.runtime.map_or(u64::MAX, |runtime| count_from_ns + ns(runtime));
         let mut bytes_left = if self.job.time_based { u64::MAX } else { size };
-        let mut chance = Chance::new(self.job.randseed ^ 0x7277);
+        let mut chance = Chance::new(self.offsets.seed ^ 0x7277);
         let mut usage = usage();
         self.counting = self.job.ramp_time.is_zero();
         let mut counted_from_ns = began_ns;
-        let (mut next_ns, mut done) = (0, Vec::with_capacity(self.job.iodepth as usize));
+        let (mut next_ns, mut done) = (began_ns, Vec::with_capacity(self.job.iodepth as usize));
         let mut ended_ns = began_ns;
         loop {
             let now_ns = monotonic_ns();
@@ -318,7 +368,7 @@ impl Worker {
                     (reads, _) => usize::from(!reads),
                 };
                 let (offset, bytes) = self.offsets.next(side);
-                self.issue(side, offset, bytes, now_ns);
+                self.issue(side, offset, bytes);
                 bytes_left = bytes_left.saturating_sub(bytes);
                 next_ns = self.not_before(now_ns, next_ns, bytes);
                 unflushed += 1;
@@ -331,17 +381,27 @@ impl Worker {
             if self.device.inflight() == 0 {
                 // Nothing may be asked for yet.
                 std::thread::sleep(Duration::from_nanos(next_ns.saturating_sub(monotonic_ns()).min(10_000_000)));
+                // A simulated device has no clock but this.
+                self.device.poll(monotonic_ns(), 0, &mut done);
                 continue;
             }
             let waits_for_rate = !over && !self.free.is_empty() && bytes_left > 0;
             self.device.wait(waits_for_rate.then(|| Duration::from_nanos(next_ns.saturating_sub(now_ns))));
             let now_ns = monotonic_ns();
             self.device.poll(now_ns, self.job.iodepth as usize, &mut done);
+            let landed = !done.is_empty();
             for done in done.drain(..) {
                 self.land(done.tag, done.result, now_ns)?;
             }
-            ended_ns = now_ns;
+            if landed {
+                ended_ns = now_ns;
+                if !self.job.thinktime.is_zero() {
+                    next_ns = next_ns.max(now_ns + self.job.thinktime.as_nanos() as u64);
+                }
+            }
         }
+        // A pause at the end is part of the run.
+        ended_ns = ended_ns.max(monotonic_ns().min(end_ns)).max(counted_from_ns);
         let now = self::usage();
         self.report.cpu = [now.cpu[0] - usage.cpu[0], now.cpu[1] - usage.cpu[1]];
         self.report.counts = std::array::from_fn(|at| now.counts[at] - usage.counts[at]);
@@ -355,18 +415,18 @@ impl Worker {
         let iops = self.job.rate_iops.map(|rate| 1e9 / rate as f64);
         let pause = [rate, iops].into_iter().flatten().fold(0.0, f64::max);
         // Behind schedule, the schedule is kept: at most a tenth of a second is made up for.
-        let paced = if pause > 0.0 { last_ns.max(now_ns.saturating_sub(100_000_000)) + pause as u64 } else { 0 };
-        paced.max(if self.job.thinktime.is_zero() { 0 } else { now_ns + self.job.thinktime.as_nanos() as u64 })
+        if pause > 0.0 { last_ns.max(now_ns.saturating_sub(100_000_000)) + pause as u64 } else { last_ns }
     }
 
-    fn issue(&mut self, side: usize, offset: u64, bytes: u64, now_ns: u64) {
+    fn issue(&mut self, side: usize, offset: u64, bytes: u64) {
         let Some(tag) = self.free.pop() else { return };
         let at = tag as usize * self.slot_bytes;
         let direction = if side == 0 { Direction::Read } else { Direction::Write };
         if self.job.verify && side == 1 {
-            fill(&mut self.scratch[..bytes as usize], self.job.randseed, offset);
+            fill(&mut self.scratch[..bytes as usize], self.generation, offset);
             self.pool.copy_in(at, &self.scratch[..bytes as usize]);
         }
+        let now_ns = monotonic_ns();
         let io = Io {
             tag,
             direction,
@@ -380,7 +440,7 @@ impl Worker {
         let taken = self.device.submit(io);
         debug_assert!(taken.is_ok(), "there are no more flights than the device takes");
         let inflight = self.device.inflight();
-        self.report.depths[(inflight.ilog2() as usize).min(6)] += 1;
+        self.report.depths[(inflight.ilog2() as usize).min(6)] += u64::from(self.counting);
     }
 
     fn land(&mut self, tag: u32, result: Result<u32, rustix::io::Errno>, now_ns: u64) -> Result<(), Failure> {
@@ -399,7 +459,7 @@ impl Worker {
         };
         let side = usize::from(io.direction == Direction::Write);
         if moved < rest.bytes {
-            self.report.sides[side].short += u64::from(moved > 0);
+            self.report.sides[side].short += u64::from(moved > 0 && self.counting);
             if moved == 0 && result.is_ok() {
                 return Err(format!("{}: the file ends at {}", self.job.filename.display(), rest.offset_in_file).into());
             }
@@ -417,72 +477,66 @@ impl Worker {
         if self.counting {
             self.report.sides[side].record(u64::from(io.bytes), now_ns.saturating_sub(issued_ns));
         }
-        if self.job.verify && side == 0 {
-            self.compare(io)?;
+        if self.job.verify && side == 1 {
+            self.written[(io.offset_in_file / self.job.bs[1].0) as usize] = true;
+        }
+        // Of a job that writes too, what it reads may never have been written.
+        if self.job.verify && side == 0 && !self.job.pattern.writes {
+            self.compare(io, None)?;
         }
         (self.flights[tag as usize], _) = (None, self.free.push(tag));
         Ok(())
     }
 
-    fn compare(&mut self, io: Io) -> Result<(), Failure> {
+    fn compare(&mut self, io: Io, generation: Option<u64>) -> Result<(), Failure> {
         let bytes = &mut self.scratch[..io.bytes as usize];
         self.pool.copy_out(io.offset_in_region, bytes);
-        check(bytes, self.job.randseed, io.offset_in_file)
+        check(bytes, generation, io.offset_in_file)
             .map_err(|why| format!("verify: {} at offset {}: {why}", self.job.filename.display(), io.offset_in_file))?;
         self.report.verified += 1;
         Ok(())
     }
 
-    /// Reads all of the file that was written, and compares.
-    fn read_back(&mut self, size: u64) -> Result<(), Failure> {
-        let written = std::mem::take(&mut self.report.sides[1]);
-        let (report, bytes) = (self.report.clone(), self.job.bs[0].0);
+    /// Reads every block that was written, and compares.
+    fn read_back(&mut self) -> Result<(), Failure> {
+        let bytes = self.job.bs[1].0;
+        let places: Vec<u64> =
+            (0..).zip(&self.written).filter(|(_, written)| **written).map(|(place, _)| place).collect();
+        let (mut left, mut done) = (places.iter(), Vec::new());
         self.counting = false;
-        let blocks = size / bytes;
-        // Not time-based, and one pass at least: each block was written. Else only those that were.
-        let whole =
-            !self.job.time_based && self.job.runtime.is_none() && !self.job.pattern.reads && !self.job.norandommap;
-        let mut done = Vec::new();
-        let (mut next, mut inflight) = (0, 0);
-        let mut skipped = 0;
-        while next < blocks || inflight > 0 {
-            while next < blocks && !self.free.is_empty() {
-                self.issue(0, next * bytes, bytes, 0);
-                (next, inflight) = (next + 1, inflight + 1);
+        while self.device.inflight() > 0 || left.len() > 0 {
+            while let Some(place) = (!self.free.is_empty()).then(|| left.next()).flatten() {
+                self.issue(0, place * bytes, bytes);
             }
             self.device.wait(None);
             self.device.poll(monotonic_ns(), self.job.iodepth as usize, &mut done);
             for done in done.drain(..) {
                 let Some(flight) = self.flights[done.tag as usize] else { continue };
-                let at = flight.io.offset_in_region;
-                self.pool.copy_out(at, &mut self.scratch[..16]);
-                if !whole && done.result.is_ok() && !has_mark(&self.scratch, flight.io.offset_in_file) {
-                    // Never written: not ours to judge.
-                    (self.flights[done.tag as usize], _) = (None, self.free.push(done.tag));
-                    (inflight, skipped) = (inflight - 1, skipped + 1);
-                    continue;
-                }
                 self.land(done.tag, done.result, 0)?;
-                inflight -= u64::from(self.flights[done.tag as usize].is_none());
+                let is_over = self.flights[done.tag as usize].is_none();
+                if is_over && done.result.is_ok() {
+                    self.compare(flight.io, Some(self.generation))?;
+                }
+            }
+            if self.report.error != 0 && self.device.inflight() == 0 {
+                return Ok(());
             }
         }
-        let verified = self.report.verified;
-        self.report = Done { verified, ..report };
-        self.report.sides[1] = written;
-        if verified == 0 && skipped > 0 {
-            return Err("verify: nothing that was written was found".into());
+        if self.report.verified != places.len() as u64 {
+            return Err(format!("verify: {} of {} blocks were read again", self.report.verified, places.len()).into());
         }
         Ok(())
     }
 }
 
-/// Bytes that say which block they are, and whether they are whole: a mark, the offset, noise, and the checksum of all
-/// of it.
-fn fill(bytes: &mut [u8], seed: u64, offset: u64) {
-    let mut chance = Chance::new(seed ^ offset.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+/// Bytes that say which block they are, which run has written them, and whether they are whole: a mark, the offset, the
+/// run, noise of both, and the checksum of all of it.
+fn fill(bytes: &mut [u8], generation: u64, offset: u64) {
+    let mut chance = Chance::new(generation ^ offset.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     bytes.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&chance.next_u64().to_le_bytes()));
     bytes[..8].copy_from_slice(MARK);
     bytes[8..16].copy_from_slice(&offset.to_le_bytes());
+    bytes[16..24].copy_from_slice(&generation.to_le_bytes());
     let end = bytes.len() - 8;
     let crc = checksum::of_bytes(&bytes[..end]);
     bytes[end..].copy_from_slice(&crc.to_le_bytes());
@@ -490,23 +544,18 @@ fn fill(bytes: &mut [u8], seed: u64, offset: u64) {
 
 const MARK: &[u8; 8] = b"kvrverif";
 
-fn has_mark(bytes: &[u8], offset: u64) -> bool {
-    bytes[..8] == *MARK && bytes[8..16] == offset.to_le_bytes()
-}
-
-fn check(bytes: &[u8], seed: u64, offset: u64) -> Result<(), &'static str> {
-    if !has_mark(bytes, offset) {
+fn check(bytes: &[u8], generation: Option<u64>, offset: u64) -> Result<(), &'static str> {
+    if bytes[..8] != *MARK || bytes[8..16] != offset.to_le_bytes() {
         return Err("these are another block's bytes");
     }
     let end = bytes.len() - 8;
     if bytes[end..] != checksum::of_bytes(&bytes[..end]).to_le_bytes() {
         return Err("the checksum does not match");
     }
-    // Whole, and of this seed.
-    let mut chance = Chance::new(seed ^ offset.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    let _ = (chance.next_u64(), chance.next_u64());
-    let expected = chance.next_u64().to_le_bytes();
-    if end >= 24 && bytes[16..24] != expected { Err("they were written by another job (randseed)") } else { Ok(()) }
+    if generation.is_some_and(|generation| bytes[16..24] != generation.to_le_bytes()) {
+        return Err("they are from before this run: what it wrote is lost");
+    }
+    Ok(())
 }
 
 /// What this thread has used.
@@ -547,11 +596,11 @@ mod test {
     fn other_bytes_than_were_written_are_told_from_them() {
         let mut bytes = vec![0; 4096];
         fill(&mut bytes, 1, 8192);
-        assert_eq!(check(&bytes, 1, 8192), Ok(()));
-        assert!(check(&bytes, 1, 4096).is_err() && check(&bytes, 2, 8192).is_err());
-        for at in [0, 9, 100, 4095] {
+        assert_eq!((check(&bytes, Some(1), 8192), check(&bytes, None, 8192)), (Ok(()), Ok(())));
+        assert!(check(&bytes, None, 4096).is_err() && check(&bytes, Some(2), 8192).is_err());
+        for at in [0, 9, 20, 100, 4095] {
             bytes[at] ^= 1;
-            assert!(check(&bytes, 1, 8192).is_err(), "{at}");
+            assert!(check(&bytes, None, 8192).is_err(), "{at}");
             bytes[at] ^= 1;
         }
     }
