@@ -238,3 +238,34 @@ fn metrics_are_for_this_machine_only() {
     place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0", "--metrics-listen", "127.0.0.1:0"]);
     assert!(place.stats().is_some());
 }
+
+/// `top` on a terminal of its own (script, of util-linux).
+#[test]
+fn top_draws_on_a_terminal_and_ends_when_it_is_told_to() {
+    let (place, _agent) = a_full_place(&[]);
+    let drawn = place.path("typescript");
+    let top = format!("stty rows 40 cols 130; exec {KVRING} top --interval 0.1 --socket {}", place.socket().display());
+    let mut command = Command::new("script");
+    command.args(["-q", "-e", "-c", &top]).arg(&drawn).env("TERM", "xterm-256color");
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let Ok(mut child) = child else {
+        println!("skipped: no script(1) here to give it a terminal");
+        return;
+    };
+    let shows = |words: &str| {
+        let bytes = std::fs::read(&drawn).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).contains(words)
+    };
+    eventually("it draws", || shows("serving") && shows("sessions:"));
+    let pid = place.server_pid();
+    halt(pid);
+    eventually("it says that the server hangs", || shows("HUNG"));
+    signal(pid, rustix::process::Signal::CONT);
+    child.stdin.take().unwrap().write_all(b"psq").unwrap();
+    let mut status = None;
+    eventually("it ends", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    assert!(status.unwrap().success(), "{status:?}");
+}

@@ -11,13 +11,17 @@ fn mode_of(path: &Path) -> u32 {
 
 /// `kvring stat` of this place by a user, from a directory and a program that everybody may use.
 fn status_by(place: &Place, uid: u32, gid: u32) -> Output {
+    run_by(place, uid, gid, &["stat", "--json"])
+}
+
+fn run_by(place: &Place, uid: u32, gid: u32, arguments: &[&str]) -> Output {
     let open = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     open(place.dir.path(), 0o755);
     let program = std::env::temp_dir().join(format!("kvring-{}-{uid}-{gid}", std::process::id()));
     std::fs::copy(KVRING, &program).unwrap();
     open(&program, 0o755);
     let mut command = Command::new(&program);
-    command.args(["stat", "--json", "--socket", &place.socket().display().to_string()]);
+    command.args(arguments).args(["--socket", &place.socket().display().to_string()]);
     command.current_dir("/").uid(uid).gid(gid).stdin(Stdio::null());
     let output = not_busy(|| command.output());
     std::fs::remove_file(program).unwrap();
@@ -49,6 +53,28 @@ fn another_user_is_kept_out_unless_his_group_is_allowed() {
     place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0", "--allowed-groups", "12345"]);
     assert_eq!((mode_of(&place.socket()), place.socket().metadata().unwrap().gid()), (0o660, 12345));
     assert!(status_by(&place, NOBODY, 12345).status.success(), "a member may");
+    // What names others' blocks, or changes anything, is the server's user's.
+    let key = chain("a", 1)[0].to_string();
+    let mut agent = place.agent(0, &[]);
+    assert_eq!(store(&mut agent, &chain("a", 1)), 1);
+    for arguments in [
+        &["blocks"][..],
+        &["explain"],
+        &["trace"],
+        &["sessions"],
+        &["drain"],
+        &["evict", "--key", &key],
+        &["evict", "--tier", "dram", "--blocks", "1"],
+        &["reset", "--all"],
+        &["stop"],
+        &["upgrade"],
+    ] {
+        let output = run_by(&place, NOBODY, 12345, arguments);
+        let said = text(&output);
+        assert!(!output.status.success() && said.contains("only the server's user may"), "{arguments:?}: {said}");
+    }
+    assert_eq!(load(&mut agent, &chain("a", 1)), 1, "nobody has evicted anything");
+    drop(agent);
     assert!(!status_by(&place, NOBODY, NOBODY).status.success());
 
     let Some(mut place) = open_place() else { return };

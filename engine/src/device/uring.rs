@@ -55,9 +55,40 @@ impl Uring {
         entries: u32,
         fixed_buffers: bool,
     ) -> Result<Self, UringError> {
-        let failed = |what| move |errno| UringError { what, errno };
         // The completion ring is twice as deep by default, and no more than `entries` are in flight.
-        let ring = IoUring::builder().build(entries).map_err(failed("io_uring_setup"))?;
+        let ring = IoUring::builder().build(entries);
+        let ring = ring.map_err(|errno| UringError { what: "io_uring_setup", errno })?;
+        Self::over(ring, files, lock, memory, entries, fixed_buffers)
+    }
+
+    /// A ring for a thread that makes it, uses it alone, and finds what is over by [`Device::wait`] and never by polling
+    /// alone: the kernel then does its part of a completion when it is waited for, and interrupts nobody
+    /// (IORING_SETUP_DEFER_TASKRUN, Linux 6.1; before, a ring as any other).
+    ///
+    /// # Errors
+    /// As [`Uring::new`].
+    pub fn for_one_that_waits(
+        files: Vec<OwnedFd>,
+        memory: DeviceMemory,
+        entries: u32,
+        fixed_buffers: bool,
+    ) -> Result<Self, UringError> {
+        let mut builder = IoUring::builder();
+        match builder.setup_coop_taskrun().setup_single_issuer().setup_defer_taskrun().build(entries) {
+            Ok(ring) => Self::over(ring, files, None, memory, entries, fixed_buffers),
+            Err(_) => Self::new(files, None, memory, entries, fixed_buffers),
+        }
+    }
+
+    fn over(
+        ring: IoUring,
+        files: Vec<OwnedFd>,
+        lock: Option<BorrowedFd<'_>>,
+        memory: DeviceMemory,
+        entries: u32,
+        fixed_buffers: bool,
+    ) -> Result<Self, UringError> {
+        let failed = |what| move |errno| UringError { what, errno };
         let raw: Vec<i32> = files.iter().map(AsRawFd::as_raw_fd).chain(lock.map(|lock| lock.as_raw_fd())).collect();
         let pieces = memory.pool.bytes().div_ceil(memory.piece_bytes);
         ring.submitter().register_files(&raw).map_err(failed("register files"))?;

@@ -152,9 +152,12 @@ fn open(job: &Job, size: u64, pool: &Arc<Mapping>) -> Result<AnyDevice, Failure>
             Box::new(Sim::new(platter, memory, job.iodepth, SIM_LATENCY_NS, Faults::default(), job.randseed))
         }
         // The cache has a path of its own.
-        Engine::IoUring | Engine::Kvring => {
-            Box::new(Uring::new(vec![file()?], None, memory, job.iodepth.next_power_of_two().max(2), job.fixedbufs)?)
-        }
+        Engine::IoUring | Engine::Kvring => Box::new(Uring::for_one_that_waits(
+            vec![file()?],
+            memory,
+            job.iodepth.next_power_of_two().max(2),
+            job.fixedbufs,
+        )?),
     };
     device.register_piece(0).map_err(|errno| {
         format!(
