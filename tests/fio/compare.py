@@ -62,12 +62,16 @@ def main() -> None:
             for job in run(command, said.dir):
                 seen.setdefault(job["jobname"], {}).setdefault(name, []).append(figures(job))
             print(f"round {number + 1} of {said.rounds}: {name} done", file=sys.stderr)
-    print(f"{'job':<16} {'':<10} {'kvring':>10} {'fio':>10} {'ratio':>7}   (medians of {said.rounds} rounds; ratio by round)")
+    print(
+        f"{'job':<16} {'':<10} {'kvring':>10} {'fio':>10} {'ratio':>7}   (medians of {said.rounds} rounds; ratio by round)"
+    )
     for job, both in seen.items():
         for what in both["fio"][0]:
             ours, theirs = ([row[what] for row in both[name]] for name in ("kvring", "fio"))
             ratio = statistics.median(a / b if b else float("nan") for a, b in zip(ours, theirs))
-            print(f"{job:<16} {what:<10} {statistics.median(ours):>10.3f} {statistics.median(theirs):>10.3f} {ratio:>7.3f}")
+            print(
+                f"{job:<16} {what:<10} {statistics.median(ours):>10.3f} {statistics.median(theirs):>10.3f} {ratio:>7.3f}"
+            )
 
 
 if __name__ == "__main__":

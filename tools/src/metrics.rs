@@ -118,7 +118,6 @@ fn answer<S>(stream: S, bound: impl Fn(Duration) -> std::io::Result<()>, socket:
 where
     S: Read + Write,
 {
-    #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
     let until = Instant::now() + PATIENCE;
     let mut stream = stream;
     let left = || until.checked_duration_since(now()).filter(|left| !left.is_zero());
@@ -154,7 +153,6 @@ where
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "a thread of its own")]
 fn now() -> Instant {
     Instant::now()
 }

@@ -127,7 +127,7 @@ pub fn run(args: BenchArgs) -> Outcome {
     }
     if let (None, false) = (&what, args.json) {
         // A handful of numbers; the rest is in --json.
-        println!("{:<34} {:>12} {:>14}   {}", "", "kvring", "limit", "of the limit, which is");
+        println!("{:<34} {:>12} {:>14}   of the limit, which is", "", "kvring", "limit");
         for ceiling in &ceilings {
             println!("{ceiling}");
         }

@@ -35,7 +35,7 @@ pub struct TraceArgs {
 
 /// Writes the trace.
 pub fn trace(args: &TraceArgs) -> Outcome {
-    if args.last.is_some_and(|last| !(last > 0.0)) {
+    if args.last.is_some_and(|last| last.is_nan() || last <= 0.0) {
         return Err(format!("--last {}: expected seconds above 0", args.last.unwrap_or(0.0)).into());
     }
     let which = if args.previous { Which::Previous } else { Which::Current };
