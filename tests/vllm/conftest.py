@@ -71,7 +71,9 @@ class Cache:
         return engine
 
     def stats(self) -> dict[str, Any] | None:
-        asked = subprocess.run(["kvring", "stat", "--json", "--socket", str(self.socket)], capture_output=True, text=True)
+        asked = subprocess.run(
+            ["kvring", "stat", "--json", "--socket", str(self.socket)], capture_output=True, text=True
+        )
         return json.loads(asked.stdout) if asked.returncode == 0 else None
 
     def metric(self, name: str) -> int:
