@@ -2,9 +2,9 @@
 
     python3 tests/fio/compare.py [--kvring PATH] [--rounds N] JOBFILE [--dir DIRECTORY]
 
-Both reports are read by the same code: kvring's JSON has fio's schema. kvring's buffers are on hugepages (transparent ones);
-fio's are with --iomem=mmaphuge and enough of them reserved. Without that fio is at a disadvantage where blocks are big: on 4 KiB
-pages a transfer of 1 MiB has 256 pieces.
+Both reports are read by the same code: kvring's JSON has fio's schema. kvring's buffers are on hugepages (transparent
+ones); fio's are with --iomem=mmaphuge and enough of them reserved. Without that fio is at a disadvantage where blocks
+are big: on 4 KiB pages a transfer of 1 MiB has 256 pieces.
 """
 
 from __future__ import annotations
@@ -62,16 +62,14 @@ def main() -> None:
             for job in run(command, said.dir):
                 seen.setdefault(job["jobname"], {}).setdefault(name, []).append(figures(job))
             print(f"round {number + 1} of {said.rounds}: {name} done", file=sys.stderr)
-    print(
-        f"{'job':<16} {'':<10} {'kvring':>10} {'fio':>10} {'ratio':>7}   (medians of {said.rounds} rounds; ratio by round)"
-    )
+    header = f"{'job':<16} {'':<10} {'kvring':>10} {'fio':>10} {'ratio':>7}"
+    print(f"{header}   (medians of {said.rounds} rounds; ratio by round)")
     for job, both in seen.items():
         for what in both["fio"][0]:
             ours, theirs = ([row[what] for row in both[name]] for name in ("kvring", "fio"))
             ratio = statistics.median(a / b if b else float("nan") for a, b in zip(ours, theirs))
-            print(
-                f"{job:<16} {what:<10} {statistics.median(ours):>10.3f} {statistics.median(theirs):>10.3f} {ratio:>7.3f}"
-            )
+            middle = f"{statistics.median(ours):>10.3f} {statistics.median(theirs):>10.3f}"
+            print(f"{job:<16} {what:<10} {middle} {ratio:>7.3f}")
 
 
 if __name__ == "__main__":
