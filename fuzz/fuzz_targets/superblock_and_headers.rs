@@ -96,6 +96,8 @@ fn open(geometry: &DiskGeometry, how: u8, found: &Superblock, zones: &[Vec<u8>])
     let opened = files::open(&dirs, geometry, &OPAQUE, on_mismatch);
     match opened {
         Ok(devices) => {
+            // What the devices before this one are of: a cache, or a new one, which has an id that nobody has.
+            let mut cache: Option<Option<u64>> = None;
             for ((device, opened), (superblock, bytes)) in (0..).zip(&devices).zip(&written) {
                 let found = Mutex::new(Vec::new());
                 if let Some(path) = &opened.reused {
@@ -106,7 +108,10 @@ fn open(geometry: &DiskGeometry, how: u8, found: &Superblock, zones: &[Vec<u8>])
                 }
                 let found = found.into_inner().expect("nobody panics");
                 let whole = *bytes >= size_of::<Superblock>();
-                if whole && expected(superblock, device) {
+                let agrees = cache.is_none_or(|id| id == Some(superblock.cache_id));
+                let is_ours = whole && expected(superblock, device) && agrees;
+                cache.get_or_insert(is_ours.then_some(superblock.cache_id));
+                if is_ours {
                     let mut zone = zones[device as usize].clone();
                     let there = bytes.saturating_sub(SECTOR_BYTES as usize).min(zone.len());
                     zone[there..].fill(0);
