@@ -69,17 +69,7 @@ pub fn run(job: &Job) -> Result<Done, Failure> {
     ];
     let server = BenchServer::start(dir, bytes >> 10, &settings)?;
     let session = server.session(bytes)?;
-    let report = Done {
-        job: job.clone(),
-        jobs: 1,
-        runtime_ms: 0,
-        sides: Default::default(),
-        error: 0,
-        cpu: [0.0; 2],
-        counts: [0; 3],
-        depths: [0; 7],
-        verified: 0,
-    };
+    let report = Done::new(job.clone());
     let mut cached = Cached {
         session,
         flights: HashMap::new(),

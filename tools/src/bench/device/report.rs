@@ -96,6 +96,21 @@ pub struct Done {
 }
 
 impl Done {
+    /// Nothing yet, of this job.
+    pub fn new(job: Job) -> Self {
+        Self {
+            job,
+            jobs: 1,
+            runtime_ms: 0,
+            sides: Default::default(),
+            error: 0,
+            cpu: [0.0; 2],
+            counts: [0; 3],
+            depths: [0; 7],
+            verified: 0,
+        }
+    }
+
     /// Takes another job of the group in.
     pub fn add(&mut self, other: &Self) {
         self.jobs += other.jobs;

@@ -314,17 +314,7 @@ impl Worker {
         for slot in 0..job.iodepth as usize {
             pool.copy_in(slot * slot_bytes, &noise);
         }
-        let report = Done {
-            jobs: 1,
-            runtime_ms: 0,
-            sides: Default::default(),
-            error: 0,
-            cpu: [0.0; 2],
-            counts: [0; 3],
-            depths: [0; 7],
-            verified: 0,
-            job: job.clone(),
-        };
+        let report = Done::new(job.clone());
         Ok(Self {
             offsets: Offsets::new(&job, size, number),
             flights: vec![None; job.iodepth as usize],
