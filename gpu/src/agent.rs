@@ -1,35 +1,42 @@
 //! The transfer agent: a thread that answers load and store tickets over one session.
 //!
-//! Whoever submits never waits: a ticket is a message to the thread, its end is found by [`Agent::poll`].
-//! The thread keeps many tickets in flight and copies one block between two looks around, loads before
-//! stores. Every ticket ends: a load at its deadline with the blocks that did not come, a store that
-//! cannot go on by dropping the rest, and all of them when the thread does, whatever ended it.
+//! Whoever submits never waits: a ticket is a message to the thread, its end is found by [`Agent::poll`]
+//! or by the [`Watch`] that it was given. The thread keeps many tickets in flight and hands their blocks to
+//! its [`CopyBackend`], loads before stores, looking at its rings between two batches. Every ticket ends: a
+//! load at its deadline with the blocks that did not come, a store that cannot go on by dropping the rest,
+//! and all of them when the thread does, whatever ended it.
+//!
+//! What the back end has begun is waited for, whatever becomes of the ticket or of the session: pages and
+//! slots belong to the copy until it has ended. Where nobody can tell whether it has (a device that is
+//! lost), its slots are never given back: the server takes them when this process has died.
 //!
 //! What the caller's memory needs to know is when it is no longer read: [`Agent::fence`] returns when
-//! the stores it names have been copied, or makes them stop.
+//! the stores it names have been copied, or makes them stop. Before the memory goes, [`Agent::suspend`].
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use kvring_ipc::bell;
-use kvring_ipc::client::{Broken, PostError, Session};
+use kvring_ipc::client::{Broken, Pool, PostError, Session};
 use kvring_ipc::instance::Instance;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::wire::{BATCH_BLOCKS_MAX, Completion, Grant, LeaseId, MATCH_BLOCKS_MAX, Status, Tag};
 
-use crate::backend::CopyBackend;
+use crate::backend::tensors::Tensors;
+use crate::backend::{Batch, BatchId, BlockCopy, CopyBackend, Direction, Marks, Moment, Outcome, Refusal, Shape};
 use crate::layout::NO_PAGE;
 
 /// Names a load or store; the submitter's choice, unique among those that have not ended.
 pub type Ticket = u64;
 
 /// Blocks to bring into the instance's memory.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Load {
     /// Its name.
     pub ticket: Ticket,
@@ -43,10 +50,17 @@ pub struct Load {
     pub keys: Vec<BlockKey>,
     /// The pages of each, one after the other.
     pub pages: Vec<u32>,
+    /// As [`Agent::epoch`] said when the pages were chosen.
+    pub epoch: u64,
+    /// Nothing is written before this moment: the last reader of the pages comes before it.
+    pub after: Option<Moment>,
+    /// In how many groups of layers the blocks come, the first of all blocks before the second of any:
+    /// for an engine that computes on the first layers while later ones load. 1: each block whole.
+    pub layer_groups: u32,
 }
 
 /// Blocks to store from the instance's memory.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Store {
     /// Its name.
     pub ticket: Ticket,
@@ -58,6 +72,82 @@ pub struct Store {
     pub keys: Vec<BlockKey>,
     /// The pages of each, one after the other.
     pub pages: Vec<u32>,
+    /// As [`Agent::epoch`] said when the pages were chosen.
+    pub epoch: u64,
+    /// Nothing is read before this moment: the last writer of the pages comes before it.
+    pub after: Option<Moment>,
+}
+
+/// Why a ticket was not taken. Nothing of it will be copied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The memory has gone, or gone and come back, since the pages were chosen.
+    #[error("epoch = {said}: it is {is}{}; pages of another epoch are other memory", if *.asleep { " and the memory is away" } else { "" })]
+    Stale {
+        /// The ticket's.
+        said: u64,
+        /// The agent's.
+        is: u64,
+        /// Suspended now.
+        asleep: bool,
+    },
+    /// It has not ended.
+    #[error("ticket = {0}: it has not ended yet")]
+    Open(Ticket),
+    /// Pages and keys do not go together.
+    #[error("{pages} pages for {keys} keys: a block has {per_block}, so {} are expected", keys * per_block)]
+    PageCount {
+        /// How many pages.
+        pages: usize,
+        /// How many keys.
+        keys: usize,
+        /// Pages of one block.
+        per_block: usize,
+    },
+    /// A page that the memory does not have.
+    #[error("pages: {0} among them; not all are pages of the tensors")]
+    PageRange(u32),
+    /// A block is stored whole.
+    #[error("pages: NO_PAGE among them; a block is stored whole")]
+    NoPage,
+    /// A chain is longer than any can be.
+    #[error("first = {first} with {keys} keys: a chain has at most {MATCH_BLOCKS_MAX} blocks")]
+    TooLong {
+        /// Depth of the first.
+        first: u32,
+        /// How many.
+        keys: usize,
+    },
+}
+
+/// A ticket's state, to be looked at from any thread without a lock.
+#[derive(Debug, Clone, Default)]
+pub struct Watch(Arc<AtomicU64>);
+
+const ENDED: u64 = 1 << 63;
+const MISSED: u64 = 1 << 62;
+
+impl Watch {
+    /// It has ended.
+    pub fn is_ended(&self) -> bool {
+        // Acquire: pairs with `end` and `pass`; the bytes that were copied are visible.
+        self.0.load(Ordering::Acquire) & ENDED != 0
+    }
+    /// It has ended, and not every block came.
+    pub fn has_missed(&self) -> bool {
+        self.0.load(Ordering::Acquire) & MISSED != 0
+    }
+    /// Groups of layers of which every block is in the instance's memory. It stops short of them all when
+    /// a block does not come: then wait for the end, which says which.
+    pub fn groups_done(&self) -> u32 {
+        self.0.load(Ordering::Acquire) as u32
+    }
+    fn pass(&self, groups: u32) {
+        self.0.store(u64::from(groups), Ordering::Release);
+    }
+    fn end(&self, has_missed: bool) {
+        self.0.fetch_or(ENDED | if has_missed { MISSED } else { 0 }, Ordering::Release);
+    }
 }
 
 /// How a ticket ended.
@@ -109,11 +199,15 @@ fn add(counter: &AtomicU64, blocks: usize) {
 }
 
 enum Command {
-    Load(Load, Instant),
-    Store(Store, Instant),
+    Load(Load, Instant, Watch),
+    Store(Store, Instant, Watch),
     /// Stop what these still have to copy.
     Cancel(Vec<Ticket>),
-    Stop,
+    /// Let go of the memory.
+    Suspend(Instant, Sender<bool>),
+    /// The memory is back.
+    Resume(Tensors, Sender<Result<Shape, String>>),
+    Stop(Instant),
 }
 
 /// A ticket that has not ended, as far as its end can be told without the thread.
@@ -121,19 +215,34 @@ struct Open {
     is_load: bool,
     blocks: u32,
     submitted: Instant,
+    watch: Watch,
 }
 
-#[derive(Default)]
-struct Shared {
-    finished: Mutex<Vec<Finished>>,
+/// What tickets are checked against.
+struct Intake {
+    shape: Shape,
+    epoch: u64,
+    asleep: bool,
     /// Tickets that have not ended. None: the thread is gone, and nothing will be taken.
-    open: Mutex<Option<HashMap<Ticket, Open>>>,
+    open: Option<HashMap<Ticket, Open>>,
+}
+
+struct Shared {
+    /// Tickets that have ended and were not polled.
+    finished: (Sender<Finished>, Receiver<Finished>),
+    intake: Mutex<Intake>,
+    /// The thread sleeps, or is about to: whoever has a command rings.
+    sleeps: AtomicBool,
     /// Nobody waits for anything any more.
     stopping: AtomicBool,
+    /// Whether what was in flight at the end has ended.
+    drained: AtomicBool,
     /// Stores whose pages may still be read.
     reading: Mutex<HashSet<Ticket>>,
     /// Rung when `reading` shrinks.
     copied: Condvar,
+    /// Held by who waits for an end.
+    waiting: Mutex<()>,
     /// Rung when a ticket ends.
     ended: Condvar,
     counters: Counters,
@@ -154,22 +263,34 @@ pub struct Patience {
     pub load: Duration,
     /// How long a store may wait for slots before it is dropped.
     pub store: Duration,
+    /// How long the end waits for copies that are in flight.
+    pub drain: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { load: Duration::from_secs(2), store: Duration::from_secs(2) }
+        Self { load: Duration::from_secs(2), store: Duration::from_secs(2), drain: Duration::from_secs(10) }
     }
 }
 
 impl Shared {
     fn finish(&self, ticket: Ticket, is_load: bool, missed: Vec<u32>, took: Duration) {
-        if let Some(open) = &mut *lock(&self.open) {
-            open.remove(&ticket);
+        let open = lock(&self.intake).open.as_mut().and_then(|open| open.remove(&ticket));
+        self.tell(ticket, is_load, missed, took, open.map(|open| open.watch));
+    }
+
+    fn tell(&self, ticket: Ticket, is_load: bool, missed: Vec<u32>, took: Duration, watch: Option<Watch>) {
+        if !is_load && lock(&self.reading).remove(&ticket) {
+            self.copied.notify_all();
         }
-        lock(&self.reading).remove(&ticket);
-        self.copied.notify_all();
-        lock(&self.finished).push(Finished { ticket, is_load, missed, took });
+        let has_missed = !missed.is_empty();
+        // The other end is in this very value.
+        let _ = self.finished.0.send(Finished { ticket, is_load, missed, took });
+        if let Some(watch) = watch {
+            watch.end(has_missed);
+        }
+        // Between a waiter's look and its sleep it holds the lock.
+        drop(lock(&self.waiting));
         self.ended.notify_all();
     }
 }
@@ -179,13 +300,13 @@ struct LastWords(Arc<Shared>);
 
 impl Drop for LastWords {
     fn drop(&mut self) {
-        let open = lock(&self.0.open).take().unwrap_or_default();
-        for (ticket, Open { is_load, blocks, submitted }) in open {
+        let open = lock(&self.0.intake).open.take().unwrap_or_default();
+        for (ticket, Open { is_load, blocks, submitted, watch }) in open {
             add(
                 if is_load { &self.0.counters.blocks_missed } else { &self.0.counters.blocks_dropped },
                 blocks as usize,
             );
-            self.0.finish(ticket, is_load, (0..blocks).collect(), submitted.elapsed());
+            self.0.tell(ticket, is_load, (0..blocks).collect(), submitted.elapsed(), Some(watch));
         }
         self.0.is_connected.store(false, Ordering::Relaxed);
     }
@@ -196,9 +317,16 @@ pub struct Agent {
     commands: Sender<Command>,
     wake: Arc<OwnedFd>,
     shared: Arc<Shared>,
-    pages_per_block: usize,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    marks: Option<Arc<dyn Marks>>,
+    patience: Patience,
+    /// A forked child has this value and not the thread.
+    process: u32,
+    /// The thread, and who hears of its end.
+    thread: Mutex<Option<(JoinHandle<()>, Receiver<()>)>>,
 }
+
+/// A call of a driver that takes longer than this hangs.
+const STUCK: Duration = Duration::from_secs(10);
 
 impl Agent {
     /// Starts the thread.
@@ -212,12 +340,28 @@ impl Agent {
     ) -> std::io::Result<Self> {
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let wake = Arc::new(rustix::event::eventfd(0, flags)?);
-        let (sender, receiver) = channel();
-        let shared = Arc::new(Shared { open: Mutex::new(Some(HashMap::new())), ..Shared::default() });
-        let pages_per_block = backend.pages_per_block();
+        let (sender, receiver) = unbounded();
+        let intake = Intake { shape: backend.shape(), epoch: 0, asleep: false, open: Some(HashMap::new()) };
+        let shared = Arc::new(Shared {
+            finished: unbounded(),
+            intake: Mutex::new(intake),
+            sleeps: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            drained: AtomicBool::new(false),
+            reading: Mutex::default(),
+            copied: Condvar::new(),
+            waiting: Mutex::default(),
+            ended: Condvar::new(),
+            counters: Counters::default(),
+            is_connected: AtomicBool::new(false),
+            trouble: Mutex::default(),
+        });
+        let marks = backend.marks();
         let mut instance = instance;
         instance.drain_by_hand();
         let mut transfer = Transfer {
+            tensors_count: backend.shape().tensors_count,
+            pages_per_block: backend.shape().pages_per_block(),
             instance,
             backend,
             patience,
@@ -228,86 +372,142 @@ impl Agent {
             jobs: HashMap::new(),
             posted: HashMap::new(),
             copies: [VecDeque::new(), VecDeque::new()],
+            flights: HashMap::new(),
+            next_batch: 0,
+            ended: Vec::new(),
+            owes_drained: false,
+            is_tainted: false,
         };
         // What opening has found out is known from the start.
         let connected = transfer.instance.is_connected();
         transfer.shared.is_connected.store(connected, Ordering::Relaxed);
         transfer.tell_trouble(connected);
         let last_words = LastWords(shared.clone());
+        let (lives, gone) = bounded(0);
         let thread = std::thread::Builder::new().name("kvring-agent".into()).spawn(move || {
+            let _lives: Sender<()> = lives;
             let _last_words = last_words;
             transfer.run();
         })?;
-        Ok(Self { commands: sender, wake, shared, pages_per_block, thread: Mutex::new(Some(thread)) })
+        let process = std::process::id();
+        Ok(Self { commands: sender, wake, shared, marks, patience, process, thread: Mutex::new(Some((thread, gone))) })
     }
 
     fn command(&self, command: Command) {
         // The thread only ends with this value, or by a bug of ours; then everything is missed.
         let _ = self.commands.send(command);
-        bell::ring_own(&self.wake);
+        // Pairs with the fence in `sleep`: either it sees the command, or we see that it sleeps.
+        fence(Ordering::SeqCst);
+        if self.shared.sleeps.load(Ordering::Relaxed) {
+            bell::ring_own(&self.wake);
+        }
+    }
+
+    /// This moment of one of the engine's streams, for a ticket's `after`. `None` where there are no
+    /// streams. To be called in the thread that submits the engine's work.
+    ///
+    /// # Errors
+    /// In words: a stream that is being captured, a device that is lost, a fork.
+    pub fn mark(&self, stream: u64) -> Result<Option<Moment>, String> {
+        self.marks.clone().map(|marks| marks.mark(stream)).transpose()
     }
 
     /// Submits a load.
     ///
-    /// # Panics
-    /// If a ticket of this name has not ended, if there are not as many pages as its keys have, no keys,
-    /// or more than a chain can have.
-    pub fn load(&self, load: Load) {
-        self.check(load.first, &load.keys, &load.pages);
-        let (ticket, blocks) = (load.ticket, load.keys.len());
-        self.submit(ticket, true, blocks, |submitted| Command::Load(load, submitted));
+    /// # Errors
+    /// It was not taken, and why.
+    pub fn load(&self, load: Load) -> Result<Watch, Refused> {
+        let (ticket, blocks, epoch) = (load.ticket, load.keys.len(), load.epoch);
+        let intake = self.check(ticket, epoch, load.first, blocks, &load.pages)?;
+        Ok(self.submit(intake, ticket, true, blocks, |submitted, watch| Command::Load(load, submitted, watch)))
     }
 
     /// Submits a store. Its pages are read until it has ended or a fence has returned.
     ///
-    /// # Panics
-    /// As [`Agent::load`], and if a page is [`NO_PAGE`]: a block is stored whole.
-    pub fn store(&self, store: Store) {
-        self.check(store.first, &store.keys, &store.pages);
-        assert!(!store.pages.contains(&NO_PAGE), "a block is stored whole");
-        let (ticket, blocks) = (store.ticket, store.keys.len());
-        self.submit(ticket, false, blocks, |submitted| Command::Store(store, submitted));
+    /// # Errors
+    /// It was not taken, and why.
+    pub fn store(&self, store: Store) -> Result<Watch, Refused> {
+        let (ticket, blocks, epoch) = (store.ticket, store.keys.len(), store.epoch);
+        let intake = self.check(ticket, epoch, store.first, blocks, &store.pages)?;
+        if store.pages.contains(&NO_PAGE) {
+            return Err(Refused::NoPage);
+        }
+        Ok(self.submit(intake, ticket, false, blocks, |submitted, watch| Command::Store(store, submitted, watch)))
     }
 
-    fn check(&self, first: u32, keys: &[BlockKey], pages: &[u32]) {
-        assert!(!keys.is_empty(), "a transfer of nothing");
-        assert_eq!(pages.len(), keys.len() * self.pages_per_block, "pages of {} blocks", keys.len());
-        let end = u64::from(first) + keys.len() as u64;
-        assert!(end <= u64::from(MATCH_BLOCKS_MAX), "a chain has at most {MATCH_BLOCKS_MAX} blocks");
+    fn check(
+        &self,
+        ticket: Ticket,
+        epoch: u64,
+        first: u32,
+        keys: usize,
+        pages: &[u32],
+    ) -> Result<MutexGuard<'_, Intake>, Refused> {
+        let intake = lock(&self.shared.intake);
+        if intake.epoch != epoch || intake.asleep {
+            return Err(Refused::Stale { said: epoch, is: intake.epoch, asleep: intake.asleep });
+        }
+        if intake.open.as_ref().is_some_and(|open| open.contains_key(&ticket)) {
+            return Err(Refused::Open(ticket));
+        }
+        if u64::from(first) + keys as u64 > u64::from(MATCH_BLOCKS_MAX) {
+            return Err(Refused::TooLong { first, keys });
+        }
+        let per_block = intake.shape.pages_per_block();
+        if pages.len() != keys * per_block {
+            return Err(Refused::PageCount { pages: pages.len(), keys, per_block });
+        }
+        match intake.shape.first_wrong(pages) {
+            Some(page) => Err(Refused::PageRange(page)),
+            None => Ok(intake),
+        }
     }
 
     /// Whether a ticket of this name has not ended yet.
     pub fn is_open(&self, ticket: Ticket) -> bool {
-        lock(&self.shared.open).as_ref().is_some_and(|open| open.contains_key(&ticket))
+        lock(&self.shared.intake).open.as_ref().is_some_and(|open| open.contains_key(&ticket))
     }
 
-    fn submit(&self, ticket: Ticket, is_load: bool, blocks: usize, command: impl FnOnce(Instant) -> Command) {
-        let submitted = Instant::now();
-        let mut open = lock(&self.shared.open);
-        let Some(tickets) = &mut *open else {
-            drop(open);
+    /// Which epoch the instance's memory is in: it changes each time that it is suspended.
+    pub fn epoch(&self) -> u64 {
+        lock(&self.shared.intake).epoch
+    }
+
+    fn submit(
+        &self,
+        mut intake: MutexGuard<'_, Intake>,
+        ticket: Ticket,
+        is_load: bool,
+        blocks: usize,
+        command: impl FnOnce(Instant, Watch) -> Command,
+    ) -> Watch {
+        let (submitted, watch) = (Instant::now(), Watch::default());
+        let Some(tickets) = intake.open.as_mut().filter(|_| self.process == std::process::id()) else {
+            drop(intake);
             let counters = &self.shared.counters;
             add(if is_load { &counters.blocks_missed } else { &counters.blocks_dropped }, blocks);
-            return self.shared.finish(ticket, is_load, (0..blocks as u32).collect(), Duration::ZERO);
+            let missed = (0..blocks as u32).collect();
+            self.shared.tell(ticket, is_load, missed, Duration::ZERO, Some(watch.clone()));
+            return watch;
         };
-        let before = tickets.insert(ticket, Open { is_load, blocks: blocks as u32, submitted });
-        assert!(before.is_none(), "ticket {ticket} has not ended");
+        tickets.insert(ticket, Open { is_load, blocks: blocks as u32, submitted, watch: watch.clone() });
         if !is_load {
             lock(&self.shared.reading).insert(ticket);
         }
         // Under the lock: a fence that knows of the ticket comes after it.
-        self.command(command(submitted));
+        self.command(command(submitted, watch.clone()));
+        watch
     }
 
-    /// Tickets that have ended since the last call.
+    /// Tickets that have ended since the last call. Takes no lock.
     pub fn poll(&self) -> Vec<Finished> {
-        std::mem::take(&mut *lock(&self.shared.finished))
+        self.shared.finished.1.try_iter().collect()
     }
 
     /// Waits until these stores read no page any more; those that are not done after `patience` are
     /// stopped. Says whether all were copied in time.
     ///
-    /// The wait after that is for one block's copy at the most.
+    /// The wait after that is for the copies in flight.
     pub fn fence(&self, tickets: &[Ticket], patience: Duration) -> bool {
         let is_reading = |reading: &HashSet<Ticket>| tickets.iter().any(|ticket| reading.contains(ticket));
         let wait = |patience| {
@@ -318,8 +518,8 @@ impl Agent {
         if wait(patience) {
             return true;
         }
-        while lock(&self.shared.open).is_some() {
-            self.command(Command::Cancel(tickets.to_vec()));
+        while lock(&self.shared.intake).open.is_some() {
+            self.cancel(tickets);
             if wait(Duration::from_secs(1)) {
                 break;
             }
@@ -327,32 +527,82 @@ impl Agent {
         false
     }
 
-    /// Waits until a ticket has ended, at most `at_most`. Says whether [`Agent::poll`] has something.
-    pub fn wait(&self, at_most: Duration) -> bool {
-        let finished = lock(&self.shared.finished);
-        let waits = |finished: &mut Vec<Finished>| finished.is_empty() && !self.shared.stopping.load(Ordering::Relaxed);
-        let waited = self.shared.ended.wait_timeout_while(finished, at_most, waits);
-        !waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    /// Makes these tickets end soon: of a load, what is not in flight is missed; of a store, what is copied
+    /// is still committed. Does not wait.
+    pub fn cancel(&self, tickets: &[Ticket]) {
+        self.command(Command::Cancel(tickets.to_vec()));
     }
 
-    /// Ends every ticket and the thread; whoever waits is woken. The memory is not touched after this.
-    pub fn stop(&self) {
+    /// Waits until a ticket has ended, at most `at_most`. Says whether [`Agent::poll`] has something.
+    pub fn wait(&self, at_most: Duration) -> bool {
+        let waiting = lock(&self.shared.waiting);
+        let has_none = |(): &mut ()| self.shared.finished.1.is_empty() && !self.shared.stopping.load(Ordering::Relaxed);
+        drop(self.shared.ended.wait_timeout_while(waiting, at_most, has_none));
+        !self.shared.finished.1.is_empty()
+    }
+
+    /// Before the memory goes: ends every ticket, waits at most `patience` for what is in flight, and takes no
+    /// more until [`Agent::resume`]. The session and the registration of the pool stay. False: copies are
+    /// still in flight, and the memory must not go; ask again.
+    pub fn suspend(&self, patience: Duration) -> bool {
+        {
+            let mut intake = lock(&self.shared.intake);
+            if !intake.asleep {
+                intake.asleep = true;
+                intake.epoch += 1;
+            }
+        }
+        let (tell, told) = bounded(1);
+        self.command(Command::Suspend(Instant::now() + patience, tell));
+        // A thread that has died copies nothing, but may have left copies in flight.
+        match told.recv_timeout(patience + STUCK) {
+            Ok(drained) => drained,
+            Err(RecvTimeoutError::Timeout) => false,
+            Err(RecvTimeoutError::Disconnected) => self.shared.drained.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The memory is back: these are its tensors now. Says the new epoch.
+    ///
+    /// # Errors
+    /// Not suspended, or what the back end says; then the agent stays suspended.
+    pub fn resume(&self, tensors: Tensors) -> Result<u64, String> {
+        let (tell, told) = bounded(1);
+        self.command(Command::Resume(tensors, tell));
+        let shape = told.recv_timeout(STUCK).map_err(|_| "the agent's thread is gone, or stuck in a call")??;
+        let mut intake = lock(&self.shared.intake);
+        intake.shape = shape;
+        intake.asleep = false;
+        Ok(intake.epoch)
+    }
+
+    /// Ends every ticket and the thread; whoever waits is woken. True: the memory is not touched after this.
+    /// False: copies were still in flight after [`Patience::drain`], and only the end of the process is sure
+    /// to end them.
+    pub fn stop(&self) -> bool {
         self.shared.stopping.store(true, Ordering::Relaxed);
-        self.command(Command::Stop);
-        // Held until the thread is gone: whoever comes second waits as well.
-        if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join();
+        self.command(Command::Stop(Instant::now() + self.patience.drain));
+        // Held until the thread is gone: whoever comes second waits as well. A fork has no thread to wait for.
+        if let Some((thread, gone)) = lock(&self.thread).take()
+            && self.process == std::process::id()
+        {
+            // It answers when it has drained, or has given up on that, unless a call of the driver hangs.
+            match gone.recv_timeout(self.patience.drain + STUCK) {
+                Err(RecvTimeoutError::Timeout) => return false,
+                _ => drop(thread.join()),
+            }
         }
         // After a look at the flag and before the wait there is no gap: waiters hold these locks.
-        drop(lock(&self.shared.finished));
+        drop(lock(&self.shared.waiting));
         self.shared.ended.notify_all();
         drop(lock(&self.shared.reading));
         self.shared.copied.notify_all();
+        self.shared.drained.load(Ordering::Relaxed)
     }
 
     /// Pages that make one block.
     pub fn pages_per_block(&self) -> usize {
-        self.pages_per_block
+        lock(&self.shared.intake).shape.pages_per_block()
     }
 
     /// What it has done.
@@ -360,7 +610,8 @@ impl Agent {
         &self.shared.counters
     }
 
-    /// What an operator should know: why there is no server, or which settings the one there does not have.
+    /// What an operator should know: why there is no server, which settings the one there does not have, what
+    /// the copies cannot do.
     pub fn trouble(&self) -> Vec<String> {
         lock(&self.shared.trouble).clone()
     }
@@ -387,6 +638,8 @@ struct Job {
     first: u32,
     keys: Vec<BlockKey>,
     pages: Vec<u32>,
+    after: Option<Moment>,
+    watch: Watch,
     submitted: Instant,
     deadline: Instant,
     /// Blocks asked for so far.
@@ -397,12 +650,31 @@ struct Job {
     reserves: usize,
     /// Which came, or are resident.
     arrived: Vec<bool>,
-    /// Slots to be copied yet.
+    /// Copies that have not begun.
     copies: usize,
+    /// Copies that are in flight.
+    flying: usize,
+    /// Nothing more is begun for it; it ends with its last copy.
+    is_ending: bool,
+    groups: Groups,
     /// Stores: filled, not committed.
     filled: Vec<(usize, Grant)>,
     blocks_stored: usize,
     blocks_present: usize,
+}
+
+/// A load's groups of layers.
+struct Groups {
+    /// How many.
+    count: u32,
+    /// With several: slots that wait until every block has been answered for.
+    held: Vec<(usize, Grant, bool)>,
+    /// Copies of each group that have not ended.
+    left: Vec<usize>,
+    /// Groups of each block that have been copied.
+    of_block: Vec<u32>,
+    /// A block is missed: no further group is whole.
+    is_short: bool,
 }
 
 /// What a request was for.
@@ -419,18 +691,31 @@ enum Posted {
 struct Copy {
     ticket: Ticket,
     index: usize,
+    group: u32,
     grant: Grant,
     from_disk: bool,
 }
 
+/// A batch that the back end has.
+struct Flight {
+    direction: Direction,
+    session_number: u32,
+    pool: Pool,
+    copies: Vec<Copy>,
+}
+
 /// Filled slots that are committed in one request: few enough that others see them soon.
 const COMMIT_BLOCKS: usize = 16;
-/// How long to look at the ring before sleeping: a few times what a quick answer takes.
+/// Most blocks that are offered to the back end at once.
+const BATCH_COPIES: usize = 64;
+/// How long to look at rings and copies before sleeping: a few times what a quick answer takes.
 const SPIN: Duration = Duration::from_micros(20);
 
 struct Transfer<B> {
     instance: Instance,
     backend: B,
+    tensors_count: u32,
+    pages_per_block: usize,
     patience: Patience,
     commands: Receiver<Command>,
     wake: Arc<OwnedFd>,
@@ -441,6 +726,13 @@ struct Transfer<B> {
     posted: HashMap<Tag, (Ticket, Posted)>,
     /// Slots to copy: for loads, for stores.
     copies: [VecDeque<Copy>; 2],
+    flights: HashMap<BatchId, Flight>,
+    next_batch: BatchId,
+    ended: Vec<(BatchId, Outcome)>,
+    /// A session was lost and its stores may not have ended.
+    owes_drained: bool,
+    /// Copies were lost sight of: this process is never drained.
+    is_tainted: bool,
 }
 
 impl<B: CopyBackend> Transfer<B> {
@@ -450,13 +742,32 @@ impl<B: CopyBackend> Transfer<B> {
             bell::drain_own(&*self.wake);
             while let Ok(command) = self.commands.try_recv() {
                 match command {
-                    Command::Load(load, submitted) => self.begin_load(load, submitted),
-                    Command::Store(store, submitted) => self.begin_store(store, submitted),
-                    Command::Cancel(tickets) => tickets.iter().for_each(|ticket| self.stop_store(*ticket)),
-                    Command::Stop => {
-                        let tickets: Vec<_> = self.jobs.keys().copied().collect();
-                        tickets.into_iter().for_each(|ticket| self.end(ticket));
-                        return;
+                    Command::Load(load, submitted, watch) => self.begin_load(load, submitted, watch),
+                    Command::Store(store, submitted, watch) => self.begin_store(store, submitted, watch),
+                    Command::Cancel(tickets) => tickets.iter().for_each(|ticket| self.cancel(*ticket)),
+                    Command::Suspend(until, tell) => {
+                        let drained = self.end_all(until);
+                        if drained {
+                            self.backend.suspend();
+                        }
+                        let _ = tell.send(drained);
+                    }
+                    Command::Resume(tensors, tell) => {
+                        let resumed = if self.flights.is_empty() {
+                            self.backend.resume(tensors)
+                        } else {
+                            Err("copies are still in flight".into())
+                        };
+                        if let Ok(shape) = &resumed {
+                            self.tensors_count = shape.tensors_count;
+                            self.pages_per_block = shape.pages_per_block();
+                        }
+                        let _ = tell.send(resumed);
+                    }
+                    Command::Stop(until) => {
+                        let drained = self.end_all(until);
+                        self.shared.drained.store(drained, Ordering::Relaxed);
+                        return self.backend.close(drained);
                     }
                 }
             }
@@ -470,7 +781,7 @@ impl<B: CopyBackend> Transfer<B> {
             self.end_overdue();
             if worked {
                 idle_since = Instant::now();
-            } else if self.jobs.is_empty() || idle_since.elapsed() > SPIN {
+            } else if self.jobs.is_empty() && self.flights.is_empty() || idle_since.elapsed() > SPIN {
                 self.sleep();
             } else {
                 std::hint::spin_loop();
@@ -478,25 +789,46 @@ impl<B: CopyBackend> Transfer<B> {
         }
     }
 
-    fn begin_load(&mut self, load: Load, submitted: Instant) {
-        let Load { ticket, lease, expires_at_ns, first, keys, pages } = load;
-        let arrived = vec![false; keys.len()];
+    /// Ends every ticket; waits for what is in flight. Says whether nothing is, any more.
+    fn end_all(&mut self, until: Instant) -> bool {
+        let tickets: Vec<_> = self.jobs.keys().copied().collect();
+        tickets.into_iter().for_each(|ticket| self.end(ticket));
+        while !self.flights.is_empty() && Instant::now() < until {
+            if !self.collect().unwrap_or(true) {
+                std::thread::sleep(self.backend.nap());
+            }
+        }
+        self.flights.is_empty() && !self.is_tainted
+    }
+
+    fn begin_load(&mut self, load: Load, submitted: Instant, watch: Watch) {
+        let Load { ticket, lease, expires_at_ns, first, keys, pages, epoch: _, after, layer_groups } = load;
+        let count = layer_groups.clamp(1, self.tensors_count.max(1));
+        let groups = Groups { of_block: vec![0; keys.len()], count, ..Groups::none() };
         let deadline = submitted + self.patience.load;
         let parent = BlockKey::default();
         let job = Job {
             is_load: true,
             lease,
             expires_at_ns,
-            arrived,
-            ..Job::new(parent, first, keys, pages, submitted, deadline)
+            groups,
+            ..Job::new(parent, first, keys, pages, after, watch, submitted, deadline)
         };
-        self.jobs.insert(ticket, job);
+        self.begin(ticket, job);
     }
 
-    fn begin_store(&mut self, store: Store, submitted: Instant) {
-        let Store { ticket, parent, first, keys, pages } = store;
+    fn begin_store(&mut self, store: Store, submitted: Instant, watch: Watch) {
+        let Store { ticket, parent, first, keys, pages, epoch: _, after } = store;
         let deadline = submitted + self.patience.store;
-        self.jobs.insert(ticket, Job::new(parent, first, keys, pages, submitted, deadline));
+        self.begin(ticket, Job::new(parent, first, keys, pages, after, watch, submitted, deadline));
+    }
+
+    fn begin(&mut self, ticket: Ticket, job: Job) {
+        let is_empty = job.keys.is_empty();
+        self.jobs.insert(ticket, job);
+        if is_empty {
+            self.finish(ticket);
+        }
     }
 
     /// One look at everything. Says whether there was something to do.
@@ -512,17 +844,22 @@ impl<B: CopyBackend> Transfer<B> {
             // What another session was asked will never be answered, and what it granted is void.
             self.posted.clear();
             self.copies.iter_mut().for_each(VecDeque::clear);
-            // Copies are made in this thread, one at a time: none is under way.
-            self.instance.drained();
             // Nor is it given back: to this session the same grant means another slot's use.
-            self.jobs.values_mut().for_each(|job| job.filled.clear());
+            for job in self.jobs.values_mut() {
+                job.filled.clear();
+                job.groups.held.clear();
+                job.copies = 0;
+            }
+            self.owes_drained = true;
             // What was not asked yet may be asked of a server that is about to be back; its deadline holds.
             let hopeless = !connected && !self.instance.is_expected();
             let begun = |job: &Job| hopeless || job.asked > 0;
             let lost: Vec<_> = self.jobs.iter().filter(|(_, job)| begun(job)).map(|(ticket, _)| *ticket).collect();
             lost.into_iter().for_each(|ticket| self.end(ticket));
         }
-        let Some(session) = self.instance.session() else { return Ok(false) };
+        let mut worked = self.collect()?;
+        self.tell_drained();
+        let Some(session) = self.instance.session() else { return Ok(worked) };
         let mut answers: Vec<Completion> = Vec::new();
         session.poll(|completion| answers.push(completion))?;
         if session.abandoned_count() > 0 && !self.jobs.is_empty() {
@@ -535,18 +872,29 @@ impl<B: CopyBackend> Transfer<B> {
             let new: Vec<_> = self.jobs.iter().filter(|(_, job)| new(job)).map(|(ticket, _)| *ticket).collect();
             new.into_iter().for_each(|ticket| self.end(ticket));
         }
-        let mut worked = !answers.is_empty();
+        worked |= !answers.is_empty();
         answers.into_iter().try_for_each(|answer| self.answered(&answer))?;
         worked |= self.post()?;
-        worked |= self.copy_one()?;
+        worked |= self.hand_over()?;
         Ok(worked)
     }
 
+    /// A session that was lost hears through the next one that nothing writes into its slots any more.
+    fn tell_drained(&mut self) {
+        let number = self.session_number;
+        let is_former = |flight: &Flight| flight.direction == Direction::Store && flight.session_number != number;
+        if self.owes_drained && !self.is_tainted && !self.flights.values().any(is_former) {
+            self.instance.drained();
+            self.owes_drained = false;
+        }
+    }
+
     fn tell_trouble(&mut self, connected: bool) {
-        let told = match connected {
+        let mut told: Vec<String> = match connected {
             true => self.instance.unheeded().to_vec(),
             false => self.instance.refusal().or(self.instance.trouble()).map(str::to_owned).into_iter().collect(),
         };
+        told.extend(self.backend.trouble());
         *lock(&self.shared.trouble) = told;
     }
 
@@ -600,9 +948,13 @@ impl<B: CopyBackend> Transfer<B> {
                 }
                 for (index, grant) in answer.grants() {
                     let index = from + index as usize;
-                    let copy = Copy { ticket, index, grant, from_disk: answer.from_disk };
-                    self.copies[usize::from(!job.is_load)].push_back(copy);
-                    job.copies += 1;
+                    if job.groups.count > 1 {
+                        job.groups.held.push((index, grant, answer.from_disk));
+                    } else {
+                        let copy = Copy { ticket, index, group: 0, grant, from_disk: answer.from_disk };
+                        self.copies[usize::from(!job.is_load)].push_back(copy);
+                        job.copies += 1;
+                    }
                 }
             }
             Posted::Commit(blocks) => {
@@ -619,6 +971,20 @@ impl<B: CopyBackend> Transfer<B> {
             job.reserves -= usize::from(matches!(posted, Posted::Reserve(_)));
             self.posted.remove(&answer.tag);
         }
+        if job.groups.count > 1 && job.requests == 0 && job.asked == job.keys.len() {
+            // Layer by layer only makes sense of all blocks: the first group of each, then the second.
+            let held = std::mem::take(&mut job.groups.held);
+            job.groups.is_short = held.len() < job.keys.len();
+            job.groups.left = vec![held.len(); job.groups.count as usize];
+            job.copies += held.len() * job.groups.count as usize;
+            for group in 0..job.groups.count {
+                let copies = held
+                    .iter()
+                    .map(|(index, grant, from_disk)| (*index, *grant, *from_disk))
+                    .map(|(index, grant, from_disk)| Copy { ticket, index, group, grant, from_disk });
+                self.copies[0].extend(copies);
+            }
+        }
         if !job.is_load {
             // Patience is for what does not come: this came.
             job.deadline = Instant::now() + self.patience.store;
@@ -626,58 +992,145 @@ impl<B: CopyBackend> Transfer<B> {
         self.advance(ticket)
     }
 
-    /// Copies one slot: one, so that a load never waits behind many stores, nor a fence behind many loads.
-    fn copy_one(&mut self) -> Result<bool, Broken> {
-        let [loads, stores] = &mut self.copies;
-        let Some(copy) = loads.pop_front().or_else(|| stores.pop_front()) else { return Ok(false) };
-        let Copy { ticket, index, grant, from_disk } = copy;
-        let (Some(job), Some(session)) = (self.jobs.get_mut(&ticket), self.instance.session()) else { return Ok(true) };
-        let pages_per_block = self.backend.pages_per_block();
-        let pages = &job.pages[index * pages_per_block..][..pages_per_block];
-        job.copies -= 1;
-        if job.is_load {
-            self.backend.load(session.pool(), grant.slot, pages);
-            // Asked after the copy: a lease that holds now held while it was made.
-            if session.pool().holds(job.expires_at_ns) {
-                job.arrived[index] = true;
-                let counters = &self.shared.counters;
-                add(if from_disk { &counters.blocks_loaded_ssd } else { &counters.blocks_loaded_dram }, 1);
+    /// Hands blocks to the back end, as many as it takes: loads first.
+    fn hand_over(&mut self) -> Result<bool, Broken> {
+        let mut handed = false;
+        for direction in [Direction::Load, Direction::Store] {
+            while let Some(front) = self.copies[direction as usize].front() {
+                let (ticket, group) = (front.ticket, front.group);
+                let (Some(job), Some(session)) = (self.jobs.get(&ticket), self.instance.session()) else {
+                    return Ok(handed);
+                };
+                let alike = |copy: &&Copy| copy.ticket == ticket && copy.group == group;
+                let blocks: Vec<BlockCopy<'_>> = self.copies[direction as usize]
+                    .iter()
+                    .take_while(alike)
+                    .take(BATCH_COPIES)
+                    .map(|copy| BlockCopy {
+                        slot: copy.grant.slot,
+                        pages: job.pages_of(copy.index, self.pages_per_block),
+                    })
+                    .collect();
+                let batch = Batch {
+                    direction,
+                    pool: session.pool(),
+                    blocks: &blocks,
+                    tensors: job.groups.tensors(group, self.tensors_count),
+                    after: job.after.as_ref(),
+                };
+                let id = self.next_batch;
+                match self.backend.submit(id, &batch) {
+                    Ok(taken) => {
+                        let taken = taken.clamp(1, blocks.len());
+                        let pool = session.pool().clone();
+                        let copies: Vec<Copy> = self.copies[direction as usize].drain(..taken).collect();
+                        let flight = Flight { direction, session_number: self.session_number, pool, copies };
+                        self.flights.insert(id, flight);
+                        self.next_batch += 1;
+                        if let Some(job) = self.jobs.get_mut(&ticket) {
+                            job.copies -= taken;
+                            job.flying += taken;
+                        }
+                        handed = true;
+                    }
+                    Err(Refusal::Full) => break,
+                    Err(Refusal::Broken(_)) => {
+                        self.tell_trouble(true);
+                        self.end(ticket);
+                    }
+                }
             }
-        } else {
-            self.backend.store(session.pool(), grant.slot, pages);
-            job.filled.push((index, grant));
-            job.deadline = Instant::now() + self.patience.store;
         }
-        self.advance(ticket)?;
-        Ok(true)
+        Ok(handed)
+    }
+
+    /// Takes back what the back end has done.
+    fn collect(&mut self) -> Result<bool, Broken> {
+        if self.flights.is_empty() {
+            return Ok(false);
+        }
+        let mut ended = std::mem::take(&mut self.ended);
+        self.backend.poll(&mut ended);
+        let collected = !ended.is_empty();
+        let landed: Result<(), Broken> = ended.drain(..).try_for_each(|(id, outcome)| self.landed(id, outcome));
+        self.ended = ended;
+        landed.map(|()| collected)
+    }
+
+    fn landed(&mut self, id: BatchId, outcome: Outcome) -> Result<(), Broken> {
+        let Some(flight) = self.flights.remove(&id) else { return Ok(()) };
+        let is_ours = flight.session_number == self.session_number && self.instance.session_held().is_some();
+        let mut refused = Vec::new();
+        let mut tickets: Vec<Ticket> = Vec::new();
+        for copy in flight.copies {
+            let Some(job) = self.jobs.get_mut(&copy.ticket) else { continue };
+            job.flying -= 1;
+            match flight.direction {
+                Direction::Load => {
+                    // Asked after the copy: a lease that holds now held while it was made.
+                    let came = outcome == Outcome::Copied && flight.pool.holds(job.expires_at_ns);
+                    if job.came(copy.index, copy.group, came) {
+                        let counters = &self.shared.counters;
+                        add(if copy.from_disk { &counters.blocks_loaded_ssd } else { &counters.blocks_loaded_dram }, 1);
+                    }
+                }
+                Direction::Store if outcome == Outcome::Copied && is_ours => {
+                    job.filled.push((copy.index, copy.grant));
+                    job.deadline = Instant::now() + self.patience.store;
+                }
+                // Nothing writes into it any more: it goes back.
+                Direction::Store if outcome == Outcome::Failed && is_ours => refused.push(copy.grant),
+                Direction::Store => {}
+            }
+            if tickets.last() != Some(&copy.ticket) {
+                tickets.push(copy.ticket);
+            }
+        }
+        if outcome == Outcome::Unknown {
+            self.is_tainted = true;
+            self.tell_trouble(true);
+        }
+        if let Some(session) = self.same_session().filter(|_| !refused.is_empty()) {
+            session.abort_soon(refused)?;
+            session.publish();
+        }
+        tickets.into_iter().try_for_each(|ticket| self.advance(ticket))
     }
 
     /// Does what a job's new state allows: commits, tells that its pages are free, ends it.
     fn advance(&mut self, ticket: Ticket) -> Result<(), Broken> {
         let Some(job) = self.jobs.get_mut(&ticket) else { return Ok(()) };
+        if job.is_ending {
+            if job.flying == 0 {
+                self.finish(ticket);
+            }
+            return Ok(());
+        }
         let all_asked = job.asked == job.keys.len();
         if !job.is_load {
-            let copied = all_asked && job.reserves == 0 && job.copies == 0;
+            let copied = all_asked && job.reserves == 0 && job.copies == 0 && job.flying == 0;
             if copied && lock(&self.shared.reading).remove(&ticket) {
                 self.shared.copied.notify_all();
             }
             if job.filled.len() >= COMMIT_BLOCKS || copied && !job.filled.is_empty() {
                 let Some(session) = self.instance.session() else { return Ok(()) };
-                let (blocks, grants): (Vec<usize>, Vec<Grant>) = job.filled.drain(..).unzip();
-                // At most COMMIT_BLOCKS and one copy more: one request.
-                match session.post_commit(&grants) {
-                    Ok(tag) => {
-                        self.posted.insert(tag, (ticket, Posted::Commit(blocks)));
-                        job.requests += 1;
+                for filled in job.filled.chunks(BATCH_BLOCKS_MAX as usize) {
+                    let (blocks, grants): (Vec<usize>, Vec<Grant>) = filled.iter().copied().unzip();
+                    match session.post_commit(&grants) {
+                        Ok(tag) => {
+                            self.posted.insert(tag, (ticket, Posted::Commit(blocks)));
+                            job.requests += 1;
+                        }
+                        // Rings are sized so that this is rare: the slots go back unfilled.
+                        Err(PostError::Full) => session.abort_soon(grants)?,
+                        Err(PostError::Broken(broken)) => return Err(broken),
                     }
-                    // Rings are sized so that this is rare: the slots go back unfilled.
-                    Err(PostError::Full) => session.abort_soon(grants)?,
-                    Err(PostError::Broken(broken)) => return Err(broken),
                 }
+                job.filled.clear();
                 session.publish();
             }
         }
-        if all_asked && job.requests == 0 && job.copies == 0 {
+        if all_asked && job.requests == 0 && job.copies == 0 && job.flying == 0 {
             self.end(ticket);
         }
         Ok(())
@@ -703,10 +1156,13 @@ impl<B: CopyBackend> Transfer<B> {
         if self.instance.sessions_count() == number { self.instance.session_held() } else { None }
     }
 
-    /// Stops a store: what is not copied stays uncopied, what is copied is still committed.
-    fn stop_store(&mut self, ticket: Ticket) {
-        if self.jobs.get(&ticket).is_none_or(|job| job.is_load) {
-            return;
+    /// Stops a ticket: what is not copied stays uncopied, what is stored is still committed.
+    fn cancel(&mut self, ticket: Ticket) {
+        match self.jobs.get(&ticket) {
+            None => return,
+            Some(job) if job.is_ending => return,
+            Some(job) if job.is_load => return self.end(ticket),
+            Some(_) => {}
         }
         let aborted = self.drop_copies(ticket);
         let Some(job) = self.jobs.get_mut(&ticket) else { return };
@@ -740,15 +1196,21 @@ impl<B: CopyBackend> Transfer<B> {
             return;
         }
         let now = Instant::now();
-        let overdue: Vec<_> =
-            self.jobs.iter().filter(|(_, job)| now >= job.deadline).map(|(ticket, _)| *ticket).collect();
+        let is_overdue = |job: &Job| !job.is_ending && now >= job.deadline;
+        let overdue: Vec<_> = self.jobs.iter().filter(|(_, job)| is_overdue(job)).map(|(ticket, _)| *ticket).collect();
         overdue.into_iter().for_each(|ticket| self.end(ticket));
     }
 
-    /// The ticket has ended, however far it came: nothing is copied for it any more.
+    /// The ticket ends, however far it came: nothing is begun for it any more, and when nothing is in flight
+    /// it has ended.
     fn end(&mut self, ticket: Ticket) {
         let dropped = self.drop_copies(ticket);
-        let Some(job) = self.jobs.remove(&ticket) else { return };
+        let Some(job) = self.jobs.get_mut(&ticket) else { return };
+        let is_load = job.is_load;
+        job.is_ending = true;
+        (job.asked, job.copies, job.requests, job.reserves) = (job.keys.len(), 0, 0, 0);
+        job.groups.held.clear();
+        let is_over = job.flying == 0;
         let mut tags = Vec::new();
         self.posted.retain(|tag, (of, _)| {
             if *of == ticket {
@@ -760,16 +1222,28 @@ impl<B: CopyBackend> Transfer<B> {
             for tag in tags {
                 session.abandon(tag);
                 // The server need not start what nobody waits for.
-                if job.is_load
-                    && let Ok(cancel) = session.post_cancel(tag)
-                {
+                if is_load && let Ok(cancel) = session.post_cancel(tag) {
                     session.nobody_waits(cancel);
                 }
             }
-            if !job.is_load {
-                // Filled and not committed, or never filled: they go back either way.
-                let _ = session.abort_soon(job.filled.iter().map(|(_, grant)| *grant).chain(dropped));
+            if !is_load {
+                // Never filled: they go back.
+                let _ = session.abort_soon(dropped);
             }
+            session.publish();
+        }
+        if is_over {
+            self.finish(ticket);
+        }
+    }
+
+    /// The ticket has ended, and nothing of it is in flight.
+    fn finish(&mut self, ticket: Ticket) {
+        let Some(job) = self.jobs.remove(&ticket) else { return };
+        assert_eq!(job.flying, 0, "its pages and slots are still being copied");
+        if let Some(session) = self.same_session().filter(|_| !job.filled.is_empty()) {
+            // Filled and not committed.
+            let _ = session.abort_soon(job.filled.iter().map(|(_, grant)| *grant));
             session.publish();
         }
         let missed: Vec<u32> =
@@ -785,34 +1259,60 @@ impl<B: CopyBackend> Transfer<B> {
         self.shared.finish(ticket, job.is_load, missed, job.submitted.elapsed());
     }
 
-    /// Sleeps until somebody has something to say, or the next deadline.
+    /// Sleeps until somebody has something to say, a copy may have ended, or the next deadline.
     fn sleep(&mut self) {
         let now = Instant::now();
-        let next = self.jobs.values().map(|job| job.deadline.saturating_duration_since(now)).min();
-        let wake = self.wake.clone();
-        let at_most = next.unwrap_or(Duration::from_secs(3600));
-        let slept = match self.instance.session() {
-            Some(session) => session.sleep_beside(Some(wake.as_fd()), at_most),
-            None => {
-                // The thread that connects has no bell of ours: look again soon.
-                let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-                let mut fds = [rustix::event::PollFd::new(&wake, rustix::event::PollFlags::IN)];
-                let _ = rustix::event::poll(&mut fds, Some(&timeout));
-                Ok(())
-            }
-        };
-        if slept.is_err() {
-            self.instance.lose_session();
+        let open = self.jobs.values().filter(|job| !job.is_ending);
+        let next = open.map(|job| job.deadline.saturating_duration_since(now)).min();
+        let mut at_most = next.unwrap_or(Duration::from_secs(3600));
+        if !self.flights.is_empty() || self.copies.iter().any(|copies| !copies.is_empty()) {
+            at_most = at_most.min(self.backend.nap());
         }
+        self.shared.sleeps.store(true, Ordering::Relaxed);
+        // Pairs with the fence in `command`: either we see the command, or it sees that we sleep.
+        fence(Ordering::SeqCst);
+        if self.commands.is_empty() && !at_most.is_zero() {
+            let wake = self.wake.clone();
+            let slept = match self.instance.session() {
+                Some(session) => session.sleep_beside(Some(wake.as_fd()), at_most),
+                None => {
+                    // The thread that connects has no bell of ours: look again soon.
+                    let nanoseconds = at_most.min(Duration::from_millis(20)).as_nanos() as i64;
+                    let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: nanoseconds };
+                    let mut fds = [rustix::event::PollFd::new(&wake, rustix::event::PollFlags::IN)];
+                    let _ = rustix::event::poll(&mut fds, Some(&timeout));
+                    Ok(())
+                }
+            };
+            if slept.is_err() {
+                self.instance.lose_session();
+            }
+        }
+        self.shared.sleeps.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Groups {
+    fn none() -> Self {
+        Self { count: 1, held: Vec::new(), left: Vec::new(), of_block: Vec::new(), is_short: false }
+    }
+
+    /// The tensors of a group.
+    fn tensors(&self, group: u32, tensors_count: u32) -> Range<u32> {
+        let bound = |group: u32| (u64::from(group) * u64::from(tensors_count) / u64::from(self.count)) as u32;
+        bound(group)..bound(group + 1)
     }
 }
 
 impl Job {
+    #[expect(clippy::too_many_arguments, reason = "a ticket's own words, each once")]
     fn new(
         parent: BlockKey,
         first: u32,
         keys: Vec<BlockKey>,
         pages: Vec<u32>,
+        after: Option<Moment>,
+        watch: Watch,
         submitted: Instant,
         deadline: Instant,
     ) -> Self {
@@ -825,6 +1325,8 @@ impl Job {
             first,
             keys,
             pages,
+            after,
+            watch,
             submitted,
             deadline,
             asked: 0,
@@ -832,9 +1334,35 @@ impl Job {
             reserves: 0,
             arrived,
             copies: 0,
+            flying: 0,
+            is_ending: false,
+            groups: Groups::none(),
             filled: Vec::new(),
             blocks_stored: 0,
             blocks_present: 0,
         }
+    }
+
+    fn pages_of(&self, index: usize, per_block: usize) -> &[u32] {
+        &self.pages[index * per_block..][..per_block]
+    }
+
+    /// A group of a loaded block has been copied, or cannot be relied on. Says whether the block is whole now.
+    fn came(&mut self, index: usize, group: u32, came: bool) -> bool {
+        let groups = &mut self.groups;
+        if came {
+            groups.of_block[index] += 1;
+        } else {
+            groups.is_short = true;
+        }
+        if let Some(left) = groups.left.get_mut(group as usize) {
+            *left -= 1;
+            let done = groups.left.iter().take_while(|left| **left == 0).count();
+            if !groups.is_short {
+                self.watch.pass(done as u32);
+            }
+        }
+        self.arrived[index] = groups.of_block[index] == groups.count;
+        self.arrived[index]
     }
 }

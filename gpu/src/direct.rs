@@ -8,7 +8,7 @@ use kvring_ipc::client::{Lease, Matched};
 use kvring_ipc::instance::{Instance, LoadStep, Loaded, Reserved};
 use kvring_ipc::key::BlockKey;
 
-use crate::backend::CopyBackend;
+use crate::backend::BlockMemory;
 
 /// What became of a store.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub struct DirectAgent<B> {
     backend: B,
 }
 
-impl<B: CopyBackend> DirectAgent<B> {
+impl<B: BlockMemory> DirectAgent<B> {
     /// Over an open instance and its memory.
     pub fn new(instance: Instance, backend: B) -> Self {
         Self { instance, backend }
@@ -62,7 +62,7 @@ impl<B: CopyBackend> DirectAgent<B> {
         assert_eq!(keys.len(), blocks.len());
         let backend = &mut self.backend;
         self.instance.load(lease, first, keys, wait, |step| match step {
-            LoadStep::Copy { index, pool, slot } => backend.load(pool, slot, &[blocks[index as usize] as u32]),
+            LoadStep::Copy { index, pool, slot } => backend.load(pool, slot, &[blocks[index as usize] as u32], 0..1),
             LoadStep::Arrived { index } => arrived(backend, index as usize),
         })
     }
@@ -91,7 +91,7 @@ impl<B: CopyBackend> DirectAgent<B> {
                         self.instance.abort(&[slot]);
                         continue;
                     };
-                    self.backend.store(pool, slot.grant.slot, &[blocks[index] as u32]);
+                    self.backend.store(pool, slot.grant.slot, &[blocks[index] as u32], 0..1);
                     grants.push(slot);
                 }
                 Reserved::Present => stored.blocks_present += 1,

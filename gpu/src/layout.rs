@@ -6,6 +6,8 @@
 //! concatenation, in this order, of groups, their pages, their tensors, each in the tensor's logical
 //! (row-major) order: the same for every engine whose [`kvring_ipc::layout::Layout`] is equal.
 
+use std::ops::Range;
+
 use serde::Deserialize;
 
 /// A page that is not there: its part of the slot is left alone.
@@ -108,9 +110,65 @@ pub fn runs(shape: &[usize], strides_bytes: &[usize], element_bytes: usize) -> O
     Some(runs)
 }
 
+impl TensorMap {
+    /// (count, stride in bytes) of each dimension, pages included, where there is more than one.
+    fn dimensions(&self) -> Vec<(usize, usize)> {
+        let pages = (self.pages_count, self.page_stride_bytes);
+        let of_page = self.shape.iter().copied().zip(self.strides_bytes.iter().copied());
+        std::iter::once(pages).chain(of_page).filter(|(count, _)| *count > 1).collect()
+    }
+
+    /// Whether no two elements share a byte, as far as strides tell: each dimension steps over all that
+    /// the smaller ones span. Views of a tensor in any order of its dimensions do.
+    fn dimensions_are_apart(&self) -> bool {
+        are_apart(self.dimensions(), self.element_bytes)
+    }
+
+    /// One past the last byte that belongs to a page, from the address.
+    fn extent(&self) -> usize {
+        self.dimensions().iter().map(|(count, stride)| (count - 1).saturating_mul(*stride)).sum::<usize>()
+            + self.element_bytes
+    }
+}
+
+fn are_apart(mut dimensions: Vec<(usize, usize)>, element_bytes: usize) -> bool {
+    dimensions.sort_unstable_by_key(|(_, stride)| *stride);
+    let mut extent = element_bytes;
+    dimensions.into_iter().all(|(count, stride)| {
+        let apart = stride >= extent;
+        extent = extent.saturating_add((count - 1).saturating_mul(stride));
+        apart
+    })
+}
+
+/// Whether no two tensors of a group share a byte. Two that lie within one another's bounds (layers of one
+/// allocation, keys beside values) must be equal but for where they begin: then the distance is one more
+/// dimension. Groups may share memory: an engine gives a page to one of them at a time.
+fn tensors_are_apart(group: &GroupMap) -> Result<(), String> {
+    let mut tensors: Vec<_> = group.tensors.iter().enumerate().collect();
+    tensors.sort_unstable_by_key(|(_, tensor)| tensor.address);
+    for (index, (a_number, a)) in tensors.iter().enumerate() {
+        let within = |(_, b): &&(usize, &TensorMap)| b.address < a.address.saturating_add(a.extent());
+        for (b_number, b) in tensors[index + 1..].iter().take_while(within) {
+            let distance = b.address - a.address;
+            let dimensions = a.dimensions();
+            let alike = dimensions == b.dimensions() && a.element_bytes == b.element_bytes;
+            let with_distance = dimensions.into_iter().chain([(2, distance)]).collect();
+            if distance == 0 || !alike || !are_apart(with_distance, a.element_bytes) {
+                return Err(format!(
+                    "tensors {a_number} and {b_number} of one group share bytes: each byte has one owner"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// One tensor's part of a page's part of a slot.
 #[derive(Debug)]
 struct Part {
+    /// Number of the tensor over all groups: engines compute tensors in this order.
+    tensor: u32,
     address: usize,
     pages_count: usize,
     page_stride_bytes: usize,
@@ -129,15 +187,17 @@ pub struct Copy {
     pub bytes: usize,
 }
 
-/// What copying a block means, worked out once.
+/// Where the bytes of a block lie, worked out once.
 #[derive(Debug)]
-pub struct Plan {
+pub struct Placement {
     /// For each page of a block, in order.
     pages: Vec<Vec<Part>>,
+    tensors_count: u32,
+    slot_start: usize,
     slot_end: usize,
 }
 
-impl Plan {
+impl Placement {
     /// Works out and checks a map.
     ///
     /// # Errors
@@ -145,15 +205,17 @@ impl Plan {
     pub fn new(map: &MemoryMap) -> Result<Self, String> {
         let mut pages = Vec::new();
         let mut offset_in_slot = map.offset_in_slot;
+        let mut tensors_count = 0;
         for (group_index, group) in map.groups.iter().enumerate() {
             if group.pages_per_block > PAGES_PER_BLOCK_MAX || offset_in_slot > BYTES_MAX {
                 return Err(format!(
                     "group {group_index}: more than {PAGES_PER_BLOCK_MAX} pages_per_block, or too large"
                 ));
             }
+            tensors_are_apart(group).map_err(|error| format!("group {group_index}: {error}"))?;
             for _ in 0..group.pages_per_block {
                 let mut parts = Vec::new();
-                for (tensor_index, tensor) in group.tensors.iter().enumerate() {
+                for ((tensor_index, tensor), number) in group.tensors.iter().enumerate().zip(tensors_count..) {
                     let wrong = |what: &str| Err(format!("tensor {tensor_index} of group {group_index}: {what}"));
                     if tensor.shape.len() != tensor.strides_bytes.len() {
                         return wrong("shape and strides_bytes differ in length");
@@ -165,6 +227,9 @@ impl Plan {
                     let pages_alias = tensor.pages_count > 1 && tensor.page_stride_bytes == 0;
                     if tensor.shape.iter().zip(&tensor.strides_bytes).any(aliases) || pages_alias {
                         return wrong("a stride of 0: two elements are one");
+                    }
+                    if !tensor.dimensions_are_apart() {
+                        return wrong("its strides overlap: two elements share a byte");
                     }
                     if tensor.address == 0 || tensor.address.checked_add(tensor.bytes).is_none() {
                         return wrong("no memory lies at its address");
@@ -181,6 +246,7 @@ impl Plan {
                     }
                     let bytes: usize = runs.iter().map(|run| run.bytes).sum();
                     parts.push(Part {
+                        tensor: number,
                         address: tensor.address,
                         pages_count: tensor.pages_count,
                         page_stride_bytes: tensor.page_stride_bytes,
@@ -191,11 +257,27 @@ impl Plan {
                 }
                 pages.push(parts);
             }
+            tensors_count += group.tensors.len() as u32;
         }
         if pages.is_empty() {
             return Err("no group has a page: there is no KV memory to cache".into());
         }
-        Ok(Self { pages, slot_end: offset_in_slot })
+        Ok(Self { pages, tensors_count, slot_start: map.offset_in_slot, slot_end: offset_in_slot })
+    }
+
+    /// Tensors over all groups, numbered in their order.
+    pub fn tensors_count(&self) -> u32 {
+        self.tensors_count
+    }
+
+    /// Most runs that one block falls into.
+    pub fn runs_per_block(&self) -> usize {
+        self.pages.iter().flatten().map(|part| part.runs.len()).sum()
+    }
+
+    /// Where this rank's part of a slot begins.
+    pub fn slot_start(&self) -> usize {
+        self.slot_start
     }
 
     /// Pages that make one block.
@@ -208,6 +290,12 @@ impl Plan {
         self.slot_end
     }
 
+    /// How many pages there are to choose from, for each page of a block.
+    pub fn pages_counts(&self) -> Vec<u32> {
+        let count = |parts: &Vec<Part>| parts.iter().map(|part| part.pages_count).min().unwrap_or(0);
+        self.pages.iter().map(|parts| u32::try_from(count(parts)).unwrap_or(NO_PAGE)).collect()
+    }
+
     /// Whether every page is one of the tensors' or none.
     pub fn has_pages(&self, pages: &[u32]) -> bool {
         pages.len() == self.pages.len()
@@ -217,14 +305,14 @@ impl Plan {
                 .all(|(page, parts)| *page == NO_PAGE || parts.iter().all(|part| (*page as usize) < part.pages_count))
     }
 
-    /// What to copy for a block that lies in these pages.
+    /// What to copy of these tensors for a block that lies in these pages.
     ///
     /// # Panics
     /// If a page is not one of the tensors'.
-    pub fn copies(&self, pages: &[u32], mut copy: impl FnMut(Copy)) {
+    pub fn copies(&self, pages: &[u32], tensors: Range<u32>, mut copy: impl FnMut(Copy)) {
         assert!(self.has_pages(pages), "pages {pages:?} are not all there");
         for (page, parts) in pages.iter().zip(&self.pages).filter(|(page, _)| **page != NO_PAGE) {
-            for part in parts {
+            for part in parts.iter().filter(|part| tensors.contains(&part.tensor)) {
                 let page_address = part.address + *page as usize * part.page_stride_bytes;
                 let mut offset_in_slot = part.offset_in_slot;
                 for run in &part.runs {
@@ -303,21 +391,47 @@ mod test {
             GroupMap { pages_per_block: 1, tensors: vec![tensor(1000, 4), tensor(2000, 4)] },
             GroupMap { pages_per_block: 2, tensors: vec![tensor(3000, 8)] },
         ];
-        let plan = Plan::new(&MemoryMap { offset_in_slot: 4096, groups }).unwrap();
-        assert_eq!((plan.pages_per_block(), plan.slot_end()), (3, 4096 + 256));
+        let placement = Placement::new(&MemoryMap { offset_in_slot: 4096, groups }).unwrap();
+        assert_eq!((placement.pages_per_block(), placement.slot_end()), (3, 4096 + 256));
         let mut copies = Vec::new();
-        plan.copies(&[3, NO_PAGE, 7], |copy| copies.push((copy.address, copy.offset_in_slot, copy.bytes)));
+        placement.copies(&[3, NO_PAGE, 7], 0..3, |copy| copies.push((copy.address, copy.offset_in_slot, copy.bytes)));
         assert_eq!(copies, [(1192, 4096, 64), (2192, 4160, 64), (3448, 4288, 64)]);
-        assert!(!plan.has_pages(&[4, 0, 0]) && !plan.has_pages(&[0, 0]) && plan.has_pages(&[0, 7, 7]));
+        assert!(!placement.has_pages(&[4, 0, 0]) && !placement.has_pages(&[0, 0]) && placement.has_pages(&[0, 7, 7]));
+    }
+
+    fn refusal(tensors: Vec<TensorMap>) -> Option<String> {
+        let groups = vec![GroupMap { pages_per_block: 1, tensors }];
+        Placement::new(&MemoryMap { offset_in_slot: 0, groups }).err()
+    }
+
+    #[test]
+    fn tensors_may_lie_within_one_another_and_share_no_byte() {
+        // Two layers of one allocation, page by page: a page of each in turn.
+        let layer = |at: usize| TensorMap { page_stride_bytes: 128, bytes: 1024, ..tensor(4096 + at, 4) };
+        assert_eq!(refusal(vec![layer(0), layer(64)]), None);
+        assert_eq!(refusal(vec![tensor(4096, 4), tensor(4096 + 256, 4)]), None);
+        // Keys and values of one allocation: [2, pages, 32 bytes].
+        let parts = TensorMap { page_stride_bytes: 32, strides_bytes: vec![128, 2], ..tensor(4096, 4) };
+        assert_eq!(refusal(vec![parts]), None);
+        for (wrong, tensors) in [
+            ("share bytes", vec![layer(0), layer(32)]),
+            ("share bytes", vec![tensor(4096, 4), tensor(4096, 4)]),
+            ("share bytes", vec![tensor(4096, 4), tensor(4096 + 192, 4)]),
+            ("overlap", vec![TensorMap { page_stride_bytes: 48, ..tensor(4096, 4) }]),
+            ("overlap", vec![TensorMap { strides_bytes: vec![16, 2], ..tensor(4096, 4) }]),
+        ] {
+            let refusal = refusal(tensors).expect(wrong);
+            assert!(refusal.contains(wrong), "{refusal}");
+        }
     }
 
     #[test]
     fn a_tensor_that_ends_too_early_is_named() {
         let groups = vec![GroupMap {
             pages_per_block: 1,
-            tensors: vec![tensor(64, 4), TensorMap { bytes: 255, ..tensor(64, 4) }],
+            tensors: vec![tensor(64, 4), TensorMap { bytes: 255, ..tensor(4096, 4) }],
         }];
-        let error = Plan::new(&MemoryMap { offset_in_slot: 0, groups }).unwrap_err();
+        let error = Placement::new(&MemoryMap { offset_in_slot: 0, groups }).unwrap_err();
         assert!(error.contains("tensor 1 of group 0") && error.contains("last page"), "{error}");
     }
 }

@@ -9,15 +9,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvring_gpu::agent;
-use kvring_gpu::backend::tensors::TensorMemory;
-use kvring_gpu::layout::{MemoryMap, NO_PAGE, Plan};
+use kvring_gpu::backend::host::HostBackend;
+use kvring_gpu::backend::tensors::{HostTensors, Tensors};
+use kvring_gpu::layout::MemoryMap;
 use kvring_ipc::client;
 use kvring_ipc::config::{Config, Loaded};
 use kvring_ipc::events::{Event, Events};
 use kvring_ipc::instance;
 use kvring_ipc::key::{self, BlockKey};
 use kvring_ipc::layout::Layout;
-use kvring_ipc::wire::{LeaseId, MATCH_BLOCKS_MAX};
+use kvring_ipc::wire::LeaseId;
 use pyo3::exceptions::{PyConnectionError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -201,8 +202,7 @@ struct Agent {
     // Before the tensors: fields are dropped in this order, and the thread ends with the agent.
     agent: Arc<agent::Agent>,
     is_closed: AtomicBool,
-    plan: Arc<Plan>,
-    _tensors: Vec<Py<PyAny>>,
+    tensors: Mutex<Vec<Py<PyAny>>>,
 }
 
 impl Agent {
@@ -213,28 +213,42 @@ impl Agent {
         }
     }
 
-    fn check(&self, ticket: u64, first: u32, keys: &[BlockKey], pages: &[u32]) -> PyResult<()> {
-        if self.agent.is_open(ticket) {
-            return Err(PyValueError::new_err(format!("ticket = {ticket}: it has not ended yet")));
+    /// The moment that a ticket has to wait for: what was submitted to the engine's stream so far.
+    fn moment(&self, stream: Option<u64>) -> PyResult<Option<kvring_gpu::backend::Moment>> {
+        match stream {
+            Some(stream) => self.agent.mark(stream).map_err(PyRuntimeError::new_err),
+            None => Ok(None),
         }
-        if u64::from(first) + keys.len() as u64 > u64::from(MATCH_BLOCKS_MAX) {
-            let text =
-                format!("first = {first} with {} keys: a chain has at most {MATCH_BLOCKS_MAX} blocks", keys.len());
-            return Err(PyValueError::new_err(text));
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if !self.agent.stop() {
+            std::mem::take(&mut *lock(&self.tensors)).into_iter().for_each(std::mem::forget);
         }
-        let per_block = self.plan.pages_per_block();
-        if keys.is_empty() || pages.len() != keys.len() * per_block {
-            let (pages, keys) = (pages.len(), keys.len());
-            let text = format!(
-                "{pages} pages for {keys} keys: a block has {per_block}, so {} are expected, of at least one key",
-                keys * per_block
-            );
-            return Err(PyValueError::new_err(text));
-        }
-        match pages.chunks(per_block).find(|pages| !self.plan.has_pages(pages)) {
-            Some(pages) => Err(PyValueError::new_err(format!("pages = {pages:?}: not all are pages of the tensors"))),
-            None => Ok(()),
-        }
+    }
+}
+
+/// A ticket's state, without a lock and without waiting.
+#[pyclass(frozen, module = "kvring")]
+struct Watch(agent::Watch);
+
+#[pymethods]
+impl Watch {
+    #[getter]
+    fn is_ended(&self) -> bool {
+        self.0.is_ended()
+    }
+    /// It has ended, and not every block came.
+    #[getter]
+    fn has_missed(&self) -> bool {
+        self.0.has_missed()
+    }
+    /// Groups of layers of which every block has come.
+    #[getter]
+    fn groups_done(&self) -> u32 {
+        self.0.groups_done()
     }
 }
 
@@ -245,7 +259,7 @@ type Ended = (u64, bool, Vec<u32>, f64);
 impl Agent {
     /// `tensors` are those that `memory` describes: kept alive as long as this agent is.
     #[new]
-    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_timeout_ms=2000, store_timeout_ms=2000))]
+    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_timeout_ms=2000, store_timeout_ms=2000, copy_threads=0))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
     fn new(
         py: Python<'_>,
@@ -257,30 +271,34 @@ impl Agent {
         token: Option<String>,
         load_timeout_ms: u64,
         store_timeout_ms: u64,
+        copy_threads: usize,
     ) -> PyResult<Self> {
         let map: MemoryMap =
             serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
         let parsed: Layout =
             serde_json::from_str(layout).map_err(|error| PyValueError::new_err(format!("layout: {error}")))?;
         let over = py.detach(|| over_tensors(&map)).map_err(PyValueError::new_err)?;
-        if over.plan().slot_end() as u64 > parsed.block_bytes {
+        let slot_end = over.placement().slot_end();
+        if slot_end as u64 > parsed.block_bytes {
             return Err(PyValueError::new_err(format!(
-                "block_bytes = {}: this rank's part of a slot ends at {}",
-                parsed.block_bytes,
-                over.plan().slot_end()
+                "block_bytes = {}: this rank's part of a slot ends at {slot_end}",
+                parsed.block_bytes
             )));
         }
-        let plan = over.plan().clone();
         let instance = open(py, Some(layout), settings, rank, token)?;
         let patience = agent::Patience {
             load: Duration::from_millis(load_timeout_ms),
             store: Duration::from_millis(store_timeout_ms),
+            ..agent::Patience::default()
         };
-        let agent = agent::Agent::start(instance, over, patience)?;
-        Ok(Self { agent: Arc::new(agent), is_closed: AtomicBool::new(false), plan, _tensors: tensors })
+        let backend = HostBackend::with_threads(HostTensors::new(over), copy_threads)?;
+        let agent = agent::Agent::start(instance, backend, patience)?;
+        Ok(Self { agent: Arc::new(agent), is_closed: AtomicBool::new(false), tensors: Mutex::new(tensors) })
     }
 
     /// Submits a load; never waits.
+    #[pyo3(signature = (ticket, lease_id, expires_at_ns, first, keys, pages, epoch=None, stream=None, layer_groups=1))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
     fn load(
         &self,
         ticket: u64,
@@ -289,23 +307,68 @@ impl Agent {
         first: u32,
         keys: &[u8],
         pages: Vec<u32>,
-    ) -> PyResult<()> {
+        epoch: Option<u64>,
+        stream: Option<u64>,
+        layer_groups: u32,
+    ) -> PyResult<Watch> {
         let (agent, keys) = (self.get()?, keys_of(keys)?);
-        self.check(ticket, first, &keys, &pages)?;
-        agent.load(agent::Load { ticket, lease: LeaseId(lease_id), expires_at_ns, first, keys, pages });
-        Ok(())
+        let epoch = epoch.unwrap_or_else(|| agent.epoch());
+        let (lease, after) = (LeaseId(lease_id), self.moment(stream)?);
+        let load = agent::Load { ticket, lease, expires_at_ns, first, keys, pages, epoch, after, layer_groups };
+        agent.load(load).map(Watch).map_err(|refused| PyValueError::new_err(refused.to_string()))
     }
 
     /// Submits a store; never waits. `parent` is empty for a chain's first block.
-    fn store(&self, ticket: u64, parent: &[u8], first: u32, keys: &[u8], pages: Vec<u32>) -> PyResult<()> {
+    #[pyo3(signature = (ticket, parent, first, keys, pages, epoch=None, stream=None))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
+    fn store(
+        &self,
+        ticket: u64,
+        parent: &[u8],
+        first: u32,
+        keys: &[u8],
+        pages: Vec<u32>,
+        epoch: Option<u64>,
+        stream: Option<u64>,
+    ) -> PyResult<Watch> {
         let (agent, keys) = (self.get()?, keys_of(keys)?);
-        self.check(ticket, first, &keys, &pages)?;
-        if pages.contains(&NO_PAGE) {
-            return Err(PyValueError::new_err("pages: NO_PAGE among them; a block is stored whole"));
-        }
+        let epoch = epoch.unwrap_or_else(|| agent.epoch());
         let parent = if parent.is_empty() { BlockKey::default() } else { one_key(parent)? };
-        agent.store(agent::Store { ticket, parent, first, keys, pages });
+        let after = self.moment(stream)?;
+        let store = agent::Store { ticket, parent, first, keys, pages, epoch, after };
+        agent.store(store).map(Watch).map_err(|refused| PyValueError::new_err(refused.to_string()))
+    }
+
+    /// Makes these tickets end soon; does not wait.
+    fn cancel(&self, tickets: Vec<u64>) -> PyResult<()> {
+        self.get()?.cancel(&tickets);
         Ok(())
+    }
+
+    /// Which epoch the memory is in.
+    #[getter]
+    fn epoch(&self) -> u64 {
+        self.agent.epoch()
+    }
+
+    /// Before the tensors go: ends every ticket and lets go of them. False: copies are still in flight.
+    fn suspend(&self, py: Python<'_>, patience_ms: u64) -> PyResult<bool> {
+        let agent = self.get()?;
+        let gone = py.detach(|| agent.suspend(Duration::from_millis(patience_ms)));
+        if gone {
+            lock(&self.tensors).clear();
+        }
+        Ok(gone)
+    }
+
+    /// After they have come back; says the new epoch.
+    fn resume(&self, py: Python<'_>, memory: &str, tensors: Vec<Py<PyAny>>) -> PyResult<u64> {
+        let agent = self.get()?;
+        let map: MemoryMap =
+            serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
+        *lock(&self.tensors) = tensors;
+        let resumed = py.detach(|| agent.resume(over_tensors(&map)?));
+        resumed.map_err(PyRuntimeError::new_err)
     }
 
     /// Tickets that have ended since the last call.
@@ -346,18 +409,23 @@ impl Agent {
         Ok(counters)
     }
 
-    /// Ends every ticket and the thread; the tensors are not touched after this. `poll` still tells how
-    /// they ended.
-    fn close(&self, py: Python<'_>) {
+    /// Ends every ticket and the thread. True: the tensors are not touched after this. `poll` still tells
+    /// how they ended.
+    fn close(&self, py: Python<'_>) -> bool {
         self.is_closed.store(true, Ordering::Release);
-        py.detach(|| self.agent.stop());
+        let drained = py.detach(|| self.agent.stop());
+        if !drained {
+            // Copies may be in flight: tensors that are freed now would be somebody else's memory.
+            std::mem::take(&mut *lock(&self.tensors)).into_iter().for_each(std::mem::forget);
+        }
+        drained
     }
 }
 
 #[expect(unsafe_code, reason = "an address that Python gives is Python's promise")]
-fn over_tensors(map: &MemoryMap) -> Result<TensorMemory, String> {
-    // SAFETY: `Agent` holds the tensors as long as the thread lives (the order of its fields), and an inference engine leaves pages alone while they are loaded or stored.
-    unsafe { TensorMemory::new(map) }
+fn over_tensors(map: &MemoryMap) -> Result<Tensors, String> {
+    // SAFETY: `Agent` holds the tensors until its thread has ended or let go of them (`close`, `suspend`, the order of its fields), and an inference engine leaves pages alone while they are loaded or stored.
+    unsafe { Tensors::new(map) }
 }
 
 /// The key that a chain's first block has as its parent: (tag, text) parts; tags as in docs/WIRE.md §7.
@@ -422,6 +490,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Lease>()?;
     module.add_class::<Instance>()?;
     module.add_class::<Agent>()?;
+    module.add_class::<Watch>()?;
     module.add_function(wrap_pyfunction!(namespace_root, module)?)?;
     module.add_function(wrap_pyfunction!(next_keys, module)?)?;
     module.add_function(wrap_pyfunction!(load_config, module)?)?;

@@ -315,14 +315,14 @@ fn a_slot_on_loan_outlives_the_scheduler_that_was_granted_it() {
 /// A back end with a bug.
 struct Buggy;
 
-impl kvring_gpu::backend::CopyBackend for Buggy {
-    fn pages_per_block(&self) -> usize {
-        1
+impl kvring_gpu::backend::BlockMemory for Buggy {
+    fn shape(&self) -> kvring_gpu::backend::Shape {
+        kvring_gpu::backend::Shape { pages_counts: vec![100], tensors_count: 1 }
     }
-    fn load(&mut self, _: &kvring_ipc::client::Pool, _: u32, _: &[u32]) {
+    fn load(&mut self, _: &kvring_ipc::client::Pool, _: u32, _: &[u32], _: std::ops::Range<u32>) {
         panic!("a bug in a copy");
     }
-    fn store(&mut self, pool: &kvring_ipc::client::Pool, slot: u32, pages: &[u32]) {
+    fn store(&mut self, pool: &kvring_ipc::client::Pool, slot: u32, pages: &[u32], _: std::ops::Range<u32>) {
         assert!(pages[0] != 13, "a bug in a copy");
         pool.copy_in(slot, 0, &[pages[0] as u8; BLOCK]);
     }
@@ -331,27 +331,30 @@ impl kvring_gpu::backend::CopyBackend for Buggy {
 #[test]
 fn an_agent_that_dies_of_a_bug_ends_every_ticket() {
     use kvring_gpu::agent::{Agent, Patience, Store};
+    use kvring_gpu::backend::host::HostBackend;
     let place = Place::new();
     let keys = chain("a", 20);
     let instance = Instance::open(place.config(0, &[]), layout(), 0).unwrap();
-    let agent = Agent::start(instance, Buggy, Patience::default()).unwrap();
+    let agent = Agent::start(instance, HostBackend::new(Buggy), Patience::default()).unwrap();
     let store = |ticket, first: usize, pages: std::ops::Range<u32>| Store {
         ticket,
         parent: if first == 0 { BlockKey::default() } else { keys[first - 1] },
         first: first as u32,
         keys: keys[first..first + pages.len()].to_vec(),
         pages: pages.collect(),
+        epoch: 0,
+        after: None,
     };
     let ended = || {
         eventually("a ticket ends", || agent.wait(Duration::from_millis(100)));
         agent.poll().into_iter().map(|end| (end.ticket, end.missed.len())).collect::<Vec<_>>()
     };
-    agent.store(store(1, 0, 0..10));
+    agent.store(store(1, 0, 0..10)).unwrap();
     assert_eq!(ended(), [(1, 0)]);
-    agent.store(store(2, 10, 10..20));
+    agent.store(store(2, 10, 10..20)).unwrap();
     assert_eq!(ended(), [(2, 10)], "its thread has died of page 13; nobody waits for ever");
     assert!(agent.fence(&[2], Duration::from_secs(60)), "and nothing reads any more");
-    agent.store(store(3, 0, 0..1));
+    agent.store(store(3, 0, 0..1)).unwrap();
     assert_eq!(ended(), [(3, 1)], "nor is anything taken");
     // What it had reserved comes back, as after any death of a session.
     eventually("its session is over", || place.metric("sessions_count") == 0);
