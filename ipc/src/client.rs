@@ -76,13 +76,14 @@ pub struct Pool {
     /// Which pool this is, if it is a server's.
     id: Option<u64>,
     epoch: Option<Arc<EpochReader>>,
+    file: Option<Arc<OwnedFd>>,
 }
 
 impl Pool {
     /// A view of a mapped pool.
     pub fn new(mapping: Arc<Mapping>, slot_bytes: usize, slots_count: u32) -> Self {
         assert!(slot_bytes * slots_count as usize <= mapping.bytes());
-        Self { mapping, slot_bytes, slots_count, id: None, epoch: None }
+        Self { mapping, slot_bytes, slots_count, id: None, epoch: None, file: None }
     }
     /// Whether a lease that ends at this moment still held when all that was read before this call was
     /// read: it had not ended, and the engine process that granted it was alive.
@@ -92,6 +93,10 @@ impl Pool {
     /// Whether no server will have this pool again.
     pub fn is_given_up(&self) -> bool {
         self.epoch.as_ref().is_some_and(|epoch| epoch.is_given_up())
+    }
+    /// The memory's file, if it is a server's: one for every process that shares it, to lock it by.
+    pub fn file(&self) -> Option<&Arc<OwnedFd>> {
+        self.file.as_ref()
     }
     /// The memory.
     pub fn mapping(&self) -> &Arc<Mapping> {
@@ -276,12 +281,15 @@ impl Session {
         }
         let is_it =
             |kept: &&Pool| kept.id == Some(welcome.pool_id) && kept.mapping.bytes() as u64 == welcome.pool_bytes;
-        let mapping = match kept.filter(is_it) {
-            Some(kept) => kept.mapping.clone(),
-            None => Arc::new(Mapping::new(pool, welcome.pool_bytes as usize)?),
+        let (mapping, file) = match kept.filter(is_it) {
+            Some(kept) => (kept.mapping.clone(), kept.file.clone()),
+            None => {
+                let mapping = Mapping::new(pool, welcome.pool_bytes as usize)?;
+                (Arc::new(mapping), Some(Arc::new(rustix::io::fcntl_dupfd_cloexec(pool, 0)?)))
+            }
         };
         let pool = Pool::new(mapping, welcome.slot_bytes as usize, welcome.slots_count);
-        let pool = Pool { id: Some(welcome.pool_id), epoch: Some(Arc::new(epoch)), ..pool };
+        let pool = Pool { id: Some(welcome.pool_id), epoch: Some(Arc::new(epoch)), file, ..pool };
         let mut session = Self::within(segment, pool);
         session.wires = Some(wires);
         session.welcome = Some(welcome);

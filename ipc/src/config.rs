@@ -141,6 +141,10 @@ pub struct Config {
     pub crash_window: Duration,
     pub client_wait: Duration,
     pub start_wait: Duration,
+    pub cuda_driver: Option<PathBuf>,
+    pub cuda_staging_bytes: u64,
+    pub cuda_batch_copy: bool,
+    pub copy_threads: usize,
     pub server_bin: Option<PathBuf>,
     pub server_log: Option<PathBuf>,
     pub stats_segment: bool,
@@ -557,6 +561,51 @@ pub const SETTINGS: &[Setting] = &[
         }
     ),
     setting!(
+        "cuda_driver",
+        None,
+        "auto",
+        "auto, or the path of a libcuda.so.1",
+        "Where an instance finds the CUDA driver. auto: as the loader does, then where container runtimes put it.",
+        |c, v| {
+            c.cuda_driver =
+                if v == "auto" { None } else { Some(PathBuf::from(v).is_absolute().then(|| PathBuf::from(v))?) };
+            Some(())
+        }
+    ),
+    setting!(
+        "cuda_staging_mb",
+        None,
+        "48",
+        "MiB from 2 to 4096; 0 for none",
+        "Device memory of each worker for gathering small pages (under some tens of KiB: tensor parallelism, MLA) before they cross the bus. With 0 such pages are copied one by one, at a fraction of the link.",
+        |c, v| {
+            c.cuda_staging_bytes = v.parse::<u64>().ok().filter(|n| *n == 0 || (2..=4096).contains(n))? << 20;
+            Some(())
+        }
+    ),
+    setting!(
+        "cuda_batch_copy",
+        None,
+        "on",
+        "on or off",
+        "Whether a worker may hand many copies to the CUDA driver in one call (cuMemcpyBatchAsync, from CUDA 12.8). off: one by one, should a driver not survive it.",
+        |c, v| {
+            c.cuda_batch_copy = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "copy_threads",
+        None,
+        "0",
+        "a whole number up to 64",
+        "Threads with which a worker without a GPU copies; 0: the agent's own.",
+        |c, v| {
+            c.copy_threads = v.parse().ok().filter(|n| *n <= 64)?;
+            Some(())
+        }
+    ),
+    setting!(
         "server_bin",
         None,
         "none",
@@ -704,6 +753,10 @@ pub const CLIENT_SETTINGS: &[&str] = &[
     "server_log",
     "client_wait_ms",
     "start_wait_ms",
+    "cuda_driver",
+    "cuda_staging_mb",
+    "cuda_batch_copy",
+    "copy_threads",
     "num_log_interval_requests",
     "log_level",
 ];
@@ -769,6 +822,10 @@ impl Default for Config {
             crash_window: Duration::ZERO,
             client_wait: Duration::ZERO,
             start_wait: Duration::ZERO,
+            cuda_driver: None,
+            cuda_staging_bytes: 0,
+            cuda_batch_copy: true,
+            copy_threads: 0,
             server_bin: None,
             server_log: None,
             stats_segment: true,

@@ -39,13 +39,14 @@ import dataclasses
 import json
 import secrets
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvring import _native
-from kvring._native import Lease, namespace_root, next_keys
+from kvring._native import Lease, Watch, namespace_root, next_keys
 
 __all__ = [
     "KEY_BYTES",
@@ -58,6 +59,7 @@ __all__ = [
     "Layout",
     "Lease",
     "Memory",
+    "Watch",
     "load_config",
     "namespace_root",
     "new_token",
@@ -142,6 +144,14 @@ class _Array:
         return self._array.itemsize
 
 
+def _device_of(tensor: Any) -> int | None:
+    device = getattr(tensor, "device", None)
+    kind = getattr(device, "type", "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"KV memory on {kind}: kvring copies from and to CPU memory and CUDA devices")
+    return (getattr(device, "index", None) or 0) if kind == "cuda" else None
+
+
 def _as_tensor(tensor: Any) -> Any:
     if hasattr(tensor, "data_ptr"):
         return tensor
@@ -222,6 +232,16 @@ class Memory:
     groups: Sequence[Group]
     offset_in_slot: int = 0
     """Where this rank's part of a slot begins."""
+    device: int | None = None
+    """The CUDA device whose memory it is, as torch numbers them; None for the processor's. Tensors of torch know."""
+
+    def __post_init__(self) -> None:
+        devices = {_device_of(tensor) for group in self.groups for tensor in group.tensors}
+        devices -= {None} if self.device is not None else set()
+        if len(devices | ({self.device} if self.device is not None else set())) > 1:
+            raise ValueError(f"KV tensors on several devices: {sorted(map(str, devices))}")
+        if self.device is None and devices:
+            self.device = devices.pop()
 
     @property
     def pages_per_block(self) -> int:
@@ -356,8 +376,11 @@ class Ended:
 class Agent:
     """What an instance's worker holds: a thread that copies between the pool and KV tensors.
 
-    `load` and `store` return at once; their end is found by `poll`. Pages of a load must be left alone
-    until it has ended, pages of a store must not be written until it has ended or `fence` has returned.
+    `load` and `store` return at once; their end is found by `poll`, or by the Watch they return. Pages of a load
+    must be left alone until it has ended, pages of a store must not be written until it has ended or `fence` has
+    returned. On a CUDA device, copies wait for what was submitted to `stream` before: by default torch's current
+    stream, so call them where the engine submits its work. Raises OSError where there is no CUDA driver for
+    memory on a device, with the remedy.
     """
 
     def __init__(
@@ -371,22 +394,78 @@ class Agent:
         store_timeout_ms: int = 2000,
         **settings: Any,
     ) -> None:
+        self._device = memory.device
         tensors = [tensor for group in memory.groups for tensor in group.tensors]
+        text = memory.to_json()
+        timeouts = load_timeout_ms, store_timeout_ms
         self._native = _native.Agent(
-            _said(settings), layout.to_json(), memory.to_json(), tensors, rank, token, load_timeout_ms, store_timeout_ms
+            _said(settings), layout.to_json(), text, tensors, rank, token, *timeouts, memory.device
         )
 
-    def load(self, ticket: int, lease: Lease | tuple[int, int], first: int, keys: bytes, pages: Sequence[int]) -> None:
+    def _stream(self, stream: int | None) -> int | None:
+        if self._device is None or stream is not None:
+            return stream
+        torch = sys.modules.get("torch")
+        if torch is None:
+            raise ValueError("stream = None: without torch, say which stream of the device the copy has to wait for")
+        return torch.cuda.current_stream(self._device).cuda_stream
+
+    def load(
+        self,
+        ticket: int,
+        lease: Lease | tuple[int, int],
+        first: int,
+        keys: bytes,
+        pages: Sequence[int],
+        *,
+        epoch: int | None = None,
+        stream: int | None = None,
+        layer_groups: int = 1,
+    ) -> Watch:
         """Brings leased blocks, the first at depth `first`, into `pages`: those of each block one after the other.
 
-        `lease` is a Lease, or its (id, expires_at_ns) from another process of the instance.
+        `lease` is a Lease, or its (id, expires_at_ns) from another process of the instance. With `layer_groups`
+        above 1 the first layers of all blocks come before the next of any, and `Watch.groups_done` tells how many
+        groups are there; it stops short where a block is missing. `epoch` is what `epoch` said when the pages were
+        chosen: pages of another one raise ValueError.
         """
         lease_id, expires_at_ns = (lease.id, lease.expires_at_ns) if isinstance(lease, Lease) else lease
-        self._native.load(ticket, lease_id, expires_at_ns, first, keys, pages)
+        return self._native.load(
+            ticket, lease_id, expires_at_ns, first, keys, pages, epoch, self._stream(stream), layer_groups
+        )
 
-    def store(self, ticket: int, parent: bytes, first: int, keys: bytes, pages: Sequence[int]) -> None:
+    def store(
+        self,
+        ticket: int,
+        parent: bytes,
+        first: int,
+        keys: bytes,
+        pages: Sequence[int],
+        *,
+        epoch: int | None = None,
+        stream: int | None = None,
+    ) -> Watch:
         """Stores blocks, the first at depth `first` after the block `parent` (empty at depth 0)."""
-        self._native.store(ticket, parent, first, keys, pages)
+        return self._native.store(ticket, parent, first, keys, pages, epoch, self._stream(stream))
+
+    def cancel(self, tickets: Iterable[int]) -> None:
+        """Makes these tickets end soon: what is not in flight is missed, or not stored. Does not wait."""
+        self._native.cancel(list(tickets))
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch the memory is in: it changes with each `suspend`."""
+        return self._native.epoch
+
+    def suspend(self, patience_ms: int = 10_000) -> bool:
+        """Before the tensors go: ends every ticket and lets go of the memory; the session stays. False: copies are
+        still in flight after that time, and the memory must not go."""
+        return self._native.suspend(patience_ms)
+
+    def resume(self, memory: Memory) -> int:
+        """After they have come back, perhaps elsewhere; says the new epoch."""
+        tensors = [tensor for group in memory.groups for tensor in group.tensors]
+        return self._native.resume(memory.to_json(), tensors)
 
     def poll(self) -> list[Ended]:
         """Tickets that have ended since the last call."""
@@ -414,6 +493,7 @@ class Agent:
         """Blocks since the start, by what became of them, and sessions."""
         return self._native.counters()
 
-    def close(self) -> None:
-        """Ends every ticket, and `poll` tells how; the tensors are not touched after this."""
-        self._native.close()
+    def close(self) -> bool:
+        """Ends every ticket, and `poll` tells how. True: the tensors are not touched after this. False: a device still
+        copies, and they are kept until the process ends."""
+        return self._native.close()

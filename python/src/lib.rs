@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvring_gpu::agent;
+use kvring_gpu::backend::cuda::{CudaBackend, Options as CudaOptions};
 use kvring_gpu::backend::host::HostBackend;
 use kvring_gpu::backend::tensors::{HostTensors, Tensors};
 use kvring_gpu::layout::MemoryMap;
@@ -19,7 +20,7 @@ use kvring_ipc::instance;
 use kvring_ipc::key::{self, BlockKey};
 use kvring_ipc::layout::Layout;
 use kvring_ipc::wire::LeaseId;
-use pyo3::exceptions::{PyConnectionError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyConnectionError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -259,7 +260,7 @@ type Ended = (u64, bool, Vec<u32>, f64);
 impl Agent {
     /// `tensors` are those that `memory` describes: kept alive as long as this agent is.
     #[new]
-    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_timeout_ms=2000, store_timeout_ms=2000, copy_threads=0))]
+    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_timeout_ms=2000, store_timeout_ms=2000, device=None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
     fn new(
         py: Python<'_>,
@@ -271,7 +272,7 @@ impl Agent {
         token: Option<String>,
         load_timeout_ms: u64,
         store_timeout_ms: u64,
-        copy_threads: usize,
+        device: Option<i32>,
     ) -> PyResult<Self> {
         let map: MemoryMap =
             serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
@@ -285,14 +286,36 @@ impl Agent {
                 parsed.block_bytes
             )));
         }
+        let config = config_of(settings.clone())?;
+        let over_device = match device {
+            Some(device) => {
+                let options = CudaOptions {
+                    device,
+                    driver: config.cuda_driver,
+                    staging_bytes: config.cuda_staging_bytes as usize,
+                    may_batch: config.cuda_batch_copy,
+                    ..CudaOptions::default()
+                };
+                let tensors = over.clone();
+                // Before the server is asked: without a device there is nothing to ask for.
+                let made = py.detach(|| CudaBackend::new(tensors, options));
+                Some(made.map_err(|error| PyOSError::new_err(error.to_string()))?)
+            }
+            None => None,
+        };
         let instance = open(py, Some(layout), settings, rank, token)?;
         let patience = agent::Patience {
             load: Duration::from_millis(load_timeout_ms),
             store: Duration::from_millis(store_timeout_ms),
             ..agent::Patience::default()
         };
-        let backend = HostBackend::with_threads(HostTensors::new(over), copy_threads)?;
-        let agent = agent::Agent::start(instance, backend, patience)?;
+        let agent = match over_device {
+            Some(backend) => agent::Agent::start(instance, backend, patience)?,
+            None => {
+                let backend = HostBackend::with_threads(HostTensors::new(over), config.copy_threads)?;
+                agent::Agent::start(instance, backend, patience)?
+            }
+        };
         Ok(Self { agent: Arc::new(agent), is_closed: AtomicBool::new(false), tensors: Mutex::new(tensors) })
     }
 

@@ -5,6 +5,8 @@
 //! became of the session or of the ticket. [`host`] copies with the processor, [`cuda`] with the device's
 //! copy engines on streams of its own.
 
+#[expect(unsafe_code, reason = "calls of the CUDA driver on memory that the inference engine owns")]
+pub mod cuda;
 pub mod host;
 #[expect(unsafe_code, reason = "it copies to and from memory that the inference engine owns")]
 pub mod tensors;

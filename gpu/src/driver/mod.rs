@@ -6,4 +6,6 @@
 
 #[expect(unsafe_code, reason = "function pointers out of a shared object")]
 pub mod api;
+#[expect(unsafe_code, reason = "each call of the driver, with what it asks for")]
+pub mod context;
 pub mod error;

@@ -67,7 +67,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     def unregister_kv_caches(self, *_args: Any, **_kwargs: Any) -> None:
         """Before the engine's memory goes to sleep."""
-        self._worker.close()
+        self._worker.suspend()
 
     def restore_kv_caches(self, *_args: Any, **_kwargs: Any) -> None:
         """After it has come back."""

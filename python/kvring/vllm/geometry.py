@@ -186,8 +186,8 @@ def memory(
             tensor = kv_caches[name]
             if not hasattr(tensor, "data_ptr"):
                 raise Unsupported(f"layer {name} has no single KV tensor")
-            if tensor.device.type != "cpu":
-                raise Unsupported(f"KV memory on {tensor.device.type}: this version copies from and to CPU memory")
+            if tensor.device.type not in ("cpu", "cuda"):
+                raise Unsupported(f"KV memory on {tensor.device.type}: kvring copies from and to CPU memory and CUDA")
             # Layers that share one cache are one.
             identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             if identity not in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvring")
 
+SUSPEND_MS = 30_000
+"""How long memory that is to go to sleep waits for copies in flight: a device that takes longer is stuck."""
 FENCE_MS = 50
 """How long a step may wait for copies that have to end before its pages change hands."""
 
@@ -38,6 +41,7 @@ class WorkerSide:
         self._by_request = False
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._fence_ms = FENCE_MS
+        self._memory_again: Callable[[], kvring.Memory] | None = None
         self.problem: str | None = "KV tensors have not been registered"
         self._told: str | None = None
         self._loads: dict[int, LoadSpec] = {}
@@ -65,6 +69,7 @@ class WorkerSide:
             geometry = Geometry.of(self._vllm_config, self._kv_cache_config)
             part = Part.of(self._vllm_config, get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
             of_rank = memory(kv_caches, self._kv_cache_config, geometry, part)
+            self._memory_again = lambda: memory(kv_caches, self._kv_cache_config, geometry, part)
             what = layout(self._vllm_config, geometry, of_rank, part)
             self._agent = kvring.Agent(what, of_rank, rank=part.index, token=token, **waits, **settings)
             self._stores = part.stores
@@ -85,9 +90,16 @@ class WorkerSide:
             self.problem = str(refusal)
             logger.error("%s: this instance runs without a cache", refusal)
 
+    def suspend(self) -> None:
+        """Before vLLM's memory goes away: the session and what the driver has pinned stay."""
+        if self._agent and not self._agent.suspend(SUSPEND_MS):
+            # Copies into memory that goes now would be copies into somebody else's.
+            raise RuntimeError("kvring: copies are still in flight: KV memory cannot go to sleep now")
+
     def register_again(self) -> None:
         """After vLLM's memory has been away."""
-        self.register(self._kv_caches)
+        if self._agent and self._memory_again:
+            self._agent.resume(self._memory_again())
 
     def fence(self, step: StepMetadata) -> None:
         """Pages of preempted requests are about to be overwritten: nobody may still be reading them."""

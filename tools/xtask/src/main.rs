@@ -22,7 +22,8 @@ cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
 cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
 cargo xtask fuzz        fuzz every target; [TARGET] [--seconds 20] [--seed N]; TARGET FILE replays an input
-cargo xtask docs        write docs/CONFIG.md anew from the code";
+cargo xtask docs        write docs/CONFIG.md anew from the code
+cargo xtask ptx         compile gpu/src/kernels/copy.cu anew, with NVRTC from PyPI";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         ["find-planted"] => bugs::find_all(),
         ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
+        ["ptx"] => python::ptx(),
         _ => usage(),
     };
     match done {

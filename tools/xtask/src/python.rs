@@ -67,11 +67,19 @@ pub fn wheels() -> Outcome<Vec<PathBuf>> {
         .collect())
 }
 
+/// The kernel's PTX: needs NVRTC, no GPU.
+pub fn ptx() -> Outcome {
+    install_tools()?;
+    step("NVRTC", &mut tool("pip", &["install", "--quiet", "nvidia-cuda-nvrtc-cu12==12.8.93"]))?;
+    let files = ["gpu/src/kernels/compile.py", "gpu/src/kernels/copy.cu", "gpu/src/kernels/copy.ptx"];
+    step("gpu/src/kernels/copy.ptx", &mut tool("python", &files))
+}
+
 /// Formats, lints and types of all Python.
 pub fn check() -> Outcome {
     install_tools()?;
-    step("python format", &mut tool("ruff", &["format", "--check", "--quiet", "python", "tests/vllm"]))?;
-    step("python lints", &mut tool("ruff", &["check", "--quiet", "python", "tests/vllm"]))?;
+    step("python format", &mut tool("ruff", &["format", "--check", "--quiet", "python", "tests/vllm", "gpu"]))?;
+    step("python lints", &mut tool("ruff", &["check", "--quiet", "python", "tests/vllm", "gpu"]))?;
     step("python types", &mut tool("mypy", &["--config-file", "python/pyproject.toml", "python/kvring"]))
 }
 

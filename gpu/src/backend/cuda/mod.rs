@@ -1,0 +1,1055 @@
+//! Copies by a CUDA device's copy engines, on streams of our own in the inference engine's context.
+//!
+//! Each direction is a [`Lane`] of two streams. Work enters at the *head* and leaves at the *tail*: for a
+//! load the head copies from the pool and the tail scatters what was staged; for a store the head gathers
+//! and the tail copies to the pool. Staging buffers go round between them, an event each way. When a batch
+//! has left the tail the device writes its number into a *word* of host memory, which is all that a poll
+//! reads; since a device that is lost writes none, the tail is also asked, once a millisecond.
+//!
+//! An error that the context does not survive loses the back end and not the process: what was in flight is
+//! [`Outcome::Unknown`], nothing is freed, nothing is asked of the driver again.
+
+pub mod calibrate;
+pub mod registration;
+
+use std::collections::VecDeque;
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use kvring_ipc::client::Pool;
+use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
+
+use super::tensors::Tensors;
+use super::{Batch, BatchId, CopyBackend, Direction, Marks, Moment, Outcome, Refusal, Shape};
+use crate::driver::api::{DriverApi, Unavailable};
+use crate::driver::context::{
+    BatchArguments, Context, Event, Kernel, RowsArguments, Stream, THREADS_PER_BLOCK, Things,
+};
+use crate::driver::error::{Class, CudaError};
+use crate::plan::{Calibration, Limits, Op, PIECE_BYTES_MAX, Plan, Span};
+use registration::{Registration, State};
+
+/// PTX of `kernels/copy.cu`, as `cargo xtask ptx` has made it.
+const PTX: &str = concat!(include_str!("../../kernels/copy.ptx"), "\0");
+const KERNEL: &CStr = c"kvring_copy";
+
+/// Batches of one direction in flight: one that the device copies, one that waits for it, and time to plan.
+const IN_FLIGHT: usize = 4;
+/// Staging buffers of one direction: one that is filled, one that is emptied, one between.
+const STAGING_BUFFERS: usize = 3;
+/// Smaller buffers than this are not worth the kernel.
+const STAGING_BYTES_MIN: usize = 256 << 10;
+/// Most copies in one call: more have hung and crashed drivers (vLLM #49276).
+const BATCH_CALL_MAX: usize = 2048;
+/// Blocks of the kernel's grid: enough to keep up with the bus, few enough to leave the rest of the GPU alone.
+const GRID_MAX: u32 = 32;
+/// Room of one list of pieces: 24 bytes each.
+const LIST_PIECES_MIN: usize = 16 << 10;
+/// How often the streams are asked, for a device that is lost says nothing.
+const WATCH: Duration = Duration::from_millis(1);
+/// From one word to the next.
+const WORD_STRIDE: usize = 64;
+/// Bytes of one piece of a list on the device: three words.
+const PIECE_BYTES: usize = 24;
+
+/// Why there is no CUDA back end.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaUnavailable {
+    /// No driver, no device.
+    #[error(transparent)]
+    Driver(#[from] Unavailable),
+    /// The driver has refused something at the start.
+    #[error("the CUDA back end cannot start on device {device}: {error}")]
+    Start {
+        /// Which device.
+        device: i32,
+        /// What the driver said.
+        error: CudaError,
+    },
+    /// The system has.
+    #[error("the CUDA back end cannot start: {0}")]
+    System(#[from] std::io::Error),
+}
+
+/// What can be said of a CUDA back end.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The device's ordinal in this process: what CUDA_VISIBLE_DEVICES leaves is counted from 0.
+    pub device: i32,
+    /// The driver's library, where it is not found by itself.
+    pub driver: Option<PathBuf>,
+    /// Device memory for staging, both directions together; 0 for none.
+    pub staging_bytes: usize,
+    /// Whether copies may be handed over in one call.
+    pub may_batch: bool,
+    /// What has been measured elsewhere; `None` to measure at the start.
+    pub calibration: Option<Calibration>,
+    /// The pool is pinned in pieces of this many bytes.
+    pub registration_bytes: usize,
+    /// Most bytes of one batch: what a demand load may have to wait for.
+    pub batch_bytes: usize,
+    /// Pinned memory for a pool that cannot be pinned itself.
+    pub bounce_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            device: 0,
+            driver: None,
+            staging_bytes: 48 << 20,
+            may_batch: true,
+            calibration: None,
+            registration_bytes: 1 << 30,
+            // 0.6 ms of a PCIe 5 x16 link at 55 GB/s.
+            batch_bytes: 32 << 20,
+            bounce_bytes: 64 << 20,
+        }
+    }
+}
+
+/// Pinned memory of ours, for us and for the device.
+#[derive(Debug, Clone, Copy)]
+struct Pinned {
+    host: usize,
+    device: u64,
+    bytes: usize,
+}
+
+/// A list of pieces for the kernel: written here, copied there.
+#[derive(Debug, Clone, Copy)]
+struct List {
+    host: Pinned,
+    device: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Staging {
+    address: u64,
+    filled: Event,
+    emptied: Event,
+}
+
+/// A batch in flight.
+struct Flight {
+    id: BatchId,
+    number: u64,
+    /// An operation of it was refused; the others are under way.
+    has_failed: bool,
+    list: Option<usize>,
+    /// Where words are not written: happens when it has left the tail.
+    event: Option<Event>,
+    /// Ranges that a store left in the bounce buffer: (there, in the pool, bytes).
+    bounced: Vec<(usize, usize, usize)>,
+    registration: Option<Arc<Registration>>,
+}
+
+/// One direction.
+struct Lane {
+    direction: Direction,
+    head: Stream,
+    tail: Stream,
+    /// From the head to the tail, at the start and the end of a batch.
+    begun: Event,
+    ended: Event,
+    /// Of the batch that was submitted last.
+    number: u64,
+    flights: VecDeque<Flight>,
+    staging: Vec<Staging>,
+    next_staging: usize,
+    lists: Vec<(List, bool)>,
+    events: Vec<Event>,
+    bounce: Option<Pinned>,
+}
+
+/// Where the host's side of a plan lies.
+enum Host<'a> {
+    Pool(&'a Registration),
+    Flat(u64),
+}
+
+impl Host<'_> {
+    fn device_address(&self, offset: u64) -> u64 {
+        match self {
+            Self::Pool(registration) => registration.device_address(offset),
+            Self::Flat(address) => address + offset,
+        }
+    }
+}
+
+/// Copies by a CUDA device.
+pub struct CudaBackend {
+    context: Arc<Context>,
+    options: Options,
+    tensors: Option<Tensors>,
+    calibration: Calibration,
+    pitch_max: u64,
+    staging_bytes: u64,
+    lanes: [Lane; 2],
+    words: Option<Arc<Mapping>>,
+    words_file: OwnedFd,
+    words_address: u64,
+    has_words: bool,
+    has_batch: bool,
+    kernel: Option<Kernel>,
+    list_pieces: usize,
+    registration: Option<Arc<Registration>>,
+    things: Things,
+    marks: Arc<EventMarks>,
+    process: u32,
+    thread: Option<std::thread::ThreadId>,
+    watched: Instant,
+    lost: Option<String>,
+    notes: Vec<String>,
+    plan: Plan,
+    spans: Vec<Span>,
+    arguments: BatchArguments,
+}
+
+type Done<T = ()> = Result<T, CudaError>;
+
+impl CudaBackend {
+    /// Loads the driver and prepares streams, words, staging and the kernel on a device.
+    ///
+    /// # Errors
+    /// No driver, no device, or one that refuses what every device has.
+    pub fn new(tensors: Tensors, options: Options) -> Result<Self, CudaUnavailable> {
+        let api = DriverApi::load(options.driver.as_deref())?;
+        let device = options.device;
+        let start = |error| CudaUnavailable::Start { device, error };
+        let context = Arc::new(Context::retain(api, device).map_err(start)?);
+        let words_file = sealed_memfd("kvring-words", 4096, Pages::Small).map_err(std::io::Error::from)?;
+        let words = Arc::new(Mapping::new(&words_file, 4096).map_err(std::io::Error::from)?);
+        // The caller's thread has a context of its own, or none: it keeps it.
+        let within = context.clone();
+        within.within(|| Self::build(context, tensors, options, words_file, words)).map_err(start)
+    }
+
+    fn build(
+        context: Arc<Context>,
+        tensors: Tensors,
+        options: Options,
+        words_file: OwnedFd,
+        words: Arc<Mapping>,
+    ) -> Done<Self> {
+        let mut things = Things::default();
+        let has_words =
+            matches!(context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS), Ok(1));
+        // SAFETY: `words` is kept for as long as the registration: `close` unregisters it or leaves both.
+        let words_address = unsafe { context.register(words.address(0, 4096), 4096) }?;
+        let pitch_max = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_PITCH)?;
+        let mut notes = Vec::new();
+        let wants_kernel = options.staging_bytes > 0;
+        let kernel = match CStr::from_bytes_with_nul(PTX.as_bytes()) {
+            Ok(ptx) if wants_kernel => context.load_kernel(ptx, KERNEL),
+            _ => Err(CudaError { call: "cuModuleLoadData", code: crate::driver::error::INVALID_VALUE }),
+        };
+        let kernel = kernel
+            .inspect_err(|error| {
+                if wants_kernel {
+                    notes.push(format!("copies of small pages are not staged, so they are slow: {error}"));
+                }
+            })
+            .ok();
+        things.kernels.extend(kernel);
+        let list_pieces = list_pieces(&tensors, &options);
+        let mut lane = |direction| Lane::new(&context, direction, kernel.is_some(), list_pieces, &mut things);
+        let lanes = [lane(Direction::Load)?, lane(Direction::Store)?];
+        let marks = Arc::new_cyclic(|this| EventMarks {
+            this: this.clone(),
+            context: context.clone(),
+            free: Mutex::default(),
+            process: std::process::id(),
+        });
+        let mut backend = Self {
+            has_batch: options.may_batch && context.api().batch_copy.is_some(),
+            calibration: Calibration::default(),
+            pitch_max: u64::try_from(pitch_max).unwrap_or(0),
+            staging_bytes: 0,
+            lanes,
+            words: Some(words),
+            words_file,
+            words_address,
+            has_words,
+            kernel,
+            list_pieces,
+            registration: None,
+            things,
+            marks,
+            process: std::process::id(),
+            thread: None,
+            watched: Instant::now(),
+            lost: None,
+            notes,
+            plan: Plan::default(),
+            spans: Vec::new(),
+            arguments: BatchArguments::default(),
+            tensors: Some(tensors),
+            context,
+            options,
+        };
+        backend.add_staging();
+        backend.calibration = match backend.options.calibration {
+            Some(calibration) => calibration,
+            None => calibrate::measure(&mut backend)?,
+        };
+        backend.calibration.is_batched &= backend.has_batch;
+        if backend.kernel.is_none() {
+            (backend.calibration.staged_below_bytes, backend.calibration.direct_below_bytes) = (0, 0);
+        }
+        Ok(backend)
+    }
+
+    /// As large as asked, or as large as there is memory for.
+    fn add_staging(&mut self) {
+        if self.kernel.is_none() {
+            return;
+        }
+        let mut bytes = (self.options.staging_bytes / (2 * STAGING_BUFFERS)) & !4095;
+        while bytes >= STAGING_BYTES_MIN {
+            let mut had = Things::default();
+            let all = (0..2 * STAGING_BUFFERS)
+                .try_for_each(|_| self.context.alloc(bytes).map(|address| had.device_memory.push(address)));
+            let events: Done<Vec<Event>> = (0..4 * STAGING_BUFFERS).map(|_| self.context.create_event()).collect();
+            if let (Ok(()), Ok(events)) = (all, events) {
+                let buffers = had.device_memory.iter().zip(events.chunks(2));
+                for (number, (address, pair)) in buffers.enumerate() {
+                    let staging = Staging { address: *address, filled: pair[0], emptied: pair[1] };
+                    self.lanes[number % 2].staging.push(staging);
+                }
+                self.things.device_memory.append(&mut had.device_memory);
+                self.things.events.extend(events);
+                self.staging_bytes = bytes as u64;
+                return;
+            }
+            self.context.free(&had);
+            bytes /= 2;
+        }
+        self.notes.push("no device memory for staging: copies of small pages are slow".into());
+    }
+
+    /// What has been measured.
+    pub fn calibration(&self) -> Calibration {
+        self.calibration
+    }
+
+    /// The device's name, and the driver.
+    pub fn describe(&self) -> String {
+        format!("{} ({:?})", self.context.device_name(), self.context)
+    }
+
+    /// The memory of the completion words: of loads at 0, of stores at 64; for whoever else wants to see
+    /// them. A word is the number of the last batch whose every byte is where it was to go.
+    pub fn words_file(&self) -> &OwnedFd {
+        &self.words_file
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            registration_bytes: self.options.registration_bytes as u64,
+            pitch_max: self.pitch_max,
+            staging_bytes: self.staging_bytes,
+        }
+    }
+
+    fn make_current(&mut self) -> Done {
+        let thread = std::thread::current().id();
+        if self.thread != Some(thread) {
+            self.context.make_current()?;
+            self.thread = Some(thread);
+        }
+        Ok(())
+    }
+
+    /// The context is lost: nothing more is asked of it.
+    fn lose(&mut self, error: CudaError) {
+        if self.lost.is_none() {
+            let whose = "the device's context is lost, perhaps by another's kernel: restart this process";
+            self.lost = Some(format!("{error}: {whose}"));
+        }
+    }
+
+    fn attach(&mut self, pool: &Pool) -> Result<Arc<Registration>, Refusal> {
+        if let Some(registration) = self.registration.as_ref().filter(|registration| registration.is_of(pool)) {
+            return Ok(registration.clone());
+        }
+        // Flights keep the last pool's registration until they have landed.
+        self.registration = None;
+        let made = Registration::new(self.context.clone(), pool.clone(), self.options.registration_bytes);
+        let made = Arc::new(made.map_err(|error| Refusal::Broken(error.to_string()))?);
+        self.registration = Some(made.clone());
+        Ok(made)
+    }
+
+    /// The first blocks that can go as one batch, as spans of the pool or of the bounce buffer.
+    fn take(&mut self, batch: &Batch<'_>, tensors: &Tensors, registration: &Registration) -> Result<Taken, Refusal> {
+        let placement = tensors.placement();
+        let pool = batch.pool;
+        let (start, end) = (placement.slot_start(), placement.slot_end());
+        assert!(end <= pool.slot_bytes(), "a block is no larger than its slot");
+        let part_bytes = end - start;
+        let pieces_per_block = placement.runs_per_block() + part_bytes.div_ceil(PIECE_BYTES_MAX as usize) + 8;
+        let mut taken = Taken { blocks: 0, bounces: false };
+        self.spans.clear();
+        for (index, block) in batch.blocks.iter().enumerate() {
+            let bytes_so_far: u64 = self.spans.iter().map(|span| span.bytes).sum();
+            let is_full = bytes_so_far as usize + part_bytes > self.options.batch_bytes
+                || (index + 1) * pieces_per_block > self.list_pieces;
+            if index > 0 && is_full {
+                break;
+            }
+            let slot_at = pool.offset_of(block.slot);
+            let bounces = match registration.state_of(slot_at + start, part_bytes) {
+                State::Pending => break,
+                State::Ready(_) => false,
+                State::Failed => true,
+            };
+            let fits = !bounces || (index + 1) * part_bytes <= self.options.bounce_bytes / 2;
+            if index > 0 && (bounces != taken.bounces || !fits) {
+                break;
+            }
+            if !fits {
+                return Err(Refusal::Broken(
+                    "a block is larger than the pinned buffer it would have to go through".into(),
+                ));
+            }
+            taken = Taken { blocks: index + 1, bounces };
+            let base = if bounces { index * part_bytes } else { slot_at + start };
+            let spans = &mut self.spans;
+            placement.copies(block.pages, batch.tensors.clone(), |copy| {
+                spans.push(Span {
+                    host: (base + copy.offset_in_slot - start) as u64,
+                    device: copy.address as u64,
+                    bytes: copy.bytes as u64,
+                });
+            });
+        }
+        if taken.blocks == 0 { Err(Refusal::Full) } else { Ok(taken) }
+    }
+
+    fn submit_taken(
+        &mut self,
+        id: BatchId,
+        batch: &Batch<'_>,
+        registration: &Arc<Registration>,
+        tensors: &Tensors,
+        taken: Taken,
+    ) -> Result<usize, Refusal> {
+        let lane = batch.direction as usize;
+        let placement = tensors.placement();
+        let (start, part_bytes) = (placement.slot_start(), placement.slot_end() - placement.slot_start());
+        let mut bounced = Vec::new();
+        let mut limits = self.limits();
+        let host = if taken.bounces {
+            let Some(bounce) = self.bounce(lane) else { return Err(Refusal::Full) };
+            limits.registration_bytes = u64::MAX;
+            let slots = batch.blocks[..taken.blocks].iter().map(|block| batch.pool.offset_of(block.slot) + start);
+            bounced = slots.enumerate().map(|(index, slot_at)| (index * part_bytes, slot_at, part_bytes)).collect();
+            if batch.direction == Direction::Load {
+                for (at, slot_at, bytes) in &bounced {
+                    let target: *mut u8 = std::ptr::with_exposed_provenance_mut(bounce.host + at);
+                    // SAFETY: the bounce buffer is of `bounce.bytes`, which `take` has kept to, and no batch of
+                    // this lane is in flight (`bounce`), so nobody else looks at it.
+                    let target = unsafe { std::slice::from_raw_parts_mut(target, *bytes) };
+                    batch.pool.mapping().copy_out(*slot_at, target);
+                }
+            }
+            Host::Flat(bounce.device)
+        } else {
+            Host::Pool(registration)
+        };
+        let (mut plan, mut spans) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.spans));
+        plan.make(&mut spans, &limits, &self.calibration);
+        let after = batch.after.map(|moment| Event(moment.event));
+        let begun = self.execute(lane, &plan, &host, after);
+        (self.plan, self.spans) = (plan, spans);
+        let launched = begun.and_then(|begun| self.finish(lane, begun));
+        match launched {
+            Ok((number, begun)) => {
+                let stays = batch.direction == Direction::Store;
+                let lane = &mut self.lanes[lane];
+                lane.flights.push_back(Flight {
+                    id,
+                    number,
+                    has_failed: begun.failed.is_some(),
+                    list: begun.list,
+                    event: begun.event,
+                    bounced: if stays { bounced } else { Vec::new() },
+                    registration: Some(registration.clone()),
+                });
+                Ok(taken.blocks)
+            }
+            Err(error) => {
+                self.lose(error);
+                // Part of it may be under way: it has been taken, and is lost with the others.
+                self.lanes[lane].flights.push_back(Flight {
+                    id,
+                    number: u64::MAX,
+                    has_failed: true,
+                    list: None,
+                    event: None,
+                    bounced: Vec::new(),
+                    registration: Some(registration.clone()),
+                });
+                Ok(taken.blocks)
+            }
+        }
+    }
+
+    /// The lane's half of the pinned memory that stands in for the pool; `None` while it is in use.
+    fn bounce(&mut self, lane: usize) -> Option<Pinned> {
+        let bytes = self.options.bounce_bytes / 2;
+        let lane = &mut self.lanes[lane];
+        if !lane.flights.is_empty() {
+            return None;
+        }
+        if lane.bounce.is_none() {
+            let (host, device) = self.context.alloc_host(bytes).ok()?;
+            let host = host.expose_provenance();
+            self.things.host_memory.push(host);
+            lane.bounce = Some(Pinned { host, device, bytes });
+            let why = self.registration.as_ref().and_then(|registration| registration.failure());
+            let why = why.map_or_else(String::new, |error| format!(": {error}"));
+            self.notes.push(format!(
+                "the pool cannot be pinned{why}; copies take a detour through {} MiB of pinned memory",
+                bytes >> 20
+            ));
+        }
+        lane.bounce
+    }
+
+    /// Submits a plan's operations. What cannot be submitted at all is an error; what can in part is told in
+    /// the result.
+    fn execute(&mut self, lane: usize, plan: &Plan, host: &Host<'_>, after: Option<Event>) -> Done<Begun> {
+        let context = self.context.clone();
+        let mut begun = Begun { failed: None, list: None, event: None };
+        let Lane { direction, head, tail, begun: head_begun, .. } = self.lanes[lane];
+        if let Some(after) = after {
+            context.wait(head, after)?;
+        }
+        if tail != head && after.is_some() {
+            context.record(head_begun, head)?;
+            context.wait(tail, head_begun)?;
+        }
+        let submitted = self.submit_operations(lane, plan, host, &mut begun);
+        if let Err(error) = submitted {
+            if matches!(error.class(), Class::Sticky | Class::Gone) {
+                return Err(error);
+            }
+            begun.failed = Some(error);
+            self.note_once(format!("a {direction:?} was refused: {error}"));
+        }
+        Ok(begun)
+    }
+
+    fn note_once(&mut self, note: String) {
+        if self.notes.len() < 16 && !self.notes.contains(&note) {
+            self.notes.push(note);
+        }
+    }
+
+    fn submit_operations(&mut self, lane: usize, plan: &Plan, host: &Host<'_>, begun: &mut Begun) -> Done {
+        let context = self.context.clone();
+        let Lane { direction, head, tail, .. } = self.lanes[lane];
+        let is_load = direction == Direction::Load;
+        let (copying, computing) = if is_load { (head, tail) } else { (tail, head) };
+        let list = if plan.pieces.is_empty() { None } else { Some(self.write_list(lane, plan, host, begun)?) };
+        let mut batch = std::mem::take(&mut self.arguments);
+        batch.targets.clear();
+        batch.sources.clear();
+        batch.sizes.clear();
+        for op in &plan.ops {
+            match op {
+                Op::Linear(span) => {
+                    let (host, device) = (host.device_address(span.host), span.device);
+                    batch.targets.push(if is_load { device } else { host });
+                    batch.sources.push(if is_load { host } else { device });
+                    batch.sizes.push(span.bytes as usize);
+                }
+                Op::Rows { first, rows, host_pitch, device_pitch } => {
+                    let host = host.device_address(first.host);
+                    let (device, bytes, rows) = (first.device, first.bytes, *rows);
+                    let (host_pitch, device_pitch) = (*host_pitch, *device_pitch);
+                    let rows = match is_load {
+                        true => RowsArguments {
+                            target: device,
+                            target_pitch: device_pitch,
+                            source: host,
+                            source_pitch: host_pitch,
+                            bytes,
+                            rows,
+                        },
+                        false => RowsArguments {
+                            target: host,
+                            target_pitch: host_pitch,
+                            source: device,
+                            source_pitch: device_pitch,
+                            bytes,
+                            rows,
+                        },
+                    };
+                    // SAFETY: `submit`'s contract and the plan's: pages of `Tensors` on one side, one piece of
+                    // the registered pool on the other, both the batch's until it has landed.
+                    unsafe { context.copy_rows(&rows, copying) }?;
+                }
+                Op::Staged { ranges, pieces } => {
+                    let at = self.lanes[lane].next_staging;
+                    let staging = self.lanes[lane].staging[at];
+                    self.lanes[lane].next_staging = (at + 1) % STAGING_BUFFERS;
+                    context.wait(head, staging.emptied)?;
+                    let copy_ranges = || -> Done {
+                        for range in &plan.ranges[ranges.clone()] {
+                            let (host, buffer) = (host.device_address(range.host), staging.address + range.device);
+                            let (target, source) = if is_load { (buffer, host) } else { (host, buffer) };
+                            // SAFETY: as above; the buffer is this operation's between its two events.
+                            unsafe { context.copy(target, source, range.bytes, copying) }?;
+                        }
+                        Ok(())
+                    };
+                    let launch = || self.launch(list, pieces.clone(), computing);
+                    if is_load { copy_ranges() } else { launch() }?;
+                    context.record(staging.filled, head)?;
+                    context.wait(tail, staging.filled)?;
+                    if is_load { launch() } else { copy_ranges() }?;
+                    context.record(staging.emptied, tail)?;
+                }
+                Op::Direct { pieces } => self.launch(list, pieces.clone(), computing)?,
+            }
+        }
+        let copied = self.copy_linear(&mut batch, copying);
+        self.arguments = batch;
+        copied
+    }
+
+    /// Linear copies: in one call, where the driver has that, or one by one.
+    fn copy_linear(&mut self, batch: &mut BatchArguments, stream: Stream) -> Done {
+        if self.has_batch && self.calibration.is_batched && batch.sizes.len() > 1 {
+            let mut at = 0;
+            while at < batch.sizes.len() {
+                let until = (at + BATCH_CALL_MAX).min(batch.sizes.len());
+                let mut some = BatchArguments {
+                    targets: batch.targets[at..until].to_vec(),
+                    sources: batch.sources[at..until].to_vec(),
+                    sizes: batch.sizes[at..until].to_vec(),
+                };
+                // SAFETY: as in `submit_operations`.
+                match unsafe { self.context.copy_batch(&mut some, stream) } {
+                    Some(Ok(())) => at = until,
+                    None => break,
+                    Some(Err(error)) if error.class() == Class::Unsupported => {
+                        self.note_once(format!("copies are handed over one by one: {error}"));
+                        self.has_batch = false;
+                        break;
+                    }
+                    Some(Err(error)) => return Err(error),
+                }
+            }
+            if at == batch.sizes.len() {
+                return Ok(());
+            }
+            // What the refused call may have begun is copied again: the same bytes to the same place.
+            for list in [&mut batch.targets, &mut batch.sources] {
+                list.drain(..at);
+            }
+            batch.sizes.drain(..at);
+        }
+        for ((target, source), bytes) in batch.targets.iter().zip(&batch.sources).zip(&batch.sizes) {
+            // SAFETY: as in `submit_operations`.
+            unsafe { self.context.copy(*target, *source, *bytes as u64, stream) }?;
+        }
+        Ok(())
+    }
+
+    /// Writes a plan's pieces as the kernel reads them, and has them copied to the device.
+    fn write_list(&mut self, lane: usize, plan: &Plan, host: &Host<'_>, begun: &mut Begun) -> Done<u64> {
+        let too_many = CudaError { call: "a list of pieces", code: 2 };
+        let is_load = lane == Direction::Load as usize;
+        let Lane { head, ref mut lists, ref staging, next_staging, .. } = self.lanes[lane];
+        if plan.pieces.len() > self.list_pieces {
+            return Err(too_many);
+        }
+        let Some(index) = lists.iter().position(|(_, is_used)| !is_used) else { return Err(too_many) };
+        let list = lists[index].0;
+        lists[index].1 = true;
+        begun.list = Some(index);
+        let words: *mut u64 = std::ptr::with_exposed_provenance_mut(list.host.host);
+        // SAFETY: the list has room for `list_pieces` pieces of three words, is ours, and no flight uses it.
+        let words = unsafe { std::slice::from_raw_parts_mut(words, 3 * plan.pieces.len()) };
+        let mut buffer = next_staging;
+        for op in &plan.ops {
+            let (pieces, base) = match op {
+                Op::Staged { pieces, .. } => {
+                    let address = staging[buffer].address;
+                    buffer = (buffer + 1) % STAGING_BUFFERS;
+                    (pieces, Some(address))
+                }
+                Op::Direct { pieces } => (pieces, None),
+                _ => continue,
+            };
+            for index in pieces.clone() {
+                let Span { host: at, device, bytes } = plan.pieces[index];
+                let near = base.map_or_else(|| host.device_address(at), |base| base + at);
+                let (source, target) = if is_load { (near, device) } else { (device, near) };
+                words[3 * index..3 * index + 3].copy_from_slice(&[source, target, bytes]);
+            }
+        }
+        let bytes = (plan.pieces.len() * PIECE_BYTES) as u64;
+        // On the head: whatever launches waits for it, there or at the tail.
+        // SAFETY: both are this list's, until the batch has landed.
+        unsafe { self.context.copy(list.device, list.host.device, bytes, head) }?;
+        if self.lanes[lane].tail != head {
+            let Lane { begun, tail, .. } = self.lanes[lane];
+            self.context.record(begun, head)?;
+            self.context.wait(tail, begun)?;
+        }
+        Ok(list.device)
+    }
+
+    fn launch(&self, list: Option<u64>, pieces: std::ops::Range<usize>, stream: Stream) -> Done {
+        let (Some(list), Some(kernel)) = (list, self.kernel) else {
+            return Err(CudaError { call: "the copy kernel", code: crate::driver::error::NOT_SUPPORTED });
+        };
+        let count = pieces.len() as u32;
+        let blocks = (count * 32).div_ceil(THREADS_PER_BLOCK).clamp(1, GRID_MAX);
+        let at = list + (pieces.start * PIECE_BYTES) as u64;
+        // SAFETY: the list holds these pieces until the batch has landed; each is a page of `Tensors` on one
+        // side, a staging buffer or the registered pool on the other, as planned.
+        unsafe { self.context.launch_copy(kernel, blocks, at, count, stream) }
+    }
+
+    /// Marks the end of what was submitted to a lane: its number will be in the word.
+    fn finish(&mut self, lane: usize, mut begun: Begun) -> Done<(u64, Begun)> {
+        let word = self.words_address + (lane * WORD_STRIDE) as u64;
+        let Lane { head, tail, ended, .. } = self.lanes[lane];
+        if tail != head {
+            self.context.record(ended, head)?;
+            self.context.wait(tail, ended)?;
+        }
+        let number = self.lanes[lane].number + 1;
+        if self.has_words {
+            // SAFETY: the words are registered; each lane's is eight bytes at a multiple of 64.
+            match unsafe { self.context.write_word(tail, word, number) } {
+                Err(error) if error.class() == Class::Unsupported => {
+                    self.note_once(format!("the end of copies is found by asking: {error}"));
+                    self.has_words = false;
+                }
+                written => written?,
+            }
+        }
+        if !self.has_words {
+            let event = match self.lanes[lane].events.pop() {
+                Some(event) => event,
+                None => {
+                    let event = self.context.create_event()?;
+                    self.things.events.push(event);
+                    event
+                }
+            };
+            self.context.record(event, tail)?;
+            begun.event = Some(event);
+        }
+        self.lanes[lane].number = number;
+        Ok((number, begun))
+    }
+
+    /// Takes what has left a lane's tail.
+    fn land(&mut self, lane: usize, is_idle: bool, ended: &mut Vec<(BatchId, Outcome)>) -> Done {
+        // Acquire: pairs with the device's fence before it writes the word; the copied bytes are visible.
+        let word = match &self.words {
+            Some(words) => words.words64(lane * WORD_STRIDE, 1)[0].load(Ordering::Acquire),
+            None => 0,
+        };
+        while let Some(front) = self.lanes[lane].flights.front() {
+            let has_landed = match front.event {
+                Some(event) => is_idle || self.context.has_happened(event)?,
+                None => is_idle && front.number != u64::MAX || word >= front.number,
+            };
+            if !has_landed {
+                break;
+            }
+            let Some(flight) = self.lanes[lane].flights.pop_front() else { break };
+            let lane = &mut self.lanes[lane];
+            if let Some(list) = flight.list {
+                lane.lists[list].1 = false;
+            }
+            lane.events.extend(flight.event);
+            let is_copied = !flight.has_failed;
+            if let (Some(bounce), Some(registration), true) = (lane.bounce, &flight.registration, is_copied) {
+                for (at, slot_at, bytes) in &flight.bounced {
+                    assert!(at + bytes <= bounce.bytes, "{at}+{bytes} of {}", bounce.bytes);
+                    let source: *const u8 = std::ptr::with_exposed_provenance(bounce.host + at);
+                    // SAFETY: inside the bounce buffer by the assert; the batch has landed, so nobody writes.
+                    let source = unsafe { std::slice::from_raw_parts(source, *bytes) };
+                    registration.pool().mapping().copy_in(*slot_at, source);
+                }
+            }
+            ended.push((flight.id, if is_copied { Outcome::Copied } else { Outcome::Failed }));
+        }
+        Ok(())
+    }
+}
+
+/// What a submitted batch has used.
+struct Begun {
+    failed: Option<CudaError>,
+    list: Option<usize>,
+    event: Option<Event>,
+}
+
+#[derive(Clone, Copy)]
+struct Taken {
+    blocks: usize,
+    bounces: bool,
+}
+
+fn list_pieces(tensors: &Tensors, options: &Options) -> usize {
+    let placement = tensors.placement();
+    let bytes = placement.slot_end() - placement.slot_start();
+    // Cuts at the ends of staging buffers and registration pieces are few: one each.
+    let cuts = bytes / STAGING_BYTES_MIN + bytes / options.registration_bytes.max(1) + 8;
+    LIST_PIECES_MIN.max(placement.runs_per_block() + bytes / PIECE_BYTES_MAX as usize + cuts)
+}
+
+impl Lane {
+    fn new(
+        context: &Context,
+        direction: Direction,
+        has_kernel: bool,
+        list_pieces: usize,
+        things: &mut Things,
+    ) -> Done<Self> {
+        // Priorities mean nothing to copies, and everything to a kernel that few copies wait for.
+        let head = context.create_stream(has_kernel)?;
+        things.streams.push(head);
+        let tail = if has_kernel { context.create_stream(true)? } else { head };
+        if tail != head {
+            things.streams.push(tail);
+        }
+        let (begun, ended) = (context.create_event()?, context.create_event()?);
+        things.events.extend([begun, ended]);
+        let mut lists = Vec::new();
+        for _ in 0..if has_kernel { IN_FLIGHT } else { 0 } {
+            lists.push((List::new(context, list_pieces, things)?, false));
+        }
+        Ok(Self {
+            direction,
+            head,
+            tail,
+            begun,
+            ended,
+            number: 0,
+            flights: VecDeque::new(),
+            staging: Vec::new(),
+            next_staging: 0,
+            lists,
+            events: Vec::new(),
+            bounce: None,
+        })
+    }
+}
+
+impl List {
+    fn new(context: &Context, pieces: usize, things: &mut Things) -> Done<Self> {
+        let bytes = pieces * PIECE_BYTES;
+        let (host, mapped) = context.alloc_host(bytes)?;
+        let host = host.expose_provenance();
+        things.host_memory.push(host);
+        let device = context.alloc(bytes)?;
+        things.device_memory.push(device);
+        Ok(Self { host: Pinned { host, device: mapped, bytes }, device })
+    }
+}
+
+impl CopyBackend for CudaBackend {
+    fn shape(&self) -> Shape {
+        let none = Shape { pages_counts: Vec::new(), tensors_count: 0 };
+        self.tensors.as_ref().map_or(none, Tensors::shape)
+    }
+
+    fn marks(&self) -> Option<Arc<dyn Marks>> {
+        Some(self.marks.clone())
+    }
+
+    fn submit(&mut self, id: BatchId, batch: &Batch<'_>) -> Result<usize, Refusal> {
+        if let Some(lost) = &self.lost {
+            return Err(Refusal::Broken(lost.clone()));
+        }
+        if self.process != std::process::id() {
+            return Err(Refusal::Broken("a forked process has no CUDA".into()));
+        }
+        let Some(tensors) = self.tensors.clone() else { return Err(Refusal::Broken("the memory is away".into())) };
+        if self.lanes[batch.direction as usize].flights.len() >= IN_FLIGHT {
+            return Err(Refusal::Full);
+        }
+        if let Err(error) = self.make_current() {
+            self.lose(error);
+            return Err(Refusal::Broken(error.to_string()));
+        }
+        let registration = self.attach(batch.pool)?;
+        let taken = self.take(batch, &tensors, &registration)?;
+        self.submit_taken(id, batch, &registration, &tensors, taken)
+    }
+
+    fn poll(&mut self, ended: &mut Vec<(BatchId, Outcome)>) {
+        let is_due = self.watched.elapsed() >= WATCH;
+        for lane in 0..2 {
+            if self.lanes[lane].flights.is_empty() {
+                continue;
+            }
+            let polled = self.make_current().and_then(|()| {
+                self.land(lane, false, ended)?;
+                if is_due && self.lost.is_none() && self.context.is_idle(self.lanes[lane].tail)? {
+                    // All of it has left: a word that is not there will not come.
+                    self.land(lane, true, ended)?;
+                }
+                Ok(())
+            });
+            if let Err(error) = polled {
+                self.lose(error);
+            }
+        }
+        if is_due {
+            self.watched = Instant::now();
+        }
+        if self.lost.is_some() {
+            for lane in &mut self.lanes {
+                for flight in lane.flights.drain(..) {
+                    if let Some(registration) = flight.registration {
+                        registration.leave();
+                    }
+                    ended.push((flight.id, Outcome::Unknown));
+                }
+            }
+        }
+    }
+
+    fn nap(&self) -> Duration {
+        Duration::from_micros(50)
+    }
+
+    fn trouble(&self) -> Vec<String> {
+        self.lost.iter().chain(&self.notes).cloned().collect()
+    }
+
+    fn suspend(&mut self) {
+        self.tensors = None;
+    }
+
+    fn resume(&mut self, tensors: Tensors) -> Result<Shape, String> {
+        if let Some(lost) = &self.lost {
+            return Err(lost.clone());
+        }
+        let pieces = list_pieces(&tensors, &self.options);
+        if self.kernel.is_some() && pieces > self.list_pieces {
+            self.make_current().map_err(|error| error.to_string())?;
+            for lane in &mut self.lanes {
+                for (list, _) in &mut lane.lists {
+                    *list = List::new(&self.context, pieces, &mut self.things).map_err(|error| error.to_string())?;
+                }
+            }
+            self.list_pieces = pieces;
+        }
+        let shape = tensors.shape();
+        self.tensors = Some(tensors);
+        Ok(shape)
+    }
+
+    fn close(&mut self, drained: bool) {
+        let is_ours = self.process == std::process::id();
+        if !drained || self.lost.is_some() || !is_ours || self.make_current().is_err() {
+            // Bytes may still move: everything stays where it is until the process ends.
+            if let Some(registration) = &self.registration {
+                registration.leave();
+            }
+            std::mem::forget(self.words.take());
+            return;
+        }
+        self.registration = None;
+        self.marks.close(&mut self.things);
+        self.context.free(&self.things);
+        self.things = Things::default();
+        if let Some(words) = self.words.take()
+            && self.context.unregister(words.address(0, 4096)).is_err()
+        {
+            std::mem::forget(words);
+        }
+        self.context.release();
+    }
+}
+
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // Closed, or a panic: then nobody knows what is in flight, and a driver that is being torn down is not
+        // called from here.
+        if let Some(registration) = self.registration.take() {
+            registration.leave();
+        }
+        std::mem::forget(self.words.take());
+    }
+}
+
+/// Events that mark moments: recorded in the engine's threads, waited for by ours.
+struct EventMarks {
+    this: Weak<EventMarks>,
+    context: Arc<Context>,
+    free: Mutex<Vec<Event>>,
+    process: u32,
+}
+
+impl EventMarks {
+    fn free(&self) -> std::sync::MutexGuard<'_, Vec<Event>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self, things: &mut Things) {
+        things.events.append(&mut self.free());
+    }
+}
+
+impl Marks for EventMarks {
+    fn mark(self: Arc<Self>, stream: u64) -> Result<Moment, String> {
+        if self.process != std::process::id() {
+            return Err("a forked process has no CUDA".into());
+        }
+        let stream = Stream(stream as usize);
+        let free = self.free().pop();
+        let marked = self.context.within(|| {
+            if self.context.is_capturing(stream)? {
+                return Ok(None);
+            }
+            let event = free.map_or_else(|| self.context.create_event(), Ok)?;
+            self.context.record(event, stream).map(|()| Some(event))
+        });
+        match marked {
+            Ok(Some(event)) => {
+                let home = self.this.upgrade().ok_or("the back end is gone")?;
+                Ok(Moment { event: event.0, home })
+            }
+            Ok(None) => Err("the stream is being captured into a graph: submit before or after".into()),
+            Err(error) => Err(format!("the moment could not be marked: {error}")),
+        }
+    }
+
+    fn give_back(&self, event: usize) {
+        self.free().push(Event(event));
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn the_ptx_is_of_this_source() {
+        let source = include_str!("../../kernels/copy.cu");
+        let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32IsoHdlc, source.as_bytes());
+        let made_from = format!("CRC-32 {crc:08x}");
+        assert!(PTX.lines().next().is_some_and(|line| line.contains(&made_from)), "run `cargo xtask ptx`: {made_from}");
+        assert!(PTX.contains(".version 8.0\n") && PTX.contains(".target sm_80"), "what CUDA 12.0 and an A100 read");
+    }
+}
