@@ -881,8 +881,9 @@ impl<B: CopyBackend> Transfer<B> {
 
     /// A session that was lost hears through the next one that nothing writes into its slots any more.
     fn tell_drained(&mut self) {
-        let number = self.session_number;
-        let is_former = |flight: &Flight| flight.direction == Direction::Store && flight.session_number != number;
+        // Without a session every store in flight is a lost one's.
+        let number = self.instance.session_held().map(|_| self.session_number);
+        let is_former = |flight: &Flight| flight.direction == Direction::Store && Some(flight.session_number) != number;
         if self.owes_drained && !self.is_tainted && !self.flights.values().any(is_former) {
             self.instance.drained();
             self.owes_drained = false;

@@ -3,6 +3,7 @@
 mod admin;
 mod bad_input;
 mod chaos;
+mod cuda;
 mod device;
 mod doctor;
 mod golden;

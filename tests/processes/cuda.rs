@@ -1,0 +1,400 @@
+//! Instances with a GPU, as far as a machine without one can tell: the agent, the loader and the back end
+//! are the real ones, the driver is `tests/fake-cuda`.
+
+use super::*;
+use kvring_fake_cuda::Fake;
+use kvring_gpu::agent::{Agent, Finished, Load, Patience, Refused, Store, Watch};
+use kvring_gpu::backend::cuda::{CudaBackend, Options};
+use kvring_gpu::backend::tensors::Tensors;
+use kvring_gpu::layout::{GroupMap, MemoryMap, TensorMap};
+use kvring_gpu::plan::Calibration;
+use kvring_ipc::instance::random_token;
+use rustix::process::Signal;
+
+const LAYERS: usize = 4;
+const PAGES: usize = 64;
+const PAGE: usize = BLOCK / LAYERS;
+const NO_SSD: (&str, &str) = ("ssd_cache_gb", "0");
+/// 64 slots.
+const SMALL_POOL: (&str, &str) = ("cpu_cache_gb", "0.00390625");
+
+/// An instance: a device, a worker's agent, a scheduler.
+struct Gpu {
+    fake: Fake,
+    address: usize,
+    agent: Agent,
+    scheduler: Instance,
+    next: u64,
+}
+
+fn tensors_at(address: usize) -> Tensors {
+    let tensor = |layer: usize| TensorMap {
+        address: address + layer * PAGES * PAGE,
+        bytes: PAGES * PAGE,
+        pages_count: PAGES,
+        page_stride_bytes: PAGE,
+        shape: vec![PAGE / 2],
+        strides_bytes: vec![2],
+        element_bytes: 2,
+    };
+    let groups = vec![GroupMap { pages_per_block: 1, tensors: (0..LAYERS).map(tensor).collect() }];
+    // SAFETY: the fake's memory lives as long as the fake; stories write to it where nothing is copied.
+    #[expect(unsafe_code, reason = "an address is a promise")]
+    unsafe { Tensors::new(&MemoryMap { offset_in_slot: 0, groups }) }.unwrap()
+}
+
+impl Gpu {
+    fn new(config: Config, fake: Fake, calibration: Calibration) -> Self {
+        let address = fake.alloc(PAGES * BLOCK);
+        let options = Options {
+            driver: Some(fake.path().to_path_buf()),
+            calibration: Some(calibration),
+            registration_bytes: 1 << 20,
+            ..Options::default()
+        };
+        let backend = CudaBackend::new(tensors_at(address), options).unwrap();
+        let token = random_token();
+        let worker = Instance::open_with_token(config.clone(), layout(), 0, token.clone()).unwrap();
+        let patience =
+            Patience { load: Duration::from_secs(20), store: Duration::from_secs(20), ..Patience::default() };
+        let agent = Agent::start(worker, backend, patience).unwrap();
+        let scheduler = Instance::open_with_token(config, None, 0, token).unwrap();
+        Self { fake, address, agent, scheduler, next: 0 }
+    }
+
+    /// The bytes of a block, wherever its pages lie.
+    fn read(&self, page: usize) -> Vec<u8> {
+        let layer = |layer| self.fake.read(self.address + (layer * PAGES + page) * PAGE, PAGE);
+        (0..LAYERS).flat_map(layer).collect()
+    }
+
+    fn compute(&self, page: usize, key: BlockKey) {
+        let mut block = vec![0; BLOCK];
+        bytes::fill(key, 0, &mut block);
+        for (layer, bytes) in block.chunks(PAGE).enumerate() {
+            self.fake.write(self.address + (layer * PAGES + page) * PAGE, bytes);
+        }
+    }
+
+    fn begin_store(&mut self, keys: &[BlockKey], pages: &[u32]) -> Watch {
+        self.next += 1;
+        let (parent, pages) = (BlockKey::default(), pages.to_vec());
+        let store = Store {
+            ticket: self.next,
+            parent,
+            first: 0,
+            keys: keys.to_vec(),
+            pages,
+            epoch: self.agent.epoch(),
+            after: None,
+        };
+        self.agent.store(store).unwrap()
+    }
+
+    /// None: nothing is resident.
+    fn begin_load(&mut self, keys: &[BlockKey], pages: &[u32], layer_groups: u32) -> Option<Watch> {
+        let matched = self.scheduler.match_prefix(keys);
+        let (lease, count) = (matched.lease?, matched.blocks as usize);
+        self.next += 1;
+        let load = Load {
+            ticket: self.next,
+            lease: lease.id,
+            expires_at_ns: lease.expires_at_ns,
+            first: 0,
+            keys: keys[..count].to_vec(),
+            pages: pages[..count].to_vec(),
+            epoch: self.agent.epoch(),
+            after: None,
+            layer_groups,
+        };
+        Some(self.agent.load(load).unwrap())
+    }
+
+    fn end(&mut self) -> Finished {
+        eventually("a ticket ends", || self.agent.wait(Duration::from_millis(100)));
+        let mut ended = self.agent.poll();
+        assert_eq!(ended.len(), 1, "{ended:?}");
+        ended.remove(0)
+    }
+
+    fn has(&self, page: u32, key: BlockKey) -> bool {
+        bytes::first_difference(key, &self.read(page as usize)).is_none()
+    }
+}
+
+fn ways() -> [(&'static str, Calibration); 3] {
+    let batched = Calibration { is_batched: true, ..Calibration::default() };
+    [
+        ("batches", batched),
+        ("staged", Calibration { staged_below_bytes: 1 << 20, ..batched }),
+        ("direct", Calibration { direct_below_bytes: 1 << 30, ..batched }),
+    ]
+}
+
+#[test]
+fn what_one_device_stores_another_loads() {
+    let place = Place::new();
+    for (name, way) in ways() {
+        println!("{name}");
+        let keys = chain(name, 40);
+        let pages: Vec<u32> = (0..40).map(|at| at * 7 % 64).collect();
+        let mut one = Gpu::new(place.config(0, &[]), Fake::new(), way);
+        for (key, page) in keys.iter().zip(&pages) {
+            one.compute(*page as usize, *key);
+        }
+        let watch = one.begin_store(&keys, &pages);
+        assert_eq!(one.end().missed, [0u32; 0]);
+        assert!(watch.is_ended() && !watch.has_missed());
+        let mut other = Gpu::new(place.config(1, &[]), Fake::new(), way);
+        let elsewhere: Vec<u32> = (0..40).map(|at| 63 - at * 5 % 64).collect();
+        other.begin_load(&keys, &elsewhere, 1).expect("it is resident");
+        assert_eq!(other.end().missed, [0u32; 0]);
+        assert!(keys.iter().zip(&elsewhere).all(|(key, page)| other.has(*page, *key)), "{name}: wrong bytes");
+        for gpu in [one, other] {
+            assert!(gpu.agent.stop());
+            drop(gpu.agent);
+            assert_eq!((gpu.fake.crimes(), gpu.fake.pinned_bytes()), (0, 0), "nothing is left pinned");
+        }
+    }
+}
+
+#[test]
+fn layers_come_in_groups_and_each_is_there_when_it_is_said_to_be() {
+    let place = Place::new();
+    let keys = chain("layers", 10);
+    let pages: Vec<u32> = (0..10).collect();
+    let mut gpu =
+        Gpu::new(place.config(0, &[]), Fake::new(), Calibration { is_batched: true, ..Calibration::default() });
+    for (key, page) in keys.iter().zip(&pages) {
+        gpu.compute(*page as usize, *key);
+    }
+    gpu.begin_store(&keys, &pages);
+    assert_eq!(gpu.end().missed, [0u32; 0]);
+    gpu.fake.set("slice_us", "1000").set("slice_bytes", &PAGE.to_string());
+    let elsewhere: Vec<u32> = (20..30).collect();
+    let watch = gpu.begin_load(&keys, &elsewhere, 4).expect("it is resident");
+    let mut seen = Vec::new();
+    let expected = |key: BlockKey| {
+        let mut block = vec![0; BLOCK];
+        bytes::fill(key, 0, &mut block);
+        block
+    };
+    eventually("all groups come", || {
+        let groups = watch.groups_done() as usize;
+        for (key, page) in keys.iter().zip(&elsewhere) {
+            let there = groups * PAGE;
+            assert!(gpu.read(*page as usize)[..there] == expected(*key)[..there], "group {groups} is not there");
+        }
+        if seen.last() != Some(&groups) {
+            seen.push(groups);
+        }
+        groups == 4
+    });
+    println!("groups seen: {seen:?}");
+    assert!(seen.len() > 2, "one after the other");
+    assert_eq!(gpu.end().missed, [0u32; 0]);
+    // A block that is not there: no group is whole, and the end says which block it is.
+    let mut longer = keys.clone();
+    longer.extend(chain("elsewhere", 1));
+    let matched = gpu.scheduler.match_prefix(&keys);
+    let lease = matched.lease.unwrap();
+    let load = Load {
+        ticket: 99,
+        lease: lease.id,
+        expires_at_ns: lease.expires_at_ns,
+        first: 0,
+        keys: longer,
+        pages: (40..51).collect(),
+        epoch: 0,
+        after: None,
+        layer_groups: 2,
+    };
+    let watch = gpu.agent.load(load).unwrap();
+    let ended = gpu.end();
+    assert!(ended.missed.contains(&10) && watch.has_missed() && watch.groups_done() == 0, "{ended:?}");
+}
+
+#[test]
+fn memory_that_sleeps_is_not_touched_and_wakes_with_the_session() {
+    let place = Place::new();
+    let keys = chain("sleep", 8);
+    let pages: Vec<u32> = (0..8).collect();
+    let way = Calibration { staged_below_bytes: 1 << 20, ..Calibration::default() };
+    let mut gpu = Gpu::new(place.config(0, &[]), Fake::new(), way);
+    for (key, page) in keys.iter().zip(&pages) {
+        gpu.compute(*page as usize, *key);
+    }
+    gpu.begin_store(&keys, &pages);
+    assert_eq!(gpu.end().missed, [0u32; 0]);
+    // Asleep in the middle of a load: what is in flight ends first.
+    gpu.fake.set("slice_us", "500").set("slice_bytes", "4096");
+    gpu.begin_load(&keys, &[20, 21, 22, 23, 24, 25, 26, 27], 1).expect("resident");
+    let pinned = gpu.fake.pinned_bytes();
+    assert!(gpu.agent.suspend(Duration::from_secs(20)), "it comes to rest");
+    gpu.fake.free(gpu.address);
+    assert_eq!(gpu.fake.crimes(), 0, "nothing was under way");
+    gpu.end();
+    let stale = |agent: &Agent, epoch| {
+        let keys = keys[..1].to_vec();
+        let parent = BlockKey::default();
+        agent.store(Store { ticket: 50, parent, first: 0, keys, pages: vec![0], epoch, after: None }).map(drop)
+    };
+    assert_eq!(stale(&gpu.agent, 0), Err(Refused::Stale { said: 0, is: 1, asleep: true }));
+    gpu.address = gpu.fake.alloc(PAGES * BLOCK);
+    assert_eq!(gpu.agent.resume(tensors_at(gpu.address)), Ok(1));
+    assert_eq!(stale(&gpu.agent, 0), Err(Refused::Stale { said: 0, is: 1, asleep: false }), "pages of another time");
+    gpu.begin_load(&keys, &pages, 1).expect("the cache is still there");
+    assert_eq!(gpu.end().missed, [0u32; 0]);
+    assert!(keys.iter().zip(&pages).all(|(key, page)| gpu.has(*page, *key)));
+    assert!(gpu.fake.pinned_bytes() >= pinned, "what was pinned stays pinned");
+    assert_eq!(gpu.agent.counters().read().iter().find(|(name, _)| *name == "sessions"), Some(&("sessions", 1)));
+}
+
+#[test]
+fn wrong_pages_are_refused_before_anything_is_copied() {
+    let place = Place::new();
+    let gpu = Gpu::new(place.config(0, &[]), Fake::new(), Calibration::default());
+    let keys = chain("a", 2);
+    let store = |pages: Vec<u32>, first| {
+        let store =
+            Store { ticket: 1, parent: BlockKey::default(), first, keys: keys.clone(), pages, epoch: 0, after: None };
+        gpu.agent.store(store).map(drop).unwrap_err().to_string()
+    };
+    assert!(store(vec![0, PAGES as u32], 0).contains("64 among them"));
+    assert!(store(vec![0], 0).contains("1 pages for 2 keys"));
+    assert!(store(vec![0, kvring_gpu::layout::NO_PAGE], 0).contains("stored whole"));
+    assert!(store(vec![0, 1], 8191).contains("at most 8192"));
+    assert_eq!(gpu.fake.calls("cuMemcpyAsync"), 0);
+}
+
+#[test]
+fn a_device_that_is_lost_ends_every_ticket_and_keeps_its_slots_until_its_process_is_gone() {
+    let place = Place::new();
+    let mut survivor = place.agent(0, &[NO_SSD, SMALL_POOL]);
+    let keys = chain("lost", 10);
+    let pages: Vec<u32> = (0..10).collect();
+    let mut gpu = Gpu::new(place.config(1, &[NO_SSD, SMALL_POOL]), Fake::new(), Calibration::default());
+    gpu.fake.set("slice_us", "5000").set("slice_bytes", "4096");
+    gpu.begin_store(&keys, &pages);
+    eventually("copies are under way", || gpu.fake.calls("cuMemcpyAsync") > 4);
+    gpu.fake.set("fail", "cuStreamQuery:0:700");
+    let ended = gpu.end();
+    assert!(!ended.missed.is_empty());
+    let trouble = || gpu.agent.trouble();
+    eventually("it is told", || trouble().iter().any(|note| note.contains("700") && note.contains("restart")));
+    // Loads and stores end at once, as without a server.
+    gpu.begin_store(&chain("more", 1), &[20]);
+    assert_eq!(gpu.end().missed, [0]);
+    // Nobody else gets what may still be written to, however much is asked for: 64 slots less ten.
+    for name in ["b", "c", "d"] {
+        let keys = chain(name, 60);
+        assert!(store(&mut survivor, &keys) <= 54);
+        load(&mut survivor, &keys);
+    }
+    assert!(!gpu.agent.stop(), "and whoever stops it is told that nobody can tell");
+}
+
+/// Plays a worker whose device copies slowly and goes on after its death.
+#[test]
+#[ignore = "played in a process of its own"]
+fn a_writer() {
+    let Some((dir, instance_id, seed)) = role() else { return };
+    let fake = Fake::new();
+    fake.set("dma_process", "true").set("linger_ms", "1200").set("slice_us", "10000").set("slice_bytes", "4096");
+    let config = config_in(&dir, instance_id, &[NO_SSD, SMALL_POOL]);
+    let mut gpu = Gpu::new(config, fake, Calibration::default());
+    let keys = chain(&format!("dead {seed}"), 16);
+    gpu.begin_store(&keys, &(0..16).collect::<Vec<u32>>());
+    eventually("its device copies", || gpu.fake.calls("cuMemcpyAsync") > 8);
+    println!("copying");
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+/// Kills a worker whose device goes on for 1.2 s; says how many blocks of others were wrong after that.
+fn wrong_after_a_death(grace_ms: &str) -> usize {
+    let place = Place::new();
+    let mut survivor = place.agent(0, &[NO_SSD, SMALL_POOL, ("writer_grace_ms", grace_ms)]);
+    let mut writer = place.actor("cuda::a_writer", 1, 7);
+    let mut output = std::io::BufReader::new(writer.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("copying") {
+        line.clear();
+        let read = std::io::BufRead::read_line(&mut output, &mut line).unwrap();
+        assert!(read > 0, "the writer has ended early");
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    let died = Instant::now();
+    if grace_ms != "0" {
+        eventually("its slots are kept", || place.metric("host_slots_quarantined_count") >= 16);
+    }
+    // Every slot there is, again and again, as long as the dead one's device writes.
+    let mut wrong = 0;
+    while died.elapsed() < Duration::from_millis(1500) {
+        let keys = chain(&format!("{:?}", died.elapsed()), 64);
+        let stored = store(&mut survivor, &keys);
+        assert!(stored >= 40, "{stored} of 64 slots");
+        std::thread::sleep(Duration::from_millis(50));
+        let matched = survivor.match_prefix(&keys);
+        let Some(lease) = matched.lease else { continue };
+        let count = matched.blocks as usize;
+        let blocks: Vec<usize> = (0..count).collect();
+        let wait = Duration::from_secs(10);
+        survivor.load(lease, 0, &keys[..count], &blocks, wait, |memory, index| {
+            let difference = bytes::first_difference(keys[index], memory.block(index));
+            if let Some(at) = difference {
+                println!(
+                    "{:?}: block {index} is wrong at {at}, quarantined {}",
+                    died.elapsed(),
+                    place.metric("host_slots_quarantined_count")
+                );
+            }
+            wrong += usize::from(difference.is_some());
+        });
+        survivor.instance().release(lease);
+    }
+    eventually("every slot comes back", || place.metric("host_slots_quarantined_count") == 0);
+    let keys = chain("at last", 64);
+    eventually("and is used", || store(&mut survivor, &keys) + survivor.match_prefix(&keys).blocks >= 64);
+    wrong
+}
+
+#[test]
+fn a_device_that_writes_on_after_its_client_was_killed_writes_into_nobody_s_block() {
+    assert_eq!(wrong_after_a_death("2000"), 0, "the grace outlasts the device");
+}
+
+#[test]
+fn without_the_grace_it_would() {
+    assert!(wrong_after_a_death("0") > 0, "or the story above shows nothing");
+}
+
+#[test]
+fn a_server_that_dies_under_a_copy_waits_for_the_device_before_it_gives_slots_away() {
+    let place = Place::new();
+    let mut survivor = place.agent(0, &[NO_SSD, SMALL_POOL]);
+    let keys = chain("under way", 16);
+    let pages: Vec<u32> = (0..16).collect();
+    let mut gpu = Gpu::new(place.config(1, &[NO_SSD, SMALL_POOL]), Fake::new(), Calibration::default());
+    gpu.fake.set("slice_us", "10000").set("slice_bytes", "4096");
+    gpu.begin_store(&keys, &pages);
+    eventually("copies are under way", || gpu.fake.calls("cuMemcpyAsync") > 4);
+    std::thread::sleep(Duration::from_millis(50));
+    signal(place.server_pid(), Signal::KILL);
+    let mut rounds = 0;
+    // The device needs 2.5 s for its 64 pages: until then their slots are nobody's.
+    eventually("the store has ended", || {
+        let keys = chain(&format!("round {rounds}"), 40);
+        store(&mut survivor, &keys);
+        load(&mut survivor, &keys);
+        rounds += 1;
+        gpu.agent.wait(Duration::ZERO)
+    });
+    println!("{rounds} rounds of others' blocks, each byte compared");
+    assert!(!gpu.end().missed.is_empty(), "what a lost session had reserved is dropped");
+    eventually("every slot comes back", || place.metric("host_slots_quarantined_count") == 0);
+    gpu.fake.set("slice_us", "0");
+    gpu.begin_store(&keys, &pages);
+    assert_eq!(gpu.end().missed, [0u32; 0], "and the worker stores again");
+}
