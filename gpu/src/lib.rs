@@ -17,3 +17,5 @@ pub mod direct;
 pub mod driver;
 pub mod layout;
 pub mod plan;
+#[expect(unsafe_code, reason = "copies between memories of its own")]
+pub mod trial;

@@ -1,6 +1,7 @@
 //! `kvring bench`: each number beside a floor or a ceiling from the same run, alternating, medians and
 //! ratios; and what may be wrong with it.
 
+mod copy;
 pub mod crash;
 mod device;
 mod dram;
@@ -41,6 +42,8 @@ enum What {
     Ring,
     /// Loads of 1 MiB blocks from the pool, copied out, beside a plain memcpy.
     Dram,
+    /// Copies between the pool and an instance's memory, by a GPU or the processor, beside plain copies.
+    Copy(copy::CopyArgs),
     /// Reads and writes of 1 MiB blocks through the whole cache path, beside fio.
     Ssd(ssd::SsdArgs),
     /// The whole cache under a named workload, open loop, with the hit ratios that no cache beats.
@@ -95,6 +98,7 @@ pub fn run(args: BenchArgs) -> Outcome {
     let mut report = match args.what {
         Some(What::Ring) => ring::measure(&mut run)?,
         Some(What::Dram) => dram::measure(&mut run)?,
+        Some(What::Copy(copy)) => copy::measure(&mut run, &copy)?,
         Some(What::Device(_) | What::Cache(_)) => unreachable!("they have reports of their own"),
         Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
         Some(What::Evict) => evict::measure(&mut run)?,

@@ -10,6 +10,7 @@
 //! [`Outcome::Unknown`], nothing is freed, nothing is asked of the driver again.
 
 pub mod calibrate;
+pub mod memory;
 pub mod registration;
 
 use std::collections::VecDeque;
