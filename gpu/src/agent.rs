@@ -16,6 +16,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -239,6 +240,10 @@ struct Shared {
     drained: AtomicBool,
     /// Stores whose pages may still be read.
     reading: Mutex<HashSet<Ticket>>,
+    /// Tickets of which something is in flight: they do not end before it has, whoever dies.
+    moving: Mutex<HashSet<Ticket>>,
+    /// Held by who suspends or resumes.
+    going: Mutex<()>,
     /// Rung when `reading` shrinks.
     copied: Condvar,
     /// Held by who waits for an end.
@@ -275,14 +280,18 @@ impl Default for Patience {
 
 impl Shared {
     fn finish(&self, ticket: Ticket, is_load: bool, missed: Vec<u32>, took: Duration) {
-        let open = lock(&self.intake).open.as_mut().and_then(|open| open.remove(&ticket));
+        let mut intake = lock(&self.intake);
+        let open = intake.open.as_mut().and_then(|open| open.remove(&ticket));
+        if !is_load {
+            // Under the lock: the name may be another store's a moment later.
+            lock(&self.reading).remove(&ticket);
+            self.copied.notify_all();
+        }
+        drop(intake);
         self.tell(ticket, is_load, missed, took, open.map(|open| open.watch));
     }
 
     fn tell(&self, ticket: Ticket, is_load: bool, missed: Vec<u32>, took: Duration, watch: Option<Watch>) {
-        if !is_load && lock(&self.reading).remove(&ticket) {
-            self.copied.notify_all();
-        }
         let has_missed = !missed.is_empty();
         // The other end is in this very value.
         let _ = self.finished.0.send(Finished { ticket, is_load, missed, took });
@@ -302,6 +311,14 @@ impl Drop for LastWords {
     fn drop(&mut self) {
         let open = lock(&self.0.intake).open.take().unwrap_or_default();
         for (ticket, Open { is_load, blocks, submitted, watch }) in open {
+            if lock(&self.0.moving).contains(&ticket) {
+                // Nobody is told that pages are free which a device may still write.
+                continue;
+            }
+            if !is_load {
+                lock(&self.0.reading).remove(&ticket);
+                self.0.copied.notify_all();
+            }
             add(
                 if is_load { &self.0.counters.blocks_missed } else { &self.0.counters.blocks_dropped },
                 blocks as usize,
@@ -349,6 +366,8 @@ impl Agent {
             stopping: AtomicBool::new(false),
             drained: AtomicBool::new(false),
             reading: Mutex::default(),
+            moving: Mutex::default(),
+            going: Mutex::default(),
             copied: Condvar::new(),
             waiting: Mutex::default(),
             ended: Condvar::new(),
@@ -387,7 +406,10 @@ impl Agent {
         let thread = std::thread::Builder::new().name("kvring-agent".into()).spawn(move || {
             let _lives: Sender<()> = lives;
             let _last_words = last_words;
-            transfer.run();
+            // A bug of ours leaves copies in flight: they are waited for, as at any other end.
+            if catch_unwind(AssertUnwindSafe(|| transfer.run())).is_err() {
+                let _ = catch_unwind(AssertUnwindSafe(|| transfer.settle(Instant::now() + patience.drain)));
+            }
         })?;
         let process = std::process::id();
         Ok(Self { commands: sender, wake, shared, marks, patience, process, thread: Mutex::new(Some((thread, gone))) })
@@ -518,7 +540,7 @@ impl Agent {
         if wait(patience) {
             return true;
         }
-        while lock(&self.shared.intake).open.is_some() {
+        while lock(&self.shared.intake).open.is_some() && self.process == std::process::id() {
             self.cancel(tickets);
             if wait(Duration::from_secs(1)) {
                 break;
@@ -545,6 +567,7 @@ impl Agent {
     /// more until [`Agent::resume`]. The session and the registration of the pool stay. False: copies are
     /// still in flight, and the memory must not go; ask again.
     pub fn suspend(&self, patience: Duration) -> bool {
+        let _going = lock(&self.shared.going);
         {
             let mut intake = lock(&self.shared.intake);
             if !intake.asleep {
@@ -567,6 +590,21 @@ impl Agent {
     /// # Errors
     /// Not suspended, or what the back end says; then the agent stays suspended.
     pub fn resume(&self, tensors: Tensors) -> Result<u64, String> {
+        let _going = lock(&self.shared.going);
+        {
+            let intake = lock(&self.shared.intake);
+            let (is, was) = (tensors.shape(), &intake.shape);
+            if !intake.asleep {
+                return Err("the memory is in use: suspend first".into());
+            }
+            let alike = |shape: &Shape| (shape.pages_per_block(), shape.tensors_count, shape.in_slot);
+            if alike(&is) != alike(was) {
+                let (is, was) = (alike(&is), alike(was));
+                return Err(format!(
+                    "other tensors have come back: (pages, tensors, place in the slot) {is:?}, were {was:?}"
+                ));
+            }
+        }
         let (tell, told) = bounded(1);
         self.command(Command::Resume(tensors, tell));
         let shape = told.recv_timeout(STUCK).map_err(|_| "the agent's thread is gone, or stuck in a call")??;
@@ -736,7 +774,7 @@ struct Transfer<B> {
 }
 
 impl<B: CopyBackend> Transfer<B> {
-    fn run(mut self) {
+    fn run(&mut self) {
         let mut idle_since = Instant::now();
         loop {
             bell::drain_own(&*self.wake);
@@ -753,7 +791,7 @@ impl<B: CopyBackend> Transfer<B> {
                         let _ = tell.send(drained);
                     }
                     Command::Resume(tensors, tell) => {
-                        let resumed = if self.flights.is_empty() {
+                        let resumed = if self.flights.is_empty() && self.jobs.is_empty() {
                             self.backend.resume(tensors)
                         } else {
                             Err("copies are still in flight".into())
@@ -774,6 +812,8 @@ impl<B: CopyBackend> Transfer<B> {
             let worked = match self.turn() {
                 Ok(worked) => worked,
                 Err(_broken) => {
+                    let is_writing = self.flights.values().any(|flight| flight.direction == Direction::Store);
+                    self.instance.say_goodbye(!is_writing && !self.is_tainted);
                     self.instance.lose_session();
                     true
                 }
@@ -787,6 +827,24 @@ impl<B: CopyBackend> Transfer<B> {
                 std::hint::spin_loop();
             }
         }
+    }
+
+    /// After a panic: waits for what is in flight, and touches nothing else.
+    fn settle(&mut self, until: Instant) {
+        let mut ended = Vec::new();
+        while !self.flights.is_empty() && self.backend.moves_by_itself() && Instant::now() < until {
+            self.backend.poll(&mut ended);
+            for (id, outcome) in ended.drain(..) {
+                self.flights.remove(&id);
+                self.is_tainted |= outcome == Outcome::Unknown;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if !self.backend.moves_by_itself() {
+            self.flights.clear();
+        }
+        let moving = self.flights.values().flat_map(|flight| &flight.copies).map(|copy| copy.ticket);
+        *lock(&self.shared.moving) = moving.collect();
     }
 
     /// Ends every ticket; waits for what is in flight. Says whether nothing is, any more.
@@ -859,7 +917,11 @@ impl<B: CopyBackend> Transfer<B> {
         }
         let mut worked = self.collect()?;
         self.tell_drained();
-        let Some(session) = self.instance.session() else { return Ok(worked) };
+        // Adopted above and nowhere else: from here on it is the session that the jobs know, or none.
+        if self.instance.sessions_count() != self.session_number {
+            return Ok(worked);
+        }
+        let Some(session) = self.instance.session_held() else { return Ok(worked) };
         let mut answers: Vec<Completion> = Vec::new();
         session.poll(|completion| answers.push(completion))?;
         if session.abandoned_count() > 0 && !self.jobs.is_empty() {
@@ -882,7 +944,7 @@ impl<B: CopyBackend> Transfer<B> {
     /// A session that was lost hears through the next one that nothing writes into its slots any more.
     fn tell_drained(&mut self) {
         // Without a session every store in flight is a lost one's.
-        let number = self.instance.session_held().map(|_| self.session_number);
+        let number = self.same_session().is_some().then_some(self.session_number);
         let is_former = |flight: &Flight| flight.direction == Direction::Store && Some(flight.session_number) != number;
         if self.owes_drained && !self.is_tainted && !self.flights.values().any(is_former) {
             self.instance.drained();
@@ -901,7 +963,10 @@ impl<B: CopyBackend> Transfer<B> {
 
     /// Asks for what has not been asked for, as far as there is room: loads first.
     fn post(&mut self) -> Result<bool, Broken> {
-        let Some(session) = self.instance.session() else { return Ok(false) };
+        if self.same_session().is_none() {
+            return Ok(false);
+        }
+        let Some(session) = self.instance.session_held() else { return Ok(false) };
         let mut waiting: Vec<_> = self.jobs.iter_mut().filter(|(_, job)| job.asked < job.keys.len()).collect();
         waiting.sort_by_key(|(ticket, job)| (!job.is_load, **ticket));
         let mut posted = false;
@@ -996,10 +1061,13 @@ impl<B: CopyBackend> Transfer<B> {
     /// Hands blocks to the back end, as many as it takes: loads first.
     fn hand_over(&mut self) -> Result<bool, Broken> {
         let mut handed = false;
+        if self.same_session().is_none() {
+            return Ok(false);
+        }
         for direction in [Direction::Load, Direction::Store] {
             while let Some(front) = self.copies[direction as usize].front() {
                 let (ticket, group) = (front.ticket, front.group);
-                let (Some(job), Some(session)) = (self.jobs.get(&ticket), self.instance.session()) else {
+                let (Some(job), Some(session)) = (self.jobs.get(&ticket), self.instance.session_held()) else {
                     return Ok(handed);
                 };
                 let alike = |copy: &&Copy| copy.ticket == ticket && copy.group == group;
@@ -1031,6 +1099,7 @@ impl<B: CopyBackend> Transfer<B> {
                         if let Some(job) = self.jobs.get_mut(&ticket) {
                             job.copies -= taken;
                             job.flying += taken;
+                            lock(&self.shared.moving).insert(ticket);
                         }
                         handed = true;
                     }
@@ -1053,14 +1122,18 @@ impl<B: CopyBackend> Transfer<B> {
         let mut ended = std::mem::take(&mut self.ended);
         self.backend.poll(&mut ended);
         let collected = !ended.is_empty();
-        let landed: Result<(), Broken> = ended.drain(..).try_for_each(|(id, outcome)| self.landed(id, outcome));
+        // All of them, whatever one finds of the session.
+        let mut first = Ok(());
+        for (id, outcome) in ended.drain(..) {
+            first = first.and(self.landed(id, outcome));
+        }
         self.ended = ended;
-        landed.map(|()| collected)
+        first.map(|()| collected)
     }
 
     fn landed(&mut self, id: BatchId, outcome: Outcome) -> Result<(), Broken> {
         let Some(flight) = self.flights.remove(&id) else { return Ok(()) };
-        let is_ours = flight.session_number == self.session_number && self.instance.session_held().is_some();
+        let is_ours = flight.session_number == self.session_number && self.same_session().is_some();
         let mut refused = Vec::new();
         let mut tickets: Vec<Ticket> = Vec::new();
         for copy in flight.copies {
@@ -1091,11 +1164,18 @@ impl<B: CopyBackend> Transfer<B> {
             self.is_tainted = true;
             self.tell_trouble(true);
         }
+        let mut first = Ok(());
         if let Some(session) = self.same_session().filter(|_| !refused.is_empty()) {
-            session.abort_soon(refused)?;
+            first = session.abort_soon(refused).map(drop);
             session.publish();
         }
-        tickets.into_iter().try_for_each(|ticket| self.advance(ticket))
+        for ticket in tickets {
+            if self.jobs.get(&ticket).is_none_or(|job| job.flying == 0) {
+                lock(&self.shared.moving).remove(&ticket);
+            }
+            first = first.and(self.advance(ticket));
+        }
+        first
     }
 
     /// Does what a job's new state allows: commits, tells that its pages are free, ends it.
@@ -1114,7 +1194,10 @@ impl<B: CopyBackend> Transfer<B> {
                 self.shared.copied.notify_all();
             }
             if job.filled.len() >= COMMIT_BLOCKS || copied && !job.filled.is_empty() {
-                let Some(session) = self.instance.session() else { return Ok(()) };
+                if self.instance.sessions_count() != self.session_number {
+                    return Ok(());
+                }
+                let Some(session) = self.instance.session_held() else { return Ok(()) };
                 for filled in job.filled.chunks(BATCH_BLOCKS_MAX as usize) {
                     let (blocks, grants): (Vec<usize>, Vec<Grant>) = filled.iter().copied().unzip();
                     match session.post_commit(&grants) {
@@ -1274,7 +1357,8 @@ impl<B: CopyBackend> Transfer<B> {
         fence(Ordering::SeqCst);
         if self.commands.is_empty() && !at_most.is_zero() {
             let wake = self.wake.clone();
-            let slept = match self.instance.session() {
+            let is_known = self.instance.sessions_count() == self.session_number;
+            let slept = match self.instance.session_held().filter(|_| is_known) {
                 Some(session) => session.sleep_beside(Some(wake.as_fd()), at_most),
                 None => {
                     // The thread that connects has no bell of ours: look again soon.
@@ -1286,10 +1370,20 @@ impl<B: CopyBackend> Transfer<B> {
                 }
             };
             if slept.is_err() {
+                let is_writing = self.flights.values().any(|flight| flight.direction == Direction::Store);
+                self.instance.say_goodbye(!is_writing && !self.is_tainted);
                 self.instance.lose_session();
             }
         }
         self.shared.sleeps.store(false, Ordering::Relaxed);
+    }
+}
+
+impl<B> Drop for Transfer<B> {
+    fn drop(&mut self) {
+        // The last word to the server is a promise that nothing of ours writes any more: or it is not said.
+        let is_still = self.flights.is_empty() && !self.is_tainted;
+        self.instance.say_goodbye(is_still);
     }
 }
 

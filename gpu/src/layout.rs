@@ -126,9 +126,32 @@ impl TensorMap {
 
     /// One past the last byte that belongs to a page, from the address.
     fn extent(&self) -> usize {
-        self.dimensions().iter().map(|(count, stride)| (count - 1).saturating_mul(*stride)).sum::<usize>()
-            + self.element_bytes
+        let of = |(count, stride): &(usize, usize)| (count - 1).saturating_mul(*stride);
+        self.dimensions().iter().map(of).fold(self.element_bytes, usize::saturating_add)
     }
+}
+
+/// Where each allocation begins, as far as the map tells.
+fn allocations(map: &MemoryMap) -> Vec<usize> {
+    let mut bounds: Vec<(usize, usize)> = map
+        .groups
+        .iter()
+        .flat_map(|group| &group.tensors)
+        .map(|tensor| (tensor.address, tensor.address.saturating_add(tensor.extent())))
+        .collect();
+    bounds.sort_unstable();
+    let (mut starts, mut end) = (Vec::new(), 0);
+    for (start, until) in bounds {
+        if start >= end {
+            starts.push(start);
+        }
+        end = end.max(until);
+    }
+    starts
+}
+
+fn allocation_of(starts: &[usize], address: usize) -> u32 {
+    starts.partition_point(|start| *start <= address) as u32
 }
 
 fn are_apart(mut dimensions: Vec<(usize, usize)>, element_bytes: usize) -> bool {
@@ -169,6 +192,8 @@ fn tensors_are_apart(group: &GroupMap) -> Result<(), String> {
 struct Part {
     /// Number of the tensor over all groups: engines compute tensors in this order.
     tensor: u32,
+    /// Tensors that lie within one another's bounds are views of one allocation.
+    allocation: u32,
     address: usize,
     pages_count: usize,
     page_stride_bytes: usize,
@@ -185,6 +210,8 @@ pub struct Copy {
     pub offset_in_slot: usize,
     /// How many.
     pub bytes: usize,
+    /// In which allocation, as far as the map tells: copies do not span two.
+    pub allocation: u32,
 }
 
 /// Where the bytes of a block lie, worked out once.
@@ -204,6 +231,7 @@ impl Placement {
     /// Names what is wrong with which tensor.
     pub fn new(map: &MemoryMap) -> Result<Self, String> {
         let mut pages = Vec::new();
+        let allocations = allocations(map);
         let mut offset_in_slot = map.offset_in_slot;
         let mut tensors_count = 0;
         for (group_index, group) in map.groups.iter().enumerate() {
@@ -247,6 +275,7 @@ impl Placement {
                     let bytes: usize = runs.iter().map(|run| run.bytes).sum();
                     parts.push(Part {
                         tensor: number,
+                        allocation: allocation_of(&allocations, tensor.address),
                         address: tensor.address,
                         pages_count: tensor.pages_count,
                         page_stride_bytes: tensor.page_stride_bytes,
@@ -316,7 +345,12 @@ impl Placement {
                 let page_address = part.address + *page as usize * part.page_stride_bytes;
                 let mut offset_in_slot = part.offset_in_slot;
                 for run in &part.runs {
-                    copy(Copy { address: page_address + run.offset_in_page, offset_in_slot, bytes: run.bytes });
+                    copy(Copy {
+                        address: page_address + run.offset_in_page,
+                        offset_in_slot,
+                        bytes: run.bytes,
+                        allocation: part.allocation,
+                    });
                     offset_in_slot += run.bytes;
                 }
             }

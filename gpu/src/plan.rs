@@ -20,6 +20,8 @@ pub struct Span {
     pub device: u64,
     /// How many.
     pub bytes: u64,
+    /// In which allocation of device memory: what a device copies within one it may refuse across two.
+    pub allocation: u32,
 }
 
 /// What the device and the registration allow.
@@ -130,7 +132,7 @@ impl Plan {
         for span in spans {
             for at in (0..span.bytes).step_by(PIECE_BYTES_MAX as usize) {
                 let bytes = PIECE_BYTES_MAX.min(span.bytes - at);
-                self.pieces.push(Span { host: span.host + at, device: span.device + at, bytes });
+                self.pieces.push(Span { host: span.host + at, device: span.device + at, bytes, ..span });
             }
         }
     }
@@ -169,9 +171,9 @@ impl Plan {
                     };
                     match self.ranges[ranges_from..].last_mut().filter(is_next) {
                         Some(range) => range.bytes += bytes,
-                        None => self.ranges.push(Span { host, device: filled, bytes }),
+                        None => self.ranges.push(Span { host, device: filled, bytes, ..*span }),
                     }
-                    self.add_pieces(std::iter::once(Span { host: filled, device: span.device + at, bytes }));
+                    self.add_pieces(std::iter::once(Span { host: filled, device: span.device + at, bytes, ..*span }));
                     filled += bytes;
                     at += bytes;
                 }
@@ -188,7 +190,7 @@ impl Plan {
     /// Copies as they are: rows where they lie at equal distances, in device memory's order.
     fn add_copies(&mut self, mut spans: Vec<Span>, limits: &Limits, calibration: &Calibration) {
         if calibration.rows_min > 1 {
-            spans.sort_unstable_by_key(|span| span.device);
+            spans.sort_unstable_by_key(|span| (span.allocation, span.device));
         }
         let mut rest = spans.as_slice();
         while let Some(first) = rest.first() {
@@ -209,7 +211,9 @@ impl Plan {
 fn merge(spans: &mut Vec<Span>) {
     spans.dedup_by(|next, span| {
         assert!(span.host + span.bytes <= next.host, "spans overlap in the pool: {span:?} and {next:?}");
-        let joins = span.host + span.bytes == next.host && span.device + span.bytes == next.device;
+        let joins = span.allocation == next.allocation
+            && span.host + span.bytes == next.host
+            && span.device + span.bytes == next.device;
         if joins {
             span.bytes += next.bytes;
         }
@@ -230,7 +234,7 @@ fn cut(spans: &mut Vec<Span>, registration_bytes: u64) {
             std::iter::from_fn(move || {
                 let end = span.host + span.bytes;
                 let until = end.min((piece(at) + 1) * registration_bytes);
-                let cut = Span { host: at, device: span.device + (at - span.host), bytes: until - at };
+                let cut = Span { host: at, device: span.device + (at - span.host), bytes: until - at, ..*span };
                 at = until;
                 (cut.bytes > 0).then_some(cut)
             })
@@ -250,6 +254,9 @@ fn stretch_len(spans: &[Span], registration_bytes: u64) -> usize {
 /// How many of the first spans make one two-dimensional copy.
 fn rows_len(spans: &[Span], limits: &Limits) -> usize {
     let [first, second, ..] = spans else { return 1 };
+    if first.allocation != second.allocation {
+        return 1;
+    }
     let (Some(host_pitch), device_pitch) = (second.host.checked_sub(first.host), second.device - first.device) else {
         return 1;
     };
@@ -259,6 +266,7 @@ fn rows_len(spans: &[Span], limits: &Limits) -> usize {
     }
     let follows = |pair: &&[Span]| {
         pair[1].bytes == first.bytes
+            && pair[1].allocation == first.allocation
             && pair[1].device - pair[0].device == device_pitch
             && pair[1].host.checked_sub(pair[0].host) == Some(host_pitch)
             && pair[1].host / limits.registration_bytes == first.host / limits.registration_bytes
@@ -353,7 +361,8 @@ mod test {
                             2 => 10_000 + ((device_block * layers + layer) * parts + part) * page,
                             _ => 10_000 + ((layer * parts + part) * 24 + device_block) * page,
                         };
-                        spans.push(Span { host: slot * block + (layer * parts + part) * page, device, bytes: page });
+                        let host = slot * block + (layer * parts + part) * page;
+                        spans.push(Span { host, device, bytes: page, allocation: layer as u32 });
                     }
                 }
             }
@@ -388,11 +397,12 @@ mod test {
 
     #[test]
     fn a_block_that_lies_together_is_one_copy_and_neighbours_are_one() {
-        let mut spans: Vec<Span> =
-            (0..64).map(|page| Span { host: page * 4096, device: (1 << 40) + page * 4096, bytes: 4096 }).collect();
+        let mut spans: Vec<Span> = (0..64)
+            .map(|page| Span { host: page * 4096, device: (1 << 40) + page * 4096, bytes: 4096, allocation: 0 })
+            .collect();
         let mut plan = Plan::default();
         plan.make(&mut spans, &LIMITS, &Calibration { staged_below_bytes: 64 << 10, ..Calibration::default() });
-        assert_eq!(plan.ops, [Op::Linear(Span { host: 0, device: 1 << 40, bytes: 64 * 4096 })]);
+        assert_eq!(plan.ops, [Op::Linear(Span { host: 0, device: 1 << 40, bytes: 64 * 4096, allocation: 0 })]);
     }
 
     #[test]
@@ -402,12 +412,13 @@ mod test {
             host: (slot * 80 + layer) * 8192,
             device: (layer << 32) + (slot * 7 % 64) * 8192,
             bytes: 8192,
+            allocation: layer as u32,
         };
         let mut spans: Vec<Span> = (0..4).flat_map(|slot| (0..80).map(move |layer| page(slot, layer))).collect();
         let mut plan = Plan::default();
         plan.make(&mut spans, &LIMITS, &Calibration { staged_below_bytes: 64 << 10, ..Calibration::default() });
         assert_eq!(plan.ops, [Op::Staged { ranges: 0..1, pieces: 0..320 }]);
-        assert_eq!(plan.ranges, [Span { host: 0, device: 0, bytes: 4 * 80 * 8192 }]);
+        assert_eq!(plan.ranges, [Span { host: 0, device: 0, bytes: 4 * 80 * 8192, allocation: 0 }]);
     }
 
     #[test]
@@ -416,6 +427,7 @@ mod test {
             host: (block * 2 + layer) * 65536,
             device: (layer << 20) + block * 65536,
             bytes: 65536,
+            allocation: layer as u32,
         };
         let mut spans: Vec<Span> = (0..8).flat_map(|block| (0..2).map(move |layer| page(block, layer))).collect();
         let mut plan = Plan::default();

@@ -204,6 +204,7 @@ pub struct Session {
     welcome: Option<Welcome>,
     /// Who may say goodbye: a forked child that drops its copy may not.
     process: u32,
+    may_be_written: bool,
 }
 
 #[derive(Debug)]
@@ -309,6 +310,7 @@ impl Session {
             inbox: VecDeque::new(),
             arena: Arena::default(),
             next_tag: 1,
+            may_be_written: false,
             wires: None,
             welcome: None,
             process: std::process::id(),
@@ -712,6 +714,12 @@ impl Session {
         self.segment.state() == SessionState::HandedOver
     }
 
+    /// Whether something of this process may still write into slots when the session ends: then it ends
+    /// without a goodbye, and the server keeps them until this process is dead.
+    pub fn may_be_written(&mut self, may: bool) {
+        self.may_be_written = may;
+    }
+
     /// Whether the server has hung up: a system call, for those who have not waited lately.
     pub fn is_hung_up(&self) -> bool {
         self.segment.state() != SessionState::Open
@@ -723,6 +731,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         if let Some(wires) = &self.wires
             && self.process == std::process::id()
+            && !self.may_be_written
         {
             // A promise that nothing of ours writes into a slot any more. Lost with a dead server.
             let _ = wires.control.send(&Request::Goodbye, &[]);

@@ -243,6 +243,9 @@ impl Instance {
         // The last server may have died before it acted on it.
         self.formers.iter_mut().for_each(|former| former.told = false);
         *lock(&self.kept) = Some(session.pool().clone());
+        let mut session = session;
+        // Who posts by himself says himself when nothing of his is in flight.
+        session.may_be_written(self.drains_by_hand);
         self.session = Some(session);
         self.trouble = None;
         self.was_served = true;
@@ -254,6 +257,14 @@ impl Instance {
     /// From now on the caller says itself when it is drained ([`Instance::drained`]): it posts by itself.
     pub fn drain_by_hand(&mut self) {
         self.drains_by_hand = true;
+        self.say_goodbye(false);
+    }
+
+    /// Whether the session may end with a goodbye: the promise that nothing of the caller writes any more.
+    pub fn say_goodbye(&mut self, may: bool) {
+        if let Some(session) = &mut self.session {
+            session.may_be_written(!may);
+        }
     }
 
     /// Nothing of the caller writes any more into a slot that a lost session was granted.

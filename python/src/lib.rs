@@ -225,7 +225,8 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        if !self.agent.stop() {
+        let drained = Python::attach(|py| py.detach(|| self.agent.stop()));
+        if !drained {
             std::mem::take(&mut *lock(&self.tensors)).into_iter().for_each(std::mem::forget);
         }
     }
@@ -379,7 +380,8 @@ impl Agent {
         let agent = self.get()?;
         let gone = py.detach(|| agent.suspend(Duration::from_millis(patience_ms)));
         if gone {
-            lock(&self.tensors).clear();
+            let gone = std::mem::take(&mut *lock(&self.tensors));
+            drop(gone);
         }
         Ok(gone)
     }
@@ -389,9 +391,19 @@ impl Agent {
         let agent = self.get()?;
         let map: MemoryMap =
             serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
-        *lock(&self.tensors) = tensors;
         let resumed = py.detach(|| agent.resume(over_tensors(&map)?));
-        resumed.map_err(PyRuntimeError::new_err)
+        match resumed {
+            Ok(epoch) => {
+                let before = std::mem::replace(&mut *lock(&self.tensors), tensors);
+                drop(before);
+                Ok(epoch)
+            }
+            Err(error) => {
+                // Whether it has taken them nobody can tell where it is stuck: they are kept with the others.
+                lock(&self.tensors).extend(tensors);
+                Err(PyRuntimeError::new_err(error))
+            }
+        }
     }
 
     /// Tickets that have ended since the last call.

@@ -27,8 +27,8 @@ struct Gpu {
     next: u64,
 }
 
-fn tensors_at(address: usize) -> Tensors {
-    let tensor = |layer: usize| TensorMap {
+fn tensor_at(address: usize, layer: usize) -> TensorMap {
+    TensorMap {
         address: address + layer * PAGES * PAGE,
         bytes: PAGES * PAGE,
         pages_count: PAGES,
@@ -36,8 +36,12 @@ fn tensors_at(address: usize) -> Tensors {
         shape: vec![PAGE / 2],
         strides_bytes: vec![2],
         element_bytes: 2,
-    };
-    let groups = vec![GroupMap { pages_per_block: 1, tensors: (0..LAYERS).map(tensor).collect() }];
+    }
+}
+
+fn tensors_at(address: usize) -> Tensors {
+    let tensors = (0..LAYERS).map(|layer| tensor_at(address, layer)).collect();
+    let groups = vec![GroupMap { pages_per_block: 1, tensors }];
     // SAFETY: the fake's memory lives as long as the fake; stories write to it where nothing is copied.
     #[expect(unsafe_code, reason = "an address is a promise")]
     unsafe { Tensors::new(&MemoryMap { offset_in_slot: 0, groups }) }.unwrap()
@@ -241,8 +245,15 @@ fn memory_that_sleeps_is_not_touched_and_wakes_with_the_session() {
     };
     assert_eq!(stale(&gpu.agent, 0), Err(Refused::Stale { said: 0, is: 1, asleep: true }));
     gpu.address = gpu.fake.alloc(PAGES * BLOCK);
+    // Not as something else.
+    let one = GroupMap { pages_per_block: 1, tensors: vec![tensor_at(gpu.address, 0)] };
+    // SAFETY: as in `tensors_at`.
+    #[expect(unsafe_code, reason = "an address is a promise")]
+    let one = unsafe { Tensors::new(&MemoryMap { offset_in_slot: 0, groups: vec![one] }) }.unwrap();
+    assert!(gpu.agent.resume(one).unwrap_err().contains("other tensors"));
     assert_eq!(gpu.agent.resume(tensors_at(gpu.address)), Ok(1));
     assert_eq!(stale(&gpu.agent, 0), Err(Refused::Stale { said: 0, is: 1, asleep: false }), "pages of another time");
+    assert!(gpu.agent.resume(tensors_at(gpu.address)).unwrap_err().contains("suspend first"));
     gpu.begin_load(&keys, &pages, 1).expect("the cache is still there");
     assert_eq!(gpu.end().missed, [0u32; 0]);
     assert!(keys.iter().zip(&pages).all(|(key, page)| gpu.has(*page, *key)));
@@ -292,6 +303,13 @@ fn a_device_that_is_lost_ends_every_ticket_and_keeps_its_slots_until_its_process
         load(&mut survivor, &keys);
     }
     assert!(!gpu.agent.stop(), "and whoever stops it is told that nobody can tell");
+    // Nor is the server told that nothing writes any more: they stay until this process is dead.
+    let slots_kept = || place.metric("host_slots_quarantined_count");
+    eventually("what it was filling is kept", || slots_kept() == 10);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(slots_kept(), 10);
+    let keys = chain("e", 64);
+    assert!(store(&mut survivor, &keys) <= 54);
 }
 
 /// Plays a worker whose device copies slowly and goes on after its death.

@@ -317,7 +317,7 @@ struct Buggy;
 
 impl kvring_gpu::backend::BlockMemory for Buggy {
     fn shape(&self) -> kvring_gpu::backend::Shape {
-        kvring_gpu::backend::Shape { pages_counts: vec![100], tensors_count: 1 }
+        kvring_gpu::backend::Shape { pages_counts: vec![100], tensors_count: 1, in_slot: (0, BLOCK) }
     }
     fn load(&mut self, _: &kvring_ipc::client::Pool, _: u32, _: &[u32], _: std::ops::Range<u32>) {
         panic!("a bug in a copy");

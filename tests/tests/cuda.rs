@@ -31,7 +31,8 @@ enum Layout {
 struct Gpu {
     fake: Fake,
     pool: Pool,
-    address: usize,
+    /// Of each layer.
+    addresses: Vec<usize>,
     layout: Layout,
     page_bytes: usize,
     backend: CudaBackend,
@@ -45,24 +46,26 @@ impl Gpu {
         let block_bytes = LAYERS * page_bytes;
         let mapping = Arc::new(Mapping::private(SLOTS as usize * block_bytes).unwrap());
         let pool = Pool::new(mapping, block_bytes, SLOTS);
-        let address = fake.alloc(PAGES * block_bytes);
-        let map = map_of(address, layout, page_bytes);
+        let addresses: Vec<usize> = match layout {
+            // An allocation a layer, as torch makes them.
+            Layout::LayerFirst => (0..LAYERS).map(|_| fake.alloc(PAGES * page_bytes)).collect(),
+            Layout::BlockFirst => {
+                let address = fake.alloc(PAGES * block_bytes);
+                (0..LAYERS).map(|layer| address + layer * page_bytes).collect()
+            }
+        };
+        let map = map_of(&addresses, layout, page_bytes);
         // SAFETY: the fake's memory lives as long as the fake, and nobody else touches it meanwhile.
         #[expect(unsafe_code, reason = "an address is a promise")]
         let tensors = unsafe { Tensors::new(&map) }.unwrap();
         let options = Options { driver: Some(fake.path().to_path_buf()), ..options };
         let backend = CudaBackend::new(tensors, options).unwrap();
-        Self { fake, pool, address, layout, page_bytes, backend, next: 0 }
+        Self { fake, pool, addresses, layout, page_bytes, backend, next: 0 }
     }
 
     fn page_at(&self, layer: usize, page: u32) -> usize {
-        let page = page as usize;
-        self.address
-            + self.page_bytes
-                * match self.layout {
-                    Layout::LayerFirst => layer * PAGES + page,
-                    Layout::BlockFirst => page * LAYERS + layer,
-                }
+        let stride = if self.layout == Layout::LayerFirst { 1 } else { LAYERS };
+        self.addresses[layer] + page as usize * stride * self.page_bytes
     }
 
     /// A page's bytes for a block of this name.
@@ -173,15 +176,12 @@ impl Gpu {
     }
 }
 
-fn map_of(address: usize, layout: Layout, page_bytes: usize) -> MemoryMap {
+fn map_of(addresses: &[usize], layout: Layout, page_bytes: usize) -> MemoryMap {
     let tensor = |layer: usize| {
-        let (at, page_stride_bytes) = match layout {
-            Layout::LayerFirst => (address + layer * PAGES * page_bytes, page_bytes),
-            Layout::BlockFirst => (address + layer * page_bytes, LAYERS * page_bytes),
-        };
+        let page_stride_bytes = if layout == Layout::LayerFirst { page_bytes } else { LAYERS * page_bytes };
         TensorMap {
-            address: at,
-            bytes: address + LAYERS * PAGES * page_bytes - at,
+            address: addresses[layer],
+            bytes: (PAGES - 1) * page_stride_bytes + page_bytes,
             pages_count: PAGES,
             page_stride_bytes,
             shape: vec![2, page_bytes / 4],
@@ -240,7 +240,7 @@ fn a_store_waits_for_the_engine_s_last_write_and_a_load_for_its_last_read() {
     let mut gpu = Gpu::new(Fake::new(), Layout::LayerFirst, SMALL, plain());
     let marks = gpu.backend.marks().unwrap();
     let stream = gpu.fake.compute_stream();
-    let all = (gpu.address, PAGES * LAYERS * SMALL);
+    let all = (gpu.addresses[0], PAGES * SMALL);
     // The engine is still computing page 3 when its store is submitted.
     gpu.fake.compute(stream, all.0, all.1, 0x77, 50);
     let after = marks.clone().mark(stream).unwrap();
@@ -346,11 +346,20 @@ fn a_lost_context_is_told_once_and_never_touched_again() {
 #[test]
 fn a_pool_that_cannot_be_pinned_goes_through_a_pinned_buffer() {
     let fake = Fake::new();
-    // The words are pinned first.
-    fake.set("fail", "cuMemHostRegister:1:2");
+    // The words are pinned first; a refusal is tried again twice.
+    fake.set("fail", "cuMemHostRegister:1:2").set("fail", "cuMemHostRegister:0:2").set("fail", "cuMemHostRegister:0:2");
     let options = Options { registration_bytes: 1 << 30, bounce_bytes: 4 * LAYERS * SMALL, ..plain() };
     let mut gpu = Gpu::new(fake, Layout::LayerFirst, SMALL, options);
     gpu.there_and_back(11);
+    // What is not copied of a slot is left alone: here all layers but the first.
+    gpu.pool.copy_in(3, 0, &[0x33; LAYERS * SMALL]);
+    let blocks = [BlockCopy { slot: 3, pages: &[1] }];
+    let batch = Batch { direction: Direction::Store, pool: &gpu.pool, blocks: &blocks, tensors: 0..1, after: None };
+    assert_eq!(gpu.backend.submit(999, &batch), Ok(1));
+    assert_eq!(gpu.outcomes(&[999]), [Outcome::Copied]);
+    let mut slot = vec![0; LAYERS * SMALL];
+    gpu.pool.copy_out(3, 0, &mut slot);
+    assert!(slot[SMALL..].iter().all(|byte| *byte == 0x33), "another block's bytes in the slot");
     let trouble = gpu.backend.trouble();
     assert!(
         trouble.iter().any(|note| note.contains("cannot be pinned") && note.contains("cuMemHostRegister says 2")),

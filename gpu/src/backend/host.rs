@@ -148,6 +148,10 @@ impl<M: BlockMemory> CopyBackend for HostBackend<M> {
         }
     }
 
+    fn moves_by_itself(&self) -> bool {
+        self.helpers.is_some()
+    }
+
     fn nap(&self) -> Duration {
         // A thread's copy takes tens of microseconds; without threads the poll is the copy.
         if self.helpers.is_some() { Duration::from_micros(20) } else { Duration::ZERO }
@@ -168,6 +172,16 @@ impl<M: BlockMemory> CopyBackend for HostBackend<M> {
             for thread in helpers.threads {
                 let _ = thread.join();
             }
+        }
+    }
+}
+
+impl<M> Drop for HostBackend<M> {
+    fn drop(&mut self) {
+        // Threads that copy do not outlive whoever waits for them.
+        if let Some(helpers) = self.helpers.take() {
+            drop(helpers.orders);
+            helpers.threads.into_iter().for_each(|thread| drop(thread.join()));
         }
     }
 }
@@ -204,7 +218,7 @@ impl HostMemory {
 
 impl BlockMemory for HostMemory {
     fn shape(&self) -> Shape {
-        Shape { pages_counts: vec![self.blocks_count() as u32], tensors_count: 1 }
+        Shape { pages_counts: vec![self.blocks_count() as u32], tensors_count: 1, in_slot: (0, self.block_bytes) }
     }
 
     fn load(&mut self, pool: &Pool, slot: u32, pages: &[u32], _tensors: Range<u32>) {

@@ -113,6 +113,8 @@ pub struct Shape {
     pub pages_counts: Vec<u32>,
     /// Tensors over which a block is spread.
     pub tensors_count: u32,
+    /// Where a block lies in its slot: bytes (from, to).
+    pub in_slot: (usize, usize),
 }
 
 impl Shape {
@@ -146,6 +148,10 @@ pub trait CopyBackend {
     /// How long whoever waits may sleep between two polls while something is in flight; zero: polling is
     /// the work.
     fn nap(&self) -> Duration;
+    /// Whether what is in flight moves on though nobody polls.
+    fn moves_by_itself(&self) -> bool {
+        true
+    }
     /// What an operator should know.
     fn trouble(&self) -> Vec<String> {
         Vec::new()

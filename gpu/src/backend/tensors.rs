@@ -35,7 +35,11 @@ impl Tensors {
 
     /// What pages a block may lie in.
     pub fn shape(&self) -> Shape {
-        Shape { pages_counts: self.placement.pages_counts(), tensors_count: self.placement.tensors_count() }
+        Shape {
+            pages_counts: self.placement.pages_counts(),
+            tensors_count: self.placement.tensors_count(),
+            in_slot: (self.placement.slot_start(), self.placement.slot_end()),
+        }
     }
 }
 
@@ -58,8 +62,10 @@ impl HostTensors {
     }
 }
 
-/// From this many bytes on in one run, a copy goes past the caches: see `kvring bench copy`.
+/// From this many bytes on in one run, a load goes past the caches: see `kvring bench copy`.
 pub const NON_TEMPORAL_FROM_BYTES: usize = 4 << 10;
+/// A store's runs have to be this many times as long: it reads short ones from all over, and waits for them.
+const STORE_FACTOR: usize = 16;
 
 /// Copies bytes that nobody on this core is about to read.
 ///
@@ -115,7 +121,7 @@ impl BlockMemory for HostTensors {
             // SAFETY: `address` and the assert bound the source; `Tensors::new`'s caller keeps the target
             // mapped, and ours alone while this load is under way; `Placement` has checked that it is inside
             // the tensor. The server may write to the slot meanwhile: a mixture, which the lease tells.
-            unsafe { self.copy(source, target, copy.bytes) };
+            unsafe { self.copy(source, target, copy.bytes, self.non_temporal_from_bytes) };
         });
     }
 
@@ -125,8 +131,9 @@ impl BlockMemory for HostTensors {
             assert!(copy.offset_in_slot + copy.bytes <= pool.slot_bytes());
             let target = pool.mapping().address(slot_at + copy.offset_in_slot, copy.bytes);
             let source = std::ptr::with_exposed_provenance(copy.address);
+            let from = self.non_temporal_from_bytes.saturating_mul(STORE_FACTOR);
             // SAFETY: as in `load`; nobody writes to the source while this store is under way.
-            unsafe { self.copy(source, target, copy.bytes) };
+            unsafe { self.copy(source, target, copy.bytes, from) };
         });
     }
 
@@ -139,8 +146,8 @@ impl BlockMemory for HostTensors {
 impl HostTensors {
     /// # Safety
     /// As [`std::ptr::copy_nonoverlapping`].
-    unsafe fn copy(&self, source: *const u8, target: *mut u8, bytes: usize) {
-        if bytes >= self.non_temporal_from_bytes {
+    unsafe fn copy(&self, source: *const u8, target: *mut u8, bytes: usize, past_caches_from: usize) {
+        if bytes >= past_caches_from {
             // SAFETY: the caller's promise.
             unsafe { copy_past_caches(source, target, bytes) };
         } else {

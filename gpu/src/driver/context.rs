@@ -114,7 +114,15 @@ impl Context {
     pub fn within<T>(&self, run: impl FnOnce() -> Done<T>) -> Done<T> {
         // SAFETY: the context is retained for as long as `self` lives.
         check("cuCtxPushCurrent", unsafe { (self.api.context_push)(handle::<CUctx_st>(self.raw)) })?;
+        // Our calls in the engine's thread neither end nor join a capture of another thread's.
+        let mut mode = CAPTURE_RELAXED;
+        // SAFETY: the pointer is to a value of ours.
+        let exchanged = unsafe { (self.api.exchange_capture_mode)(&raw mut mode) };
         let done = run();
+        if exchanged == 0 {
+            // SAFETY: as above; the thread's own mode comes back.
+            unsafe { (self.api.exchange_capture_mode)(&raw mut mode) };
+        }
         let mut popped = std::ptr::null_mut();
         // SAFETY: the pointer is to a value of ours.
         let pop = check("cuCtxPopCurrent", unsafe { (self.api.context_pop)(&raw mut popped) });
@@ -217,7 +225,14 @@ impl Context {
         let mut address: *mut c_void = std::ptr::null_mut();
         // SAFETY: the pointer is to a value of ours.
         check("cuMemHostAlloc", unsafe { (self.api.host_alloc)(&raw mut address, bytes, REGISTER_PORTABLE_MAPPED) })?;
-        Ok((address.cast(), self.device_pointer(address.cast())?))
+        match self.device_pointer(address.cast()) {
+            Ok(device) => Ok((address.cast(), device)),
+            Err(error) => {
+                // SAFETY: it was allocated above, and nobody knows of it.
+                unsafe { (self.api.host_free)(address) };
+                Err(error)
+            }
+        }
     }
 
     /// Where pinned host memory lies for the device.
@@ -242,7 +257,9 @@ impl Context {
         // SAFETY: the caller's promise.
         let made = unsafe { (self.api.host_register)(host.cast(), bytes, REGISTER_PORTABLE_MAPPED) };
         check("cuMemHostRegister", made)?;
-        self.device_pointer(host)
+        self.device_pointer(host).inspect_err(|_| {
+            let _ = self.unregister(host);
+        })
     }
 
     /// Unpins what was registered at this address.

@@ -36,7 +36,7 @@ impl CudaError {
             DEINITIALIZED | CONTEXT_IS_DESTROYED => Class::Gone,
             // Illegal address, launch time-out, assert, and their kin, as the header of CUDA 12.8 says: "This leaves
             // the process in an inconsistent state".
-            214 | 220 | 700 | 702 | 710 | 714..=719 | 721 | 999 => Class::Sticky,
+            214 | 220 | 226 | 700 | 702 | 710 | 714..=719 | 721 | 810 | 911 | 999 => Class::Sticky,
             _ => Class::Recoverable,
         }
     }

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{CudaBackend, Done, Flight, Host};
+use super::{CudaBackend, Done, Flight, Host, Things};
 use crate::backend::{Direction, Outcome};
 use crate::driver::error::CudaError;
 use crate::plan::{Calibration, Limits, Plan, Span};
@@ -31,16 +31,27 @@ struct Bench<'a> {
 pub(super) fn measure(backend: &mut CudaBackend) -> Done<Calibration> {
     let context = backend.context.clone();
     let (host, host_device) = context.alloc_host(BYTES as usize)?;
-    backend.things.host_memory.push(host.expose_provenance());
     // Rows lie at twice their width.
-    let device = context.alloc(2 * BYTES as usize)?;
-    backend.things.device_memory.push(device);
-    backend.make_current()?;
+    let mut had = Things { host_memory: vec![host.expose_provenance()], ..Things::default() };
+    let device = match context.alloc(2 * BYTES as usize) {
+        Ok(device) => device,
+        Err(error) => {
+            context.free(&had);
+            return Err(error);
+        }
+    };
+    had.device_memory.push(device);
+    // `within` has made it this thread's for as long as this takes.
+    backend.thread = Some(std::thread::current().id());
     let until = Instant::now() + AT_MOST;
     let mut bench = Bench { backend, host: host_device, device, plan: Plan::default(), until };
     let measured = bench.measure();
     // The caller's thread goes its own way.
     bench.backend.thread = None;
+    // What has not ended may still use it.
+    if bench.backend.lanes.iter().all(|lane| lane.flights.is_empty()) {
+        context.free(&had);
+    }
     measured
 }
 
@@ -49,7 +60,8 @@ impl Bench<'_> {
         let mut best = Calibration::default();
         if self.backend.has_batch {
             let batched = Calibration { is_batched: true, ..best };
-            best.is_batched = self.scattered(BYTES, 64 << 10, batched)? < self.scattered(BYTES, 64 << 10, best)?;
+            best.is_batched =
+                self.scattered(BYTES, 64 << 10, batched)? <= MARGIN * self.scattered(BYTES, 64 << 10, best)?;
         }
         let rows = Calibration { rows_min: 4, ..best };
         if self.rows(rows)? * MARGIN < self.rows(best)? {
@@ -79,8 +91,12 @@ impl Bench<'_> {
     /// Pages of `span` bytes, together in the pool and apart on the device.
     fn scattered(&mut self, bytes: u64, span: u64, calibration: Calibration) -> Done<f64> {
         let count = bytes / span;
-        let at =
-            |index: u64| Span { host: index * span, device: self.device + (count - 1 - index) * span, bytes: span };
+        let at = |index: u64| Span {
+            host: index * span,
+            device: self.device + (count - 1 - index) * span,
+            bytes: span,
+            allocation: 0,
+        };
         let spans: Vec<Span> = (0..count).map(at).collect();
         self.both_ways(&spans, calibration)
     }
@@ -89,7 +105,12 @@ impl Bench<'_> {
     fn rows(&mut self, calibration: Calibration) -> Done<f64> {
         const WIDTH: u64 = 32 << 10;
         let count = BYTES / WIDTH / 2;
-        let at = |index: u64| Span { host: 2 * index * WIDTH, device: self.device + index * WIDTH, bytes: WIDTH };
+        let at = |index: u64| Span {
+            host: 2 * index * WIDTH,
+            device: self.device + index * WIDTH,
+            bytes: WIDTH,
+            allocation: 0,
+        };
         let spans: Vec<Span> = (0..count).map(at).collect();
         self.both_ways(&spans, calibration)
     }

@@ -206,6 +206,7 @@ pub struct CudaBackend {
     thread: Option<std::thread::ThreadId>,
     watched: Instant,
     lost: Option<String>,
+    cannot_bounce: bool,
     notes: Vec<String>,
     plan: Plan,
     spans: Vec<Span>,
@@ -228,7 +229,13 @@ impl CudaBackend {
         let words = Arc::new(Mapping::new(&words_file, 4096).map_err(std::io::Error::from)?);
         // The caller's thread has a context of its own, or none: it keeps it.
         let within = context.clone();
-        within.within(|| Self::build(context, tensors, options, words_file, words)).map_err(start)
+        let kept = words.clone();
+        let built = within.within(|| Self::build(context, tensors, options, words_file, words));
+        if built.is_err() {
+            // It may be pinned: an address that is pinned is not given to somebody else.
+            std::mem::forget(kept);
+        }
+        built.map_err(start)
     }
 
     fn build(
@@ -286,6 +293,7 @@ impl CudaBackend {
             thread: None,
             watched: Instant::now(),
             lost: None,
+            cannot_bounce: false,
             notes,
             plan: Plan::default(),
             spans: Vec::new(),
@@ -297,7 +305,14 @@ impl CudaBackend {
         backend.add_staging();
         backend.calibration = match backend.options.calibration {
             Some(calibration) => calibration,
-            None => calibrate::measure(&mut backend)?,
+            None => match calibrate::measure(&mut backend) {
+                Ok(measured) => measured,
+                Err(error) if matches!(error.class(), Class::Recoverable | Class::Unsupported) => {
+                    backend.notes.push(format!("which way of copying is the fastest was not measured: {error}"));
+                    Calibration { is_batched: backend.has_batch, ..Calibration::default() }
+                }
+                Err(error) => return Err(error),
+            },
         };
         backend.calibration.is_batched &= backend.has_batch;
         if backend.kernel.is_none() {
@@ -345,7 +360,7 @@ impl CudaBackend {
     }
 
     /// The memory of the completion words: of loads at 0, of stores at 64; for whoever else wants to see
-    /// them. A word is the number of the last batch whose every byte is where it was to go.
+    /// them. A word is the number of the last batch of which nothing is under way any more.
     pub fn words_file(&self) -> &OwnedFd {
         &self.words_file
     }
@@ -401,7 +416,8 @@ impl CudaBackend {
             let bytes_so_far: u64 = self.spans.iter().map(|span| span.bytes).sum();
             let is_full = bytes_so_far as usize + part_bytes > self.options.batch_bytes
                 || (index + 1) * pieces_per_block > self.list_pieces;
-            if index > 0 && is_full {
+            let comes_twice = batch.blocks[..index].iter().any(|before| before.slot == block.slot);
+            if index > 0 && (is_full || comes_twice) {
                 break;
             }
             let slot_at = pool.offset_of(block.slot);
@@ -427,6 +443,7 @@ impl CudaBackend {
                     host: (base + copy.offset_in_slot - start) as u64,
                     device: copy.address as u64,
                     bytes: copy.bytes as u64,
+                    allocation: copy.allocation,
                 });
             });
         }
@@ -447,10 +464,20 @@ impl CudaBackend {
         let mut bounced = Vec::new();
         let mut limits = self.limits();
         let host = if taken.bounces {
-            let Some(bounce) = self.bounce(lane) else { return Err(Refusal::Full) };
+            let bounce = self.bounce(lane)?;
             limits.registration_bytes = u64::MAX;
-            let slots = batch.blocks[..taken.blocks].iter().map(|block| batch.pool.offset_of(block.slot) + start);
-            bounced = slots.enumerate().map(|(index, slot_at)| (index * part_bytes, slot_at, part_bytes)).collect();
+            // What is copied and nothing else: what lies between belongs to the slot.
+            for span in &self.spans {
+                let at = span.host as usize;
+                let slot = batch.blocks[at / part_bytes].slot;
+                let slot_at = batch.pool.offset_of(slot) + start + at % part_bytes;
+                match bounced.last_mut() {
+                    Some((last, last_slot, bytes)) if *last + *bytes == at && *last_slot + *bytes == slot_at => {
+                        *bytes += span.bytes as usize;
+                    }
+                    _ => bounced.push((at, slot_at, span.bytes as usize)),
+                }
+            }
             if batch.direction == Direction::Load {
                 for (at, slot_at, bytes) in &bounced {
                     let target: *mut u8 = std::ptr::with_exposed_provenance_mut(bounce.host + at);
@@ -502,15 +529,22 @@ impl CudaBackend {
         }
     }
 
-    /// The lane's half of the pinned memory that stands in for the pool; `None` while it is in use.
-    fn bounce(&mut self, lane: usize) -> Option<Pinned> {
+    /// The lane's half of the pinned memory that stands in for the pool, unless it is in use.
+    fn bounce(&mut self, lane: usize) -> Result<Pinned, Refusal> {
         let bytes = self.options.bounce_bytes / 2;
         let lane = &mut self.lanes[lane];
         if !lane.flights.is_empty() {
-            return None;
+            return Err(Refusal::Full);
         }
-        if lane.bounce.is_none() {
-            let (host, device) = self.context.alloc_host(bytes).ok()?;
+        if lane.bounce.is_none() && !self.cannot_bounce {
+            let (host, device) = match self.context.alloc_host(bytes) {
+                Ok(made) => made,
+                Err(error) => {
+                    self.cannot_bounce = true;
+                    self.notes.push(format!("neither the pool nor a buffer can be pinned: nothing is copied: {error}"));
+                    return Err(Refusal::Broken("nothing can be pinned".into()));
+                }
+            };
             let host = host.expose_provenance();
             self.things.host_memory.push(host);
             lane.bounce = Some(Pinned { host, device, bytes });
@@ -521,7 +555,7 @@ impl CudaBackend {
                 bytes >> 20
             ));
         }
-        lane.bounce
+        lane.bounce.ok_or_else(|| Refusal::Broken("nothing can be pinned".into()))
     }
 
     /// Submits a plan's operations. What cannot be submitted at all is an error; what can in part is told in
@@ -596,7 +630,18 @@ impl CudaBackend {
                     };
                     // SAFETY: `submit`'s contract and the plan's: pages of `Tensors` on one side, one piece of
                     // the registered pool on the other, both the batch's until it has landed.
-                    unsafe { context.copy_rows(&rows, copying) }?;
+                    match unsafe { context.copy_rows(&rows, copying) } {
+                        Err(error) if error.class() == Class::Unsupported => {
+                            self.note_once(format!("rows are copied one by one: {error}"));
+                            self.calibration.rows_min = 0;
+                            for row in 0..u64::from(rows.rows) {
+                                batch.targets.push(rows.target + row * rows.target_pitch);
+                                batch.sources.push(rows.source + row * rows.source_pitch);
+                                batch.sizes.push(bytes as usize);
+                            }
+                        }
+                        copied => copied?,
+                    }
                 }
                 Op::Staged { ranges, pieces } => {
                     let at = self.lanes[lane].next_staging;
@@ -693,7 +738,7 @@ impl CudaBackend {
                 _ => continue,
             };
             for index in pieces.clone() {
-                let Span { host: at, device, bytes } = plan.pieces[index];
+                let Span { host: at, device, bytes, allocation: _ } = plan.pieces[index];
                 let near = base.map_or_else(|| host.device_address(at), |base| base + at);
                 let (source, target) = if is_load { (near, device) } else { (device, near) };
                 words[3 * index..3 * index + 3].copy_from_slice(&[source, target, bytes]);
@@ -756,6 +801,14 @@ impl CudaBackend {
         }
         self.lanes[lane].number = number;
         Ok((number, begun))
+    }
+
+    /// Bytes may still move: everything stays where it is until the process ends.
+    fn leave(&mut self) {
+        let of_flights = self.lanes.iter().flat_map(|lane| &lane.flights);
+        let of_flights = of_flights.filter_map(|flight| flight.registration.as_ref());
+        of_flights.chain(&self.registration).for_each(|registration| registration.leave());
+        std::mem::forget(self.words.take());
     }
 
     /// Takes what has left a lane's tail.
@@ -868,7 +921,7 @@ impl List {
 
 impl CopyBackend for CudaBackend {
     fn shape(&self) -> Shape {
-        let none = Shape { pages_counts: Vec::new(), tensors_count: 0 };
+        let none = Shape { pages_counts: Vec::new(), tensors_count: 0, in_slot: (0, 0) };
         self.tensors.as_ref().map_or(none, Tensors::shape)
     }
 
@@ -963,12 +1016,7 @@ impl CopyBackend for CudaBackend {
     fn close(&mut self, drained: bool) {
         let is_ours = self.process == std::process::id();
         if !drained || self.lost.is_some() || !is_ours || self.make_current().is_err() {
-            // Bytes may still move: everything stays where it is until the process ends.
-            if let Some(registration) = &self.registration {
-                registration.leave();
-            }
-            std::mem::forget(self.words.take());
-            return;
+            return self.leave();
         }
         self.registration = None;
         self.marks.close(&mut self.things);
@@ -987,10 +1035,7 @@ impl Drop for CudaBackend {
     fn drop(&mut self) {
         // Closed, or a panic: then nobody knows what is in flight, and a driver that is being torn down is not
         // called from here.
-        if let Some(registration) = self.registration.take() {
-            registration.leave();
-        }
-        std::mem::forget(self.words.take());
+        self.leave();
     }
 }
 
@@ -1018,11 +1063,11 @@ impl Marks for EventMarks {
             return Err("a forked process has no CUDA".into());
         }
         let stream = Stream(stream as usize);
-        let free = self.free().pop();
         let marked = self.context.within(|| {
             if self.context.is_capturing(stream)? {
                 return Ok(None);
             }
+            let free = self.free().pop();
             let event = free.map_or_else(|| self.context.create_event(), Ok)?;
             self.context.record(event, stream).map(|()| Some(event))
         });

@@ -14,7 +14,7 @@ use kvring_ipc::client::Pool;
 use rustix::fs::FlockOperation;
 
 use crate::driver::context::Context;
-use crate::driver::error::CudaError;
+use crate::driver::error::{Class, CudaError};
 
 /// Of one piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub enum State {
     Ready(u64),
 }
 
+/// How often a refused piece is tried again.
+const RETRIES: usize = 2;
 const ABSENT: u64 = 0;
 const PENDING: u64 = 1;
 const FAILED: u64 = 2;
@@ -136,7 +138,19 @@ impl Inner {
     fn serve(&self, asked: &Receiver<usize>) {
         let current = self.context.make_current();
         for piece in asked {
-            let state = match current.and_then(|()| self.register(piece)) {
+            if self.is_stopping.load(Ordering::Relaxed) {
+                return;
+            }
+            let mut made = current.and_then(|()| self.register(piece));
+            for _ in 0..RETRIES {
+                // Pages that migrate while they are pinned make it fail for a moment (GPU.md §1.4).
+                if made.is_ok() || made.is_err_and(|error| error.class() == Class::Sticky) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+                made = current.and_then(|()| self.register(piece));
+            }
+            let state = match made {
                 Ok(address) => address,
                 Err(error) => {
                     self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
