@@ -15,7 +15,7 @@ ARCH = b"--gpu-architecture=compute_80"
 
 
 def main(source: str, target: str) -> None:
-    directory = list(nvidia.cuda_nvrtc.__path__)[0]
+    directory = next(iter(nvidia.cuda_nvrtc.__path__))
     nvrtc = ctypes.CDLL(glob.glob(os.path.join(directory, "lib", "libnvrtc.so.*"))[0])
     with open(source, "rb") as file:
         text = file.read()

@@ -1,6 +1,6 @@
 //! Copies by a CUDA device's copy engines, on streams of our own in the inference engine's context.
 //!
-//! Each direction is a [`Lane`] of two streams. Work enters at the *head* and leaves at the *tail*: for a
+//! Each direction is a lane of two streams. Work enters at the *head* and leaves at the *tail*: for a
 //! load the head copies from the pool and the tail scatters what was staged; for a store the head gathers
 //! and the tail copies to the pool. Staging buffers go round between them, an event each way. When a batch
 //! has left the tail the device writes its number into a *word* of host memory, which is all that a poll
