@@ -99,7 +99,12 @@ class WorkerSide:
     def register_again(self) -> None:
         """After vLLM's memory has been away."""
         if self._agent and self._memory_again:
-            self._agent.resume(self._memory_again())
+            try:
+                self._agent.resume(self._memory_again())
+                return
+            except (RuntimeError, ValueError) as refusal:
+                logger.error("kvring: %s: opened anew", refusal)
+        self.register(self._kv_caches)
 
     def fence(self, step: StepMetadata) -> None:
         """Pages of preempted requests are about to be overwritten: nobody may still be reading them."""

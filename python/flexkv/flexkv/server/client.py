@@ -137,6 +137,7 @@ class _View:
 
     def __init__(self, tensor: Any, order: Sequence[int]) -> None:
         self._tensor = tensor
+        self.device = getattr(tensor, "device", None)
         self.shape = [tensor.shape[dim] for dim in order]
         self._strides = [tensor.stride()[dim] for dim in order]
 
@@ -156,8 +157,8 @@ def _tensors(kv_caches: Sequence[Any], layout: KVCacheLayout) -> list[Any]:
     views = []
     for tensor in kv_caches:
         device = getattr(getattr(tensor, "device", None), "type", "cpu")
-        if device != "cpu":
-            raise ValueError(f"KV memory on {device}: this version copies from and to CPU memory")
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"KV memory on {device}: kvring copies from and to CPU memory and CUDA devices")
         order = list(range(len(tensor.shape)))
         if layout.type == KVCacheLayoutType.LAYERFIRST and layout.kv_dim > 1:
             order = [1, 0, *order[2:]]

@@ -71,7 +71,7 @@ class FlexKVConnectorV1Impl:
     def before_device_sleep(self, *_more: Any) -> None:
         """The engine's memory goes away: nothing of ours touches it after this."""
         if self._worker:
-            self._worker.close()
+            self._worker.suspend()
 
     def after_device_wake(self, *_more: Any) -> None:
         if self._worker:
