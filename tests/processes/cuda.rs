@@ -163,6 +163,27 @@ fn what_one_device_stores_another_loads() {
 }
 
 #[test]
+fn every_way_is_checked_and_measured_by_the_benchmark() {
+    let place = Place::new();
+    // A program of its own loads the library by its path.
+    let fake = Fake::new();
+    let driver = fake.path().to_str().unwrap();
+    let common =
+        ["bench", "copy", "--json", "--seconds", "0.05", "--rounds", "1", "--size-mb", "4", "--shape", "70B TP8"];
+    for (device, rows) in [(vec![], 2 * 4 * 2), (vec!["--device", "0", "--cuda-driver", driver], 2 * 6 * 3)] {
+        let output = place.kvring(&[&common[..], &device].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let copies = report["copies"].as_array().unwrap();
+        assert_eq!(copies.len(), rows, "two shapes, each way and direction");
+        assert!(copies.iter().all(|row| row["gb_s"].as_f64().unwrap() > 0.0), "{report}");
+    }
+    let output =
+        place.kvring(&["bench", "copy", "--device", "0", "--cuda-driver", "/no/libcuda.so.1"]).output().unwrap();
+    assert!(!output.status.success() && text(&output).contains("install the NVIDIA driver"), "{}", text(&output));
+}
+
+#[test]
 fn layers_come_in_groups_and_each_is_there_when_it_is_said_to_be() {
     let place = Place::new();
     let keys = chain("layers", 10);

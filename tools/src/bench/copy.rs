@@ -87,6 +87,7 @@ pub fn measure(run: &mut Run, args: &CopyArgs) -> Measured {
         let shape =
             Shape { name, layers: *layers, page_bytes: *page_bytes, is_block_first: *is_block_first, blocks_count };
         for (way, who) in ways(args) {
+            check(way, &who, &shape)?;
             let mut trial = Trial::new(&who, &shape)?;
             if trial.pool().2.bytes() == 4096 {
                 let doubt = "copy: the pool is on 4 KiB pages; reserve 1 GiB of hugepages for it";
@@ -111,6 +112,21 @@ pub fn measure(run: &mut Run, args: &CopyArgs) -> Measured {
     notes.dedup();
     let overhead = if args.device.is_none() { empty_ticket(run)? } else { Value::Null };
     Ok(json!({"by": described, "copies": rows, "empty_ticket_ns": overhead, "notes": notes}))
+}
+
+/// What is measured is right: some blocks each way, scattered and in runs, every byte of memory and pool compared.
+fn check(way: &str, who: &Who, shape: &Shape) -> Result<(), Box<dyn std::error::Error>> {
+    let few = Shape { blocks_count: 8, ..shape.clone() };
+    for (direction, scatter) in [
+        (Direction::Store, Scatter::Random),
+        (Direction::Store, Scatter::Runs(4)),
+        (Direction::Load, Scatter::Random),
+        (Direction::Load, Scatter::Runs(4)),
+    ] {
+        let checked = Trial::new(who, &few)?.check(direction, scatter, 1);
+        checked.map_err(|error| format!("{way}: {error}"))?;
+    }
+    Ok(())
 }
 
 /// One way of copying one shape in one direction, beside plain copies, alternating.
