@@ -40,7 +40,8 @@ pub struct CopyArgs {
 
 const KIB: usize = 1 << 10;
 
-/// Models as ranks see them: pages of 16 tokens, keys and values together (GPU.md §3 has the arithmetic).
+/// Models as ranks see them: pages of 16 tokens, keys and values together. Of Llama-3-70B at
+/// TP8, say: 8 / 8 heads × 128 elements × 2 bytes × 2 (keys and values) × 16 tokens = 8 KiB a layer.
 const SHAPES: &[(&str, usize, usize, bool)] = &[
     ("64 KiB pages of 32 layers (8B TP1)", 32, 64 * KIB, false),
     ("16 KiB pages of 80 layers (70B TP4)", 80, 16 * KIB, false),

@@ -1,6 +1,6 @@
 //! The pool, pinned for the device: piece by piece, when a piece is first needed, by a thread of its own.
 //!
-//! Pinning takes locks that every process on the machine waits for, and time by the gigabyte (GPU.md §1.4):
+//! Pinning takes locks that every process on the machine waits for, and time by the gigabyte (some 0.1 s where pages are there already):
 //! hence small pieces, one process at a time (a lock on the pool's own file), and only what is used. Whoever
 //! wants to copy meanwhile is told to come back. A piece that cannot be pinned is not tried again.
 
@@ -143,7 +143,7 @@ impl Inner {
             }
             let mut made = current.and_then(|()| self.register(piece));
             for _ in 0..RETRIES {
-                // Pages that migrate while they are pinned make it fail for a moment (GPU.md §1.4).
+                // Pages that migrate while they are pinned make it fail for a moment (pin_user_pages, -ENOMEM).
                 if made.is_ok() || made.is_err_and(|error| error.class() == Class::Sticky) {
                     break;
                 }
