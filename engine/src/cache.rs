@@ -244,6 +244,10 @@ impl Cache {
         if let Some(slot) = self.disk.as_mut()?.acquire() {
             return Some(slot);
         }
+        // Nothing goes for a device that is lost.
+        if !self.disk.as_ref()?.is_usable() {
+            return None;
+        }
         let slot = self.index.evict(Tier::Disk)?;
         self.evicted.disk += 1;
         self.release_disk(slot);
@@ -406,17 +410,27 @@ impl Cache {
     /// A block's copy on the disk is not what was written. It goes; if it was the only one, or is in use, the
     /// block and all that continues it are forgotten. Says how many, and the slot of its copy in the pool.
     pub fn distrust_disk(&mut self, block: BlockId) -> (u32, Option<u32>) {
+        self.leave_disk(block, Cause::SsdChecksum)
+    }
+
+    /// The device that a block lies on is lost: as [`Cache::distrust_disk`], and its header stays what it is. Should the
+    /// device come back, the bytes are the block's, or fail their checksum.
+    pub fn lose_disk(&mut self, block: BlockId) -> u32 {
+        self.leave_disk(block, Cause::DeviceLost).0
+    }
+
+    fn leave_disk(&mut self, block: BlockId, cause: Cause) -> (u32, Option<u32>) {
         let b = self.index.block(block);
         if let (Some(host_slot), 0) = (b.place(Tier::Host).ready(), b.pins) {
             let disk_slot = self.index.leave(Tier::Disk, block);
-            if let Some(disk) = &mut self.disk {
+            if let (Some(disk), Cause::SsdChecksum) = (&mut self.disk, cause) {
                 disk.clear_header(disk_slot);
             }
             self.release_disk(disk_slot);
             self.collect();
             return (0, Some(host_slot));
         }
-        self.index.recorder.cause = Cause::SsdChecksum;
+        self.index.recorder.cause = cause;
         let forgotten = self.index.detach(block);
         self.collect();
         (forgotten, None)

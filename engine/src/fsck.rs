@@ -4,9 +4,8 @@
 //! is found here says how healthy the device is, and `repair` saves the server finding it out.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::PathBuf;
 
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::layout::Layout;
@@ -14,6 +13,7 @@ use kvring_ipc::wire::MATCH_BLOCKS_MAX;
 
 use crate::checksum;
 use crate::device::files::{self, FilesError, Found};
+use crate::device::medium::{Access, Medium, Patience};
 use crate::limits::SECTOR_BYTES;
 use crate::tier::disk::DiskGeometry;
 use crate::tier::header::{HEADER_BYTES, Header, Superblock};
@@ -89,6 +89,7 @@ impl DirReport {
 
 struct Device {
     report: DirReport,
+    medium: Medium,
     superblock: Superblock,
     geometry: DiskGeometry,
     headers: Vec<u8>,
@@ -106,24 +107,24 @@ pub fn check(
     options: Options,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<Vec<DirReport>, FsckError> {
-    let mut devices = dirs.iter().map(|dir| open(dir)).collect::<Result<Vec<_>, _>>()?;
+    let mut devices = Medium::all(dirs)?.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
     let cache_id = devices.first().map(|device| device.superblock.cache_id);
     if let Some(other) = devices.iter().find(|device| Some(device.superblock.cache_id) != cache_id) {
-        return Err(FsckError::OtherCache { file: name(&other.report.dir), first: name(&dirs[0]) });
+        return Err(FsckError::OtherCache { file: other.medium.name(), first: devices[0].medium.name() });
     }
     for (at, device) in devices.iter().enumerate() {
         let (first, place) = (&devices[0].superblock, device.superblock.device);
         let twin = devices[..at].iter().find(|other| other.superblock.device == place);
         if let Some(twin) = twin {
             return Err(FsckError::Twice {
-                file: name(&device.report.dir),
-                twin: name(&twin.report.dir),
+                file: device.medium.name(),
+                twin: twin.medium.name(),
                 place: device.report.device + 1,
             });
         }
         let same = |of: fn(&Superblock) -> u64| of(&device.superblock) == of(first);
         if !(same(|s| s.slot_bytes) && same(|s| s.layout) && same(|s| s.device & 0xffff_ffff)) {
-            return Err(FsckError::OtherCache { file: name(&device.report.dir), first: name(&dirs[0]) });
+            return Err(FsckError::OtherCache { file: device.medium.name(), first: devices[0].medium.name() });
         }
     }
     let total = devices.iter().map(|device| device.report.slots).sum();
@@ -149,22 +150,17 @@ pub fn check(
     Ok(devices.into_iter().map(|device| device.report).collect())
 }
 
-fn name(dir: &Path) -> String {
-    files::path_of(dir, 0).display().to_string()
-}
-
-fn io(file: &Path) -> impl Fn(std::io::Error) -> FsckError {
-    let file = file.display().to_string();
+fn io(medium: &Medium, file: u32) -> impl Fn(std::io::Error) -> FsckError {
+    let file = medium.path_of(file).display().to_string();
     move |error| FsckError::Io { file: file.clone(), error }
 }
 
-fn open(dir: &Path) -> Result<Device, FsckError> {
-    let first = files::path_of(dir, 0);
+fn open(medium: Medium) -> Result<Device, FsckError> {
     // Before the lock, which would make the directory.
-    let found = files::read_superblock(&first).map_err(io(&first))?;
-    let Found::Super(superblock) = found else { return Err(FsckError::NoCache { file: name(dir) }) };
+    let found = files::read_superblock(&medium).map_err(io(&medium, 0))?;
+    let Found::Super(superblock) = found else { return Err(FsckError::NoCache { file: medium.name() }) };
     // Not waited for: between two engine processes it is the next one's.
-    let lock = files::lock(dir, files::Patience::No)?;
+    let lock = medium.lock(Patience::No)?;
     let (device, devices) = ((superblock.device >> 32) as u32, superblock.device as u32);
     let geometry = DiskGeometry {
         devices_count: devices,
@@ -179,21 +175,21 @@ fn open(dir: &Path) -> Result<Device, FsckError> {
         && superblock.slot_bytes.is_multiple_of(SECTOR_BYTES)
         && (1..=1 << 30).contains(&superblock.slot_bytes);
     if !possible {
-        return Err(FsckError::NoCache { file: name(dir) });
+        return Err(FsckError::NoCache { file: medium.name() });
     }
     let mut headers = vec![0; (geometry.header_sectors() * SECTOR_BYTES) as usize];
-    let file = files::open_to_read(&first).map_err(io(&first))?;
-    file.read_exact_at(&mut headers, SECTOR_BYTES).map_err(io(&first))?;
+    let file = medium.open(0, Access::Read).map_err(io(&medium, 0))?;
+    file.read_exact_at(&mut headers, SECTOR_BYTES).map_err(io(&medium, 0))?;
     let report = DirReport {
-        dir: dir.to_path_buf(),
+        dir: medium.path().to_path_buf(),
         device,
         devices,
         block_bytes: superblock.slot_bytes,
-        layout: files::read_layout(&first),
+        layout: files::read_layout(&medium),
         slots: superblock.slots_count,
         ..DirReport::default()
     };
-    Ok(Device { report, superblock, geometry, headers, bad: Vec::new(), _lock: lock })
+    Ok(Device { report, medium, superblock, geometry, headers, bad: Vec::new(), _lock: lock })
 }
 
 fn check_device(
@@ -203,10 +199,8 @@ fn check_device(
     mut done: impl FnMut(),
 ) -> Result<(), FsckError> {
     let geometry = device.geometry;
-    let files = (0..geometry.files_per_device()).map(|file| {
-        let path = files::path_of(&device.report.dir, file);
-        files::open_to_read(&path).map_err(io(&path))
-    });
+    let files = (0..geometry.files_per_device())
+        .map(|file| device.medium.open(file, Access::Read).map_err(io(&device.medium, file)));
     let files = if options.headers_only { Vec::new() } else { files.collect::<Result<Vec<_>, _>>()? };
     let mut block = vec![0; if options.headers_only { 0 } else { geometry.slot_bytes as usize }];
     for local in 0..geometry.slots_per_device {
@@ -268,12 +262,12 @@ fn judge_chains(devices: &mut [Device], mut sound: Vec<(Header, usize)>, whole: 
 
 /// Clears the headers of what is bad, and has the device write that out.
 fn repair(device: &mut Device) -> Result<(), FsckError> {
-    let path = files::path_of(&device.report.dir, 0);
-    let file = OpenOptions::new().write(true).open(&path).map_err(io(&path))?;
+    let io = io(&device.medium, 0);
+    let file = device.medium.open(0, Access::Write).map_err(&io)?;
     for local in &device.bad {
         let offset = SECTOR_BYTES + u64::from(*local) * HEADER_BYTES;
-        file.write_all_at(&[0; HEADER_BYTES as usize], offset).map_err(io(&path))?;
+        file.write_all_at(&[0; HEADER_BYTES as usize], offset).map_err(&io)?;
         device.report.repaired += 1;
     }
-    file.sync_data().map_err(io(&path))
+    file.sync().map_err(&io)
 }

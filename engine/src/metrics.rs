@@ -105,6 +105,7 @@ columns! {
     WriteBytes = "write_bytes",
     HeaderWrites = "header_writes_count",
     Errors = "errors_count",
+    Lost = "lost",
 }
 
 /// Histograms that there are whatever the devices.
@@ -212,6 +213,7 @@ metrics! {
     ssd_read_bytes: "Bytes read from the SSD.",
     ssd_write_bytes: "Bytes of blocks written to the SSD.",
     ssd_header_writes_count: "Sectors of headers written.",
+    ssd_devices_lost_count: "Times that a device failed again and again, or answered nothing for 10 s, and its blocks were forgotten.",
     ssd_short_count: "Transfers that ended short and were resubmitted.",
     ssd_read_errors_count: "Reads that failed: each a miss.",
     ssd_write_errors_count: "Writes that failed: the block stays in the pool only.",

@@ -71,6 +71,8 @@ pub enum IoEngine {
     Uring,
     /// libaio.
     Aio,
+    /// NVMe commands through io_uring, past the block layer; [`IoEngine::Uring`] where a device does not take them.
+    Nvme,
 }
 
 /// What to do with a cache file of another layout or format.
@@ -80,6 +82,9 @@ pub enum OnMismatch {
     Refuse,
     /// Start with an empty SSD cache.
     Reset,
+    /// As `Reset`, and on a block device whatever another program has written there. No setting says so: `kvring serve
+    /// --force-format` does.
+    Format,
 }
 
 /// Which blocks in the pool are compared with their checksums before they are loaded.
@@ -124,6 +129,8 @@ pub struct Config {
     pub io_engine: IoEngine,
     pub iouring_entries: u32,
     pub fixed_buffers: bool,
+    pub io_poll: bool,
+    pub sq_poll: bool,
     pub max_file_bytes: Option<u64>,
     pub ssd_read_depth: u32,
     pub ssd_write_depth: u32,
@@ -203,8 +210,8 @@ pub const SETTINGS: &[Setting] = &[
         "ssd_cache_dir",
         Some("FLEXKV_SSD_CACHE_DIR"),
         "./flexkv_ssd",
-        "one directory, or several separated by ';'",
-        "Where the SSD tier keeps its files. Blocks are striped over several directories; put each on a device of its own.",
+        "one directory or block device, or several separated by ';'",
+        "Where the SSD tier lies: a directory for its files, or a block device that holds nothing else (/dev/nvme0n1): another program's data on it is never overwritten, unless `kvring serve --force-format` says so. Blocks are striped over several; put each directory on a device of its own.",
         |c, v| {
             let dirs: Vec<PathBuf> = v.split(';').map(str::trim).filter(|d| !d.is_empty()).map(PathBuf::from).collect();
             if dirs.is_empty() {
@@ -333,10 +340,18 @@ pub const SETTINGS: &[Setting] = &[
         "io_engine",
         None,
         "auto",
-        "auto, uring or aio",
-        "Kernel interface to the SSDs. auto takes io_uring, or libaio with a warning where io_uring is forbidden.",
+        "auto, uring, aio or nvme",
+        "Kernel interface to the SSDs. auto takes io_uring, or libaio with a warning where io_uring is forbidden. nvme sends NVMe commands through io_uring, past the block layer, to each NVMe namespace named in ssd_cache_dir (Linux 6.2, or CAP_SYS_ADMIN); what is none, or refuses, is driven by io_uring with a warning.",
         |c, v| {
-            c.io_engine = pick(v, &[("auto", IoEngine::Auto), ("uring", IoEngine::Uring), ("aio", IoEngine::Aio)])?;
+            c.io_engine = pick(
+                v,
+                &[
+                    ("auto", IoEngine::Auto),
+                    ("uring", IoEngine::Uring),
+                    ("aio", IoEngine::Aio),
+                    ("nvme", IoEngine::Nvme),
+                ],
+            )?;
             Some(())
         }
     ),
@@ -367,6 +382,28 @@ pub const SETTINGS: &[Setting] = &[
         "Register the pool with io_uring once, so that no I/O pins pages again. Needs CAP_IPC_LOCK or a memlock limit above the pool's size.",
         |c, v| {
             c.fixed_buffers = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "io_poll",
+        None,
+        "off",
+        "on or off",
+        "Poll the devices for completions instead of being interrupted (io_uring's IOPOLL), where a device has polled queues (nvme.poll_queues=N); elsewhere interrupts, with a warning. While a transfer is in flight the server does not sleep, unless sq_poll is on.",
+        |c, v| {
+            c.io_poll = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "sq_poll",
+        None,
+        "off",
+        "on or off",
+        "A kernel thread for each device takes submissions (io_uring's SQPOLL) and, with io_poll, polls for completions: no system calls in the server, and a CPU of its own for the kernel while the cache is busy.",
+        |c, v| {
+            c.sq_poll = switch(v)?;
             Some(())
         }
     ),
@@ -684,7 +721,7 @@ pub const NOT_APPLICABLE: &[(&str, &str)] = &[
     ("FLEXKV_CE_GATHER_THREADS", "instances copy on their own CUDA streams"),
     ("FLEXKV_CE_GATHER_NT", "instances copy on their own CUDA streams"),
     ("FLEXKV_SSD_IO_OPT", "every block is one read or write"),
-    ("FLEXKV_IOURING_FLAGS", "io_engine, fixed_buffers and polling"),
+    ("FLEXKV_IOURING_FLAGS", "io_engine, fixed_buffers, io_poll and sq_poll"),
     ("FLEXKV_EVICT_RATIO", "eviction costs what it evicts, so nothing is evicted ahead"),
     ("FLEXKV_EVICT_START_THRESHOLD", "eviction costs what it evicts, so nothing is evicted ahead"),
     ("FLEXKV_HIT_REWARD_SECONDS", "eviction_policy = slru or s3fifo"),
@@ -805,6 +842,8 @@ impl Default for Config {
             io_engine: IoEngine::Auto,
             iouring_entries: 0,
             fixed_buffers: true,
+            io_poll: false,
+            sq_poll: false,
             max_file_bytes: None,
             ssd_read_depth: 0,
             ssd_write_depth: 0,

@@ -70,6 +70,8 @@ pub enum Cause {
     Stalled = 7,
     /// An operator has evicted it.
     Asked = 8,
+    /// The device that it, or a block that it continues, lay on is lost.
+    DeviceLost = 9,
 }
 
 /// Why a block of a store was not taken.
@@ -95,7 +97,7 @@ macro_rules! from_byte {
     };
 }
 from_byte!(What: Answered, Stored, Evicted, Forgotten, Dropped, Read, Written, Missed, Attached, Ended, Expired, Reset);
-from_byte!(Cause: Unknown, Reset, DramChecksum, SsdChecksum, SsdRead, Aborted, WriterGone, Stalled, Asked);
+from_byte!(Cause: Unknown, Reset, DramChecksum, SsdChecksum, SsdRead, Aborted, WriterGone, Stalled, Asked, DeviceLost);
 from_byte!(Refusal: NoParent, NoRoom, Draining);
 
 /// One entry.

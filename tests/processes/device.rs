@@ -166,7 +166,10 @@ fn rates_are_kept_and_what_is_not_understood_is_named() {
         (&["--filename", "/nonexistent/f", "--size", "1m"], "/nonexistent/f"),
         (&["--size", "1k", "--bs", "4k", "--ioengine", "sim"], "bs=4096 is more than size=1024"),
         (&["--ioengine", "sim"], "say size=BYTES"),
-        (&["--hipri", "--size", "1m"], "hipri=1: the engine does not do this yet"),
+        (&["--hipri", "--ioengine", "libaio", "--size", "1m"], "hipri=1 is for ioengine=io_uring"),
+        (&["--ioengine", "io_uring_cmd"], "needs filename=/dev/ngXnY"),
+        (&["--ioengine", "io_uring_cmd", "--filename", "/dev/null"], "belongs to no NVMe namespace"),
+        (&["--ioengine", "io_uring_cmd", "--filename", "file", "--cmd_type", "scsi"], "cmd_type=scsi: expected nvme"),
     ] {
         let told = bench(&place, arguments);
         assert!(!told.status.success() && text(&told).contains(said), "{arguments:?}: {}", text(&told));

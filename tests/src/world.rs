@@ -476,6 +476,9 @@ impl World {
             _ => self.look_again(at),
         }
         self.haunt();
+        if self.chance.happens(2) {
+            self.break_a_device();
+        }
         if self.chance.happens(700) {
             self.now_ns += self.chance.below(20_000);
             self.poll_once();
@@ -485,6 +488,17 @@ impl World {
         }
         if self.chance.happens(2) {
             self.shard().cache().check();
+        }
+    }
+
+    /// A device dies, hangs or is well again. One that hangs is lost after ten seconds, whatever waits for it.
+    fn break_a_device(&mut self) {
+        let (kind, which) = (self.chance.below(5), self.chance.below(4) as usize);
+        let Some(device) = self.shard().devices().nth(which) else { return };
+        (device.dead, device.hung) = (kind == 0, kind == 1);
+        if kind == 2 {
+            self.now_ns += 11_000_000_000;
+            self.poll_once();
         }
     }
 
@@ -1092,6 +1106,7 @@ impl World {
     /// Ends every session; then nothing may be left: no lease, no slot that neither is free nor holds a
     /// block.
     fn finish(&mut self) {
+        self.shard().devices().for_each(|device| (device.dead, device.hung) = (false, false));
         // Every request of an honest client is answered, sooner or later, without further ado.
         for _ in 0..100_000 {
             if self.clients.iter().all(|client| client.hostile || client.asked.is_empty()) {

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use kvring_engine::cache::Cache;
 use kvring_engine::device::aio::Aio;
 use kvring_engine::device::files::{self, DeviceFiles};
+use kvring_engine::device::medium::Medium;
 use kvring_engine::device::sim::Chance;
-use kvring_engine::device::uring::{self, Uring};
+use kvring_engine::device::uring::{self, Finds, RingOptions, Uring};
 use kvring_engine::device::{Device, DeviceMemory};
 use kvring_engine::index::IndexOptions;
 use kvring_engine::limits::SECTOR_BYTES;
@@ -50,15 +51,15 @@ impl Machine {
     fn start(dirs: &[PathBuf], log: &Log) -> Self {
         let geometry = geometry();
         let layout = Layout::opaque(SLOT);
-        let opened = files::open(dirs, &geometry, &layout, OnMismatch::Refuse).unwrap();
+        let opened = files::open(&Medium::all(dirs).unwrap(), &geometry, &layout, OnMismatch::Refuse).unwrap();
         let pool = Arc::new(Mapping::private(HOST_SLOTS as usize * SLOT as usize).unwrap());
         let images = geometry.header_images().unwrap();
         let found = Mutex::new(Vec::new());
         for (number, device) in (0..).zip(&opened) {
-            if let Some(path) = &device.reused {
+            if device.reused {
                 let fingerprint = layout.fingerprint();
                 let found = |piece| found.lock().unwrap().push(piece);
-                files::read_headers(path, &geometry, fingerprint, number, found).unwrap();
+                files::read_headers(&device.medium, &geometry, fingerprint, number, found).unwrap();
             }
         }
         let options = IndexOptions {
@@ -76,7 +77,9 @@ impl Machine {
             let DeviceFiles { files, lock, .. } = device;
             let memory = DeviceMemory { pool: pool.clone(), headers, piece_bytes: pool.bytes() };
             let device: AnyDevice = match uring::probe() {
-                Ok(()) => Box::new(Uring::new(files, None, memory.clone(), 16, false).unwrap()),
+                Ok(()) => Box::new(
+                    Uring::new(files, None, memory.clone(), RingOptions::plain(16, false), Finds::AnyWay).unwrap(),
+                ),
                 Err(_) => Box::new(Aio::new(files, memory.clone(), 16).unwrap()),
             };
             locks.push(lock);
@@ -201,7 +204,7 @@ fn at_every_moment_of_a_run() {
     let root = tempfile::Builder::new().prefix("powercut").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (log, dirs) = (Log::default(), dirs_in(root.path()));
     let mut machine = Machine::start(&dirs, &log);
-    let file = |dirs: &[PathBuf], device: usize| files::path_of(&dirs[device], 0);
+    let file = |dirs: &[PathBuf], device: usize| Medium::Directory(dirs[device].clone()).path_of(0);
     // What was there before the first write.
     let empty: Vec<Vec<u8>> = (0..2).map(|device| std::fs::read(file(&dirs, device)).unwrap()).collect();
     let chains: Vec<Vec<BlockKey>> = (0..16).map(chain).collect();

@@ -4,14 +4,17 @@
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::linux::fs::MetadataExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
 use kvring_engine::control::engine::check_memlock;
-use kvring_engine::device::{files, uring};
+use kvring_engine::device::files::{self, Found};
+use kvring_engine::device::medium::{Medium, Patience};
+use kvring_engine::device::nvme::{self, Health, Namespace};
+use kvring_engine::device::uring;
 use kvring_engine::dma;
 use kvring_ipc::config::{Config, Hugepages, IoEngine};
 use kvring_ipc::handshake::Channel;
@@ -264,6 +267,14 @@ fn look_at_memory(report: &mut Report, config: &Config, serves: bool) {
 
 fn look_at_dir(report: &mut Report, config: &Config, dir: &Path, serves: bool) {
     let name = dir.display();
+    let medium = match Medium::of(dir) {
+        Ok(Medium::BlockDevice(path)) => return look_at_device(report, config, Medium::BlockDevice(path), serves),
+        Ok(medium) => medium,
+        Err(error) => {
+            let remedy = "set ssd_cache_dir to a directory or a block device";
+            return report.bad("ssd", Level::Problem, error.to_string(), remedy);
+        }
+    };
     // Where it is to be made, what it is made in says what it will be.
     let Some(there) = dir.ancestors().find(|there| there.exists()) else {
         return report.bad("ssd", Level::Problem, format!("{name}: no such path"), format!("mkdir -p {name}"));
@@ -296,7 +307,7 @@ fn look_at_dir(report: &mut Report, config: &Config, dir: &Path, serves: bool) {
     }
     let share = config.ssd_cache_bytes / config.ssd_cache_dirs.len().max(1) as u64;
     let held: u64 =
-        (0..).map_while(|file| std::fs::metadata(files::path_of(dir, file)).ok()).map(|m| m.st_blocks() * 512).sum();
+        (0..).map_while(|file| std::fs::metadata(medium.path_of(file)).ok()).map(|m| m.st_blocks() * 512).sum();
     match rustix::fs::statvfs(there) {
         Ok(space) if space.f_bavail * space.f_frsize + held < share => {
             let found = format!(
@@ -311,16 +322,87 @@ fn look_at_dir(report: &mut Report, config: &Config, dir: &Path, serves: bool) {
         }
         Err(errno) => report.note("ssd", format!("{name}: free space is not told: {errno}")),
     }
-    if !serves && dir.join("kvring.lock").exists() && files::lock(dir, files::Patience::No).is_err() {
+    if !serves && dir.join("kvring.lock").exists() && medium.lock(Patience::No).is_err() {
         let found = format!("{name}: another server uses it");
         report.bad("ssd", Level::Problem, found, "give this server another ssd_cache_dir, or stop the other");
     }
     look_at_queue(report, there);
 }
 
+/// A device that is all the cache's: whether it can be had, and what it can do.
+fn look_at_device(report: &mut Report, config: &Config, medium: Medium, serves: bool) {
+    let name = medium.path().display().to_string();
+    if !serves && let Err(error) = medium.lock(Patience::No) {
+        return report.bad("ssd", Level::Problem, error.to_string(), "name another device, or free this one");
+    }
+    let share = config.ssd_cache_bytes / config.ssd_cache_dirs.len().max(1) as u64;
+    match (medium.device_bytes(), files::read_superblock(&medium)) {
+        (Err(error), _) | (_, Err(error)) => {
+            let remedy = "run as a user that may read and write it";
+            return report.bad("ssd", Level::Problem, format!("{name}: {error}"), remedy);
+        }
+        (Ok(bytes), _) if bytes < share => {
+            let found = format!("{name}: {} are needed and it has {}", gib(share), gib(bytes));
+            report.bad("ssd", Level::Problem, found, "lower ssd_cache_gb");
+        }
+        (_, Ok(Found::Foreign(what))) => {
+            let found = format!("{name} holds another program's data ({what})");
+            let remedy = "name another device, or start once with `kvring serve --force-format` to destroy it";
+            report.bad("ssd", Level::Problem, found, remedy);
+        }
+        (Ok(bytes), Ok(Found::Nothing)) => report.ok("ssd", format!("{name}: {}, empty", gib(bytes))),
+        (Ok(bytes), Ok(Found::OtherVersion | Found::Super(_))) => {
+            report.ok("ssd", format!("{name}: {}, with a cache on it", gib(bytes)));
+        }
+    }
+    let commands =
+        nvme::open(&medium).and_then(|file| Ok((Namespace::identify(&file, &medium)?, Health::of(&file).ok())));
+    match commands {
+        Ok((namespace, health)) => {
+            let Namespace { nsid, model, firmware, sector_bytes, .. } = namespace;
+            let about =
+                format!("{name}: namespace {nsid} of {model}, firmware {firmware}, sectors of {sector_bytes} bytes");
+            report.ok("nvme", format!("{about}: io_engine = nvme can drive it"));
+            if let Some(health) = health {
+                look_at_health(report, &name, &health);
+            }
+        }
+        Err(why) if config.io_engine == IoEngine::Nvme => {
+            let found = format!("{name}: no NVMe commands: {why}");
+            report.bad("nvme", Level::Warning, found, "set io_engine = uring, which drives it meanwhile");
+        }
+        Err(why) => report.note("nvme", format!("{name}: no NVMe commands (io_engine = nvme): {why}")),
+    }
+    let polled = medium.queue().and_then(|queue| read(queue.join("io_poll")));
+    match polled.as_deref() {
+        Some("1") => report.ok("io_poll", format!("{name} has polled queues")),
+        _ if config.io_poll => report.bad(
+            "io_poll",
+            Level::Warning,
+            format!("{name} has no polled queues"),
+            "boot with nvme.poll_queues=N, or set io_poll = off",
+        ),
+        _ => report.note("io_poll", format!("{name} has no polled queues (NVMe: nvme.poll_queues=N)")),
+    }
+    look_at_queue(report, medium.path());
+}
+
+fn look_at_health(report: &mut Report, name: &str, health: &Health) {
+    let Health { critical_warning, temperature_celsius, percentage_used, media_errors_count, .. } = *health;
+    let found = format!(
+        "{name}: {temperature_celsius} °C, {percentage_used} % of its life used, {media_errors_count} media errors, critical warning {critical_warning:#x}"
+    );
+    if critical_warning != 0 || percentage_used >= 100 {
+        report.bad("health", Level::Warning, found, "replace the drive: the cache on it may be lost at any time");
+    } else {
+        report.ok("health", found);
+    }
+}
+
 /// The block device under a path, if it is one's own: the whole disk, where it is a partition.
 fn queue_of(path: &Path) -> Option<PathBuf> {
-    let device = std::fs::metadata(path).ok()?.st_dev();
+    let metadata = std::fs::metadata(path).ok()?;
+    let device = if metadata.file_type().is_block_device() { metadata.st_rdev() } else { metadata.st_dev() };
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let device = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
     device.ancestors().map(|at| at.join("queue")).find(|queue| queue.is_dir())

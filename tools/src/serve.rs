@@ -11,7 +11,7 @@ use clap::Args;
 use kvring_engine::control::Server;
 use kvring_engine::control::engine::Prepared;
 use kvring_engine::control::keeper::{Inheritance, Keeper, Signals};
-use kvring_ipc::config::Config;
+use kvring_ipc::config::{Config, OnMismatch};
 use kvring_ipc::handshake::{Reply, Request, ask};
 use kvring_ipc::launch::beside_socket;
 use kvring_ipc::layout::Layout;
@@ -28,6 +28,9 @@ pub struct ServeArgs {
     /// Serve opaque blocks of this many KiB (benchmarks and replays), instead of --layout.
     #[arg(long, value_name = "KIB", conflicts_with = "layout")]
     block_kib: Option<u64>,
+    /// Take the block devices in ssd_cache_dir whatever lies on them: another program's data there is destroyed.
+    #[arg(long)]
+    force_format: bool,
     /// Start the server in a session of its own and return.
     #[arg(long)]
     detach: bool,
@@ -43,7 +46,10 @@ pub struct ServeArgs {
 
 /// Runs the server: the keeper, which starts this program again as its engine process.
 pub fn run(args: ServeArgs) -> Outcome {
-    let loaded = args.settings.load()?;
+    let mut loaded = args.settings.load()?;
+    if args.force_format {
+        loaded.config.ssd_on_mismatch = OnMismatch::Format;
+    }
     if args.detach {
         return detach(&loaded.config);
     }

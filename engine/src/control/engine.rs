@@ -23,7 +23,9 @@ use super::verify::{Survey, Surveyed};
 use crate::cache::Cache;
 use crate::device::aio::Aio;
 use crate::device::files::{self, FilesError};
-use crate::device::uring::{self, Uring, UringError};
+use crate::device::medium::{Medium, Patience};
+use crate::device::nvme::Nvme;
+use crate::device::uring::{self, Finds, RingOptions, Uring, UringError};
 use crate::device::{Device, DeviceMemory};
 use crate::dma::{self, PoolError, PoolMemory};
 use crate::index::{Block, IndexOptions, Place, Tier};
@@ -31,6 +33,7 @@ use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
 use crate::metrics::Metrics;
 use crate::recovery::Recovered;
 use crate::shard::hasher::Hasher;
+use crate::shard::lost::Turn;
 use crate::shard::session::Session;
 use crate::shard::{End, Shard, ShardOptions};
 use crate::tier::disk::{DiskGeometry, DiskSlots};
@@ -49,7 +52,7 @@ pub enum BuildError {
     #[error(transparent)]
     Files(#[from] FilesError),
     #[error(
-        "io_engine = uring: {0}: allow io_uring (sysctl kernel.io_uring_disabled, the container's seccomp profile) or set io_engine = aio"
+        "io_engine = uring or nvme: {0}: allow io_uring (sysctl kernel.io_uring_disabled, the container's seccomp profile) or set io_engine = aio"
     )]
     Uring(#[from] UringError),
     #[error("io_engine = aio: {0}: raise sysctl fs.aio-max-nr or lower iouring_entries")]
@@ -188,7 +191,7 @@ impl Kept {
         }
         for dir in self.left_dirs(config) {
             // Who has its lock knows that nothing is read from there into the pool any more.
-            let free = dir.is_dir().then(|| files::lock(dir, files::Patience::Wait));
+            let free = dir.exists().then(|| Medium::of(dir)?.lock(Patience::Wait));
             if !matches!(free, Some(Ok(_))) {
                 return Err(format!("ssd_cache_dir was {} and reads from there may be under way", dir.display()));
             }
@@ -228,7 +231,7 @@ fn open_files(
     on_mismatch: OnMismatch,
 ) -> Result<Vec<files::DeviceFiles>, BuildError> {
     Ok(match geometry {
-        Some(geometry) => files::open(&config.ssd_cache_dirs, geometry, layout, on_mismatch)?,
+        Some(geometry) => files::open(&Medium::all(&config.ssd_cache_dirs)?, geometry, layout, on_mismatch)?,
         None => Vec::new(),
     })
 }
@@ -267,7 +270,7 @@ impl Prepared {
         let Some(layout) = layout.or(kept.as_ref().map(|kept| &kept.layout)).cloned() else { return Ok(None) };
         let geometry = geometry_of(config, &layout, kept.as_ref().map_or(0, Kept::bytes))?;
         if let Some(geometry) = &geometry {
-            files::check(&config.ssd_cache_dirs, geometry, &layout, config.ssd_on_mismatch)?;
+            files::check(&Medium::all(&config.ssd_cache_dirs)?, geometry, &layout, config.ssd_on_mismatch)?;
             check_io(config)?;
         }
         let suits = |kept: &Kept| kept.left_dirs(config).next().is_none() && kept.suits(config, &layout).is_ok();
@@ -358,6 +361,8 @@ pub enum FromShard {
     Recovered(Recovered),
     /// A piece of the pool could not be registered: its slots are not used.
     Unregistered(u32, rustix::io::Errno),
+    /// A device is lost, or back.
+    Device(usize, Turn),
 }
 
 /// A running data plane.
@@ -433,7 +438,7 @@ impl Engine {
         let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
         let (to_shard, for_shard) = crossbeam_channel::unbounded();
         let teller = Teller { to_shard, bell };
-        let to_read: Vec<_> = opened.iter().map(|device| device.reused.clone()).collect();
+        let to_read: Vec<_> = opened.iter().map(|device| device.reused.then(|| device.medium.clone())).collect();
         let fingerprint = layout.fingerprint();
         let metrics = Arc::new(Metrics::default());
         cache.begin_recovery(with_disk);
@@ -450,8 +455,7 @@ impl Engine {
             cache.reset();
         }
         let (devices, locks) = open_devices(config, &pool, opened, images)?;
-        let described: Vec<String> =
-            devices.iter().map(|(dir, device)| format!("{}: {}", dir.display(), device.describe())).collect();
+        let (described, devices): (Vec<String>, Vec<AnyDevice>) = devices.into_iter().unzip();
         for line in &described {
             tracing::info!("device {line}");
         }
@@ -466,7 +470,6 @@ impl Engine {
             verify: config.verify,
             clock: monotonic_ns,
         };
-        let devices = devices.into_iter().map(|(_, device)| device).collect();
         let mut shard = Shard::new(cache, pool.mapping.clone(), devices, shard_options, metrics.clone());
         if let Some((stats, _)) = &stats {
             let text = Text {
@@ -634,7 +637,7 @@ impl Teller {
 struct Reading {
     teller: Teller,
     /// The devices that are read, and whether all of each was.
-    devices: Vec<(u32, PathBuf, AtomicBool)>,
+    devices: Vec<(u32, Medium, AtomicBool)>,
 }
 
 impl Drop for Reading {
@@ -648,11 +651,11 @@ impl Drop for Reading {
 
 /// Reads what the SSD holds, behind: serving does not wait for it. However that ends, the recovery does, and
 /// nobody believes that what was not read is not there.
-fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: Vec<Option<PathBuf>>, take: bool) {
-    let devices = (0..).zip(to_read).filter_map(|(device, path)| Some((device, path?, AtomicBool::new(false))));
+fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: Vec<Option<Medium>>, take: bool) {
+    let devices = (0..).zip(to_read).filter_map(|(device, medium)| Some((device, medium?, AtomicBool::new(false))));
     let reading = Reading { teller, devices: devices.collect() };
-    let read_one = move |reading: &Reading, (device, path, was_read): &(u32, PathBuf, AtomicBool)| {
-        let read = files::read_headers(path, &geometry, layout, *device, |mut piece| {
+    let read_one = move |reading: &Reading, (device, medium, was_read): &(u32, Medium, AtomicBool)| {
+        let read = files::read_headers(medium, &geometry, layout, *device, |mut piece| {
             // Without checksums a header may name a block whose slot was written anew since.
             if !take {
                 piece.distrust();
@@ -662,8 +665,8 @@ fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: V
         match read {
             Ok(()) => was_read.store(true, Ordering::SeqCst),
             Err(error) => {
-                let path = path.display();
-                tracing::error!("{path}: headers cannot be read ({error}): what they name is forgotten");
+                let name = medium.name();
+                tracing::error!("{name}: headers cannot be read ({error}): what they name is forgotten");
             }
         }
     };
@@ -757,8 +760,8 @@ fn make_pool(
 
 type AnyDevice = Box<dyn Device + Send>;
 
-/// Devices with where each lies, and the locks that make them ours.
-type Opened = (Vec<(PathBuf, AnyDevice)>, Vec<std::fs::File>);
+/// Devices in words and as they are, and the locks that make them ours.
+type Opened = (Vec<(String, AnyDevice)>, Vec<std::fs::File>);
 
 fn open_devices(
     config: &Config,
@@ -769,7 +772,7 @@ fn open_devices(
     let use_uring = match config.io_engine {
         IoEngine::Aio => false,
         _ if opened.is_empty() => false,
-        IoEngine::Uring => uring::probe().map(|()| true)?,
+        IoEngine::Uring | IoEngine::Nvme => uring::probe().map(|()| true)?,
         IoEngine::Auto => match uring::probe() {
             Ok(()) => true,
             Err(error) => {
@@ -781,25 +784,53 @@ fn open_devices(
     if use_uring && config.fixed_buffers {
         check_memlock(pool.mapping.bytes() as u64)?;
     }
-    let mut devices: Vec<(PathBuf, AnyDevice)> = Vec::new();
+    let mut devices = Vec::new();
     let mut locks = Vec::new();
     for (device, headers) in opened.into_iter().zip(images) {
         let memory = DeviceMemory { pool: pool.mapping.clone(), headers, piece_bytes: pool.piece_bytes as usize };
-        let opened: AnyDevice = if use_uring {
-            Box::new(Uring::new(
-                device.files,
-                Some(device.lock.as_fd()),
-                memory,
-                config.iouring_entries,
-                config.fixed_buffers,
-            )?)
+        let name = device.medium.path().display().to_string();
+        let mut left_out = Vec::new();
+        let opened = if use_uring {
+            drive_by_uring(config, &device.medium, device.files, &device.lock, memory, &mut left_out)?
         } else {
             Box::new(Aio::new(device.files, memory, config.iouring_entries).map_err(BuildError::Aio)?)
         };
-        devices.push((device.dir, opened));
+        let mut described = format!("{name}: {}", opened.describe());
+        for left_out in left_out {
+            tracing::warn!("{name}: {left_out}");
+            described += &format!("; not {left_out}");
+        }
+        devices.push((described, opened));
         locks.push(device.lock);
     }
     Ok((devices, locks))
+}
+
+/// By commands or by the block layer, polled or not, as it was asked for; what the device does not take is `left_out`.
+fn drive_by_uring(
+    config: &Config,
+    medium: &Medium,
+    files: Vec<OwnedFd>,
+    lock: &std::fs::File,
+    memory: DeviceMemory,
+    left_out: &mut Vec<String>,
+) -> Result<AnyDevice, BuildError> {
+    let Config { iouring_entries: entries, fixed_buffers, io_poll, sq_poll, .. } = *config;
+    let mut options = RingOptions { entries, fixed_buffers, io_poll, sq_poll };
+    if config.io_engine == IoEngine::Nvme {
+        match Nvme::new(medium, Some(lock.as_fd()), memory.clone(), options, left_out) {
+            Ok(device) => return Ok(Box::new(device)),
+            Err(error) => {
+                left_out.clear();
+                left_out.push(format!("io_engine = nvme: {error}"));
+            }
+        }
+    }
+    if let Err(why) = if io_poll { uring::can_poll(medium, &files) } else { Ok(()) } {
+        left_out.push(format!("io_poll = on: {why}"));
+        options.io_poll = false;
+    }
+    Ok(Box::new(Uring::new(files, Some(lock.as_fd()), memory, options, Finds::AnyWay)?))
 }
 
 /// The index is in memory and grows with the number of blocks: small blocks in a big cache are refused
@@ -833,7 +864,7 @@ fn index_bytes(config: &Config, layout: &Layout, disk_slots: u64) -> u64 {
 /// Whether the disk can be driven as it is asked for.
 fn check_io(config: &Config) -> Result<(), BuildError> {
     let works = config.io_engine != IoEngine::Aio && uring::probe().is_ok();
-    if config.io_engine == IoEngine::Uring {
+    if matches!(config.io_engine, IoEngine::Uring | IoEngine::Nvme) {
         uring::probe()?;
     }
     if works && config.fixed_buffers { check_memlock(config.cpu_cache_bytes) } else { Ok(()) }
@@ -903,6 +934,9 @@ impl Runner {
             }
             let now_ns = monotonic_ns();
             self.answer_resets(now_ns);
+            for (device, turn) in self.shard.take_turns() {
+                let _ = self.to_control.send(FromShard::Device(device, turn));
+            }
             if let Some(began_ns) = self.recovery_began_ns.filter(|_| !self.shard.cache().is_recovering()) {
                 self.recovery_began_ns = None;
                 self.metrics.ssd_recovery_us.set(now_ns.saturating_sub(began_ns) / 1000);
@@ -913,7 +947,7 @@ impl Runner {
                 continue;
             }
             let spinning = self.polling == Polling::Busy || now_ns - last_work_ns < self.spin_ns;
-            let Some(sleeper) = sleeper.as_mut().filter(|_| !spinning) else {
+            let Some(sleeper) = sleeper.as_mut().filter(|_| !spinning && !self.shard.must_poll()) else {
                 std::hint::spin_loop();
                 continue;
             };
@@ -1096,13 +1130,14 @@ const DEVICE: u64 = u64::MAX;
 const OWN_BELL: usize = SESSIONS_MAX;
 
 impl Sleeper {
-    /// `None` if a device can only be polled: then the shard never sleeps.
+    /// `None` if what there is cannot be waited for: then the shard never sleeps.
     fn new(shard: &mut Shard<AnyDevice>, bell: &OwnedFd, epoll: OwnedFd) -> Option<Self> {
         let bells = (0..=SESSIONS_MAX).map(|_| None).collect();
         let mut sleeper = Self { epoll, events: Vec::with_capacity(64), bells, unwatched: false };
         sleeper.watch(OWN_BELL, bell);
         for device in shard.devices() {
-            let fd = device.wake_fd()?;
+            // One that can only be polled is, as long as something is in flight.
+            let Some(fd) = device.wake_fd() else { continue };
             epoll::add(&sleeper.epoll, fd, epoll::EventData::new_u64(DEVICE), epoll::EventFlags::IN).ok()?;
         }
         Some(sleeper)

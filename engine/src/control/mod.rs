@@ -18,9 +18,12 @@ use kvring_ipc::segment::Segment;
 use kvring_ipc::wire::PROTOCOL_VERSION;
 use rustix::event::{Timespec, epoll};
 
+use crate::device::files;
+use crate::device::medium::Medium;
 use crate::index::Tier;
 use crate::limits::{ASKERS_PER_PEER_MAX, SESSIONS_MAX, SESSIONS_PER_PEER_MAX};
 use crate::shard::End;
+use crate::shard::lost::Turn;
 use crate::shard::session::Session;
 use crate::tier::host::{SessionId, Writer};
 use crate::tier::table::FormerSession;
@@ -750,8 +753,10 @@ impl Server {
             let Some(layout) = attach.layout.clone() else {
                 return Err(Refusal::for_now("no worker has said yet what its blocks look like".into()));
             };
-            // A layout that no operator gave never empties a cache that is there.
-            self.start_engine(layout, OnMismatch::Refuse, None).map_err(|error| {
+            // A layout that no operator gave never empties a cache that is there; what an operator has ordered is done.
+            let format = self.config.ssd_on_mismatch == OnMismatch::Format;
+            let on_mismatch = if format { OnMismatch::Format } else { OnMismatch::Refuse };
+            self.start_engine(layout, on_mismatch, None).map_err(|error| {
                 tracing::error!("{error}");
                 Refusal::for_now(error.to_string())
             })?;
@@ -919,7 +924,9 @@ impl Server {
                 FromShard::Reset { asked_by, blocks, durable } => {
                     // Written is not durable: what the drive's cache holds goes with the power.
                     let with_disk = self.config.ssd_cache_bytes > 0;
-                    let flush = || crate::device::files::flush_headers(&self.config.ssd_cache_dirs).is_ok();
+                    let flush = || {
+                        Medium::all(&self.config.ssd_cache_dirs).is_ok_and(|media| files::flush_headers(&media).is_ok())
+                    };
                     let durable = durable && (!with_disk || flush());
                     tracing::info!("reset: {blocks} blocks forgotten");
                     self.reply(asked_by, &Reply::Reset { blocks: u64::from(blocks), durable });
@@ -927,6 +934,17 @@ impl Server {
                         connection.awaits_shard = false;
                     }
                     self.drop_if_no_session(asked_by);
+                }
+                FromShard::Device(at, turn) => {
+                    let name =
+                        self.engine.as_ref().and_then(|engine| engine.devices.get(at)).map_or("", String::as_str);
+                    match turn {
+                        Turn::Lost => tracing::error!(
+                            "lost: {name}: it failed again and again, or answered nothing for 10 s; its blocks are forgotten, and it is tried again now and then"
+                        ),
+                        Turn::Back => tracing::info!("back: {name}"),
+                        Turn::None => {}
+                    }
                 }
                 FromShard::Admin(asked_by, done) => {
                     self.reply(asked_by, &Reply::Admin(done));

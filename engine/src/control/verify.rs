@@ -1,9 +1,6 @@
 //! `kvring verify`: a thread that reads what a running cache holds, at a bounded rate, and compares it with
 //! its checksums. The shard tells it what lies where, and decides itself what to do about what is found.
 
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -11,11 +8,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use kvring_ipc::config::Config;
 use kvring_ipc::mapping::Mapping;
-use std::os::unix::fs::FileExt;
 
 use super::engine::{Engine, ToShard};
 use crate::checksum;
-use crate::device::files::path_of;
+use crate::device::medium::{Access, Medium, MediumFile};
 use crate::index::Tier;
 use crate::limits::SECTOR_BYTES;
 use crate::tier::disk::DiskGeometry;
@@ -117,7 +113,7 @@ pub fn begin(config: &Config, engine: &Engine, state: &Arc<VerifyState>, bytes_p
         pool: engine.pool.mapping.clone(),
         slot_bytes: engine.pool.slot_bytes as usize,
         geometry: engine.geometry,
-        dirs: config.ssd_cache_dirs.clone(),
+        media: Medium::all(&config.ssd_cache_dirs).unwrap_or_default(),
         with_ssd: config.checksum,
         state: state.clone(),
         bytes_per_s,
@@ -148,7 +144,7 @@ struct Scrub {
     pool: Arc<Mapping>,
     slot_bytes: usize,
     geometry: Option<DiskGeometry>,
-    dirs: Vec<PathBuf>,
+    media: Vec<Medium>,
     with_ssd: bool,
     state: Arc<VerifyState>,
     bytes_per_s: u64,
@@ -159,7 +155,7 @@ impl Scrub {
         #[expect(clippy::disallowed_methods, reason = "a thread of the control plane")]
         let started = Instant::now();
         let mut scratch = vec![0; checksum::SCRATCH_BYTES];
-        let mut crc_of = |tier: Tier, at: &Surveyed, files: &[Vec<Option<File>>], block: &mut [u8]| match tier {
+        let mut crc_of = |tier: Tier, at: &Surveyed, files: &[Vec<Option<MediumFile>>], block: &mut [u8]| match tier {
             Tier::Host => {
                 let offset = at.slot as usize * self.slot_bytes;
                 Some(checksum::of_mapping(&self.pool, offset, self.slot_bytes, &mut scratch))
@@ -219,17 +215,13 @@ impl Scrub {
         answer.recv_timeout(PATIENCE).unwrap_or(false)
     }
 
-    fn open(&self) -> Vec<Vec<Option<File>>> {
+    fn open(&self) -> Vec<Vec<Option<MediumFile>>> {
         let files_count = self.geometry.map_or(0, |geometry| geometry.files_per_device());
-        let direct = |path: PathBuf| {
-            let mut options = File::options();
-            options.read(true).custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32);
-            options.open(path).ok()
-        };
-        self.dirs.iter().map(|dir| (0..files_count).map(|file| direct(path_of(dir, file))).collect()).collect()
+        let open = |medium: &Medium, file| medium.open(file, Access::ReadDirect).ok();
+        self.media.iter().map(|medium| (0..files_count).map(|file| open(medium, file)).collect()).collect()
     }
 
-    fn read<'a>(&self, slot: u32, files: &[Vec<Option<File>>], block: &'a mut [u8]) -> Option<&'a [u8]> {
+    fn read<'a>(&self, slot: u32, files: &[Vec<Option<MediumFile>>], block: &'a mut [u8]) -> Option<&'a [u8]> {
         let geometry = self.geometry.as_ref()?;
         let (file, offset) = geometry.offset_of(slot);
         let file = files.get(geometry.device_of(slot))?.get(file as usize)?.as_ref()?;

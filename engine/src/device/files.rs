@@ -1,17 +1,16 @@
-//! The files of the SSD tier: made, locked, sized and recognised before the first I/O (DISK.md §1).
+//! The files and block devices of the SSD tier: made, locked, sized and recognised before the first I/O (DISK.md §1).
 //! May block: start-up only.
 
 use std::fs::{File, OpenOptions};
-use std::io::Read;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::OpenOptionsExt;
 
 use bytemuck::Zeroable;
 use kvring_ipc::config::OnMismatch;
 use kvring_ipc::layout::Layout;
-use rustix::fs::{FallocateFlags, FlockOperation};
+use rustix::fs::FallocateFlags;
 
+use super::medium::{Access, Medium, MediumFile, Patience};
 use crate::limits::SECTOR_BYTES;
 use crate::tier::disk::DiskGeometry;
 use crate::tier::header::{MAGIC, Superblock};
@@ -25,6 +24,18 @@ pub enum FilesError {
     Directory { dir: String, error: std::io::Error },
     #[error("{file} is in use by another kvring server: give this one another ssd_cache_dir, or stop the other")]
     InUse { file: String },
+    #[error(
+        "{device} is in use: a file system on it is mounted, or another kvring server, a RAID or a volume group has it: name a device that nobody uses"
+    )]
+    Claimed { device: String },
+    #[error(
+        "{device} holds another program's data ({what}): name another device, or start with --force-format to destroy it"
+    )]
+    ForeignData { device: String, what: &'static str },
+    #[error("{device} has {device_gb:.2} GB, and its part of ssd_cache_gb takes {needed_gb:.2} GB: lower ssd_cache_gb")]
+    DeviceTooSmall { device: String, device_gb: f64, needed_gb: f64 },
+    #[error("{device} is one file, whatever max_file_size_gb says: leave max_file_size_gb at -1")]
+    DeviceInFiles { device: String },
     #[error(
         "ssd_cache_dir {dir} holds {available_gb:.2} GB free and {needed_gb:.2} GB more are needed: lower ssd_cache_gb or free space"
     )]
@@ -47,21 +58,17 @@ pub enum FilesError {
     Io { file: String, error: std::io::Error },
 }
 
-/// How long the lock of a directory is waited for: two seconds.
-const LOCK_TRIES: u32 = 1000;
-const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(2);
-
 /// One device, ready for I/O.
 #[derive(Debug)]
 pub struct DeviceFiles {
     /// Opened with O_DIRECT, in the order of the geometry's files.
     pub files: Vec<OwnedFd>,
-    /// The file whose headers are to be read, unless it is new.
-    pub reused: Option<PathBuf>,
+    /// Whether there are headers to be read.
+    pub reused: bool,
     /// Held for as long as the device is used.
     pub lock: File,
-    /// Where it lies.
-    pub dir: PathBuf,
+    /// What it lies on.
+    pub medium: Medium,
 }
 
 /// How `ssd_cache_gb` becomes slots: what fits it, headers included, the same for each directory.
@@ -96,17 +103,12 @@ pub fn geometry(
     Ok(geometry)
 }
 
-/// Which of a directory's files this is.
-pub fn path_of(dir: &Path, file: u32) -> PathBuf {
-    dir.join(if file == 0 { "kvring.cache".to_owned() } else { format!("kvring.cache.{file}") })
-}
-
 /// Has every device write out what its cache holds of the headers. Blocks: for the control plane.
 ///
 /// # Errors
 /// What the system says of opening or flushing.
-pub fn flush_headers(dirs: &[PathBuf]) -> std::io::Result<()> {
-    dirs.iter().try_for_each(|dir| File::open(path_of(dir, 0))?.sync_data())
+pub fn flush_headers(media: &[Medium]) -> std::io::Result<()> {
+    media.iter().try_for_each(|medium| medium.open(0, Access::Read)?.sync())
 }
 
 /// Opens or makes every device's files. Nothing of another cache is touched before all are locked.
@@ -114,53 +116,19 @@ pub fn flush_headers(dirs: &[PathBuf]) -> std::io::Result<()> {
 /// # Errors
 /// [`FilesError`].
 pub fn open(
-    dirs: &[PathBuf],
+    media: &[Medium],
     geometry: &DiskGeometry,
     layout: &Layout,
     on_mismatch: OnMismatch,
 ) -> Result<Vec<DeviceFiles>, FilesError> {
-    let locks = dirs.iter().map(|dir| lock(dir, Patience::Wait)).collect::<Result<Vec<_>, _>>()?;
+    let locks = media.iter().map(|medium| medium.lock(Patience::Wait)).collect::<Result<Vec<_>, _>>()?;
     // Any cache id will do for a new cache; devices that disagree were never one cache.
     let mut cache_id = None;
     let mut devices = Vec::new();
-    for ((index, dir), lock) in (0..).zip(dirs).zip(locks) {
-        devices.push(open_device(dir, lock, index, geometry, layout, on_mismatch, &mut cache_id)?);
+    for ((index, medium), lock) in (0..).zip(media).zip(locks) {
+        devices.push(open_device(medium, lock, index, geometry, layout, on_mismatch, &mut cache_id)?);
     }
     Ok(devices)
-}
-
-/// How long a directory that somebody has is waited for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Patience {
-    /// Two seconds: a server that died lets go of it when its last transfer has ended.
-    Wait,
-    /// Not at all.
-    No,
-}
-
-/// Takes a directory for this process.
-///
-/// # Errors
-/// Another server has it, or it cannot be used.
-pub fn lock(dir: &Path, patience: Patience) -> Result<File, FilesError> {
-    let cannot = |error| FilesError::Directory { dir: dir.display().to_string(), error };
-    std::fs::create_dir_all(dir).map_err(cannot)?;
-    let path = dir.join("kvring.lock");
-    let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits() as i32;
-    let opened = OpenOptions::new().create(true).truncate(false).write(true).custom_flags(flags).open(&path);
-    let file = opened.and_then(regular).map_err(cannot)?;
-    for _ in 0..if patience == Patience::Wait { LOCK_TRIES } else { 1 } {
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) if patience == Patience::No => break,
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                #[expect(clippy::disallowed_methods, reason = "before there is a shard")]
-                std::thread::sleep(LOCK_PAUSE);
-            }
-            Err(errno) => return Err(cannot(errno.into())),
-        }
-    }
-    Err(FilesError::InUse { file: path_of(dir, 0).display().to_string() })
 }
 
 fn superblock(index: u64, geometry: &DiskGeometry, layout: &Layout, cache_id: u64) -> Superblock {
@@ -176,26 +144,33 @@ fn superblock(index: u64, geometry: &DiskGeometry, layout: &Layout, cache_id: u6
     }
 }
 
-/// What a cache file begins with, and whether it is taken as it is.
+/// What a medium begins with, and whether it is taken as it is.
 fn look_at(
-    first: &Path,
+    medium: &Medium,
     index: u64,
     geometry: &DiskGeometry,
     layout: &Layout,
     on_mismatch: OnMismatch,
     cache_id: Option<u64>,
 ) -> Result<(Found, bool), FilesError> {
-    let name = first.display().to_string();
-    let found = read_superblock(first).map_err(|error| FilesError::Io { file: name.clone(), error })?;
+    let name = medium.name();
+    let found = read_superblock(medium).map_err(|error| FilesError::Io { file: name.clone(), error })?;
     let reuse = match &found {
         Found::Nothing => false,
-        Found::Foreign => mismatch(on_mismatch, &name, "it is no kvring cache of this version")?,
+        Found::Foreign(what) if medium.is_whole_device() => match on_mismatch {
+            OnMismatch::Format => false,
+            OnMismatch::Refuse | OnMismatch::Reset => {
+                return Err(FilesError::ForeignData { device: name, what });
+            }
+        },
+        Found::Foreign(what) => mismatch(on_mismatch, &name, &format!("it holds {what}"))?,
+        Found::OtherVersion => mismatch(on_mismatch, &name, "it is no kvring cache of this version")?,
         Found::Super(found) => {
             let expected = superblock(index, geometry, layout, cache_id.unwrap_or(found.cache_id));
             match differs(found, &expected) {
                 None => true,
                 Some(why) => {
-                    let words = read_layout(first).map_or_else(String::new, |theirs| in_words(&theirs, layout));
+                    let words = read_layout(medium).map_or_else(String::new, |theirs| in_words(&theirs, layout));
                     mismatch(on_mismatch, &name, &(why + &words))?
                 }
             }
@@ -204,10 +179,30 @@ fn look_at(
     Ok((found, reuse))
 }
 
-/// Whether a directory has room for a device's files, in place of those that are not reused.
-fn check_space(dir: &Path, geometry: &DiskGeometry, reuse: bool) -> Result<(), FilesError> {
+const GB: f64 = (1u64 << 30) as f64;
+
+/// Whether a block device is as large as what is to lie on it.
+fn check_size(medium: &Medium, geometry: &DiskGeometry) -> Result<(), FilesError> {
+    let device = medium.name();
+    if geometry.files_per_device() > 1 {
+        return Err(FilesError::DeviceInFiles { device });
+    }
+    let bytes = medium.device_bytes().map_err(|error| FilesError::Io { file: device.clone(), error })?;
+    let needed = geometry.file_bytes(0);
+    if needed > bytes {
+        return Err(FilesError::DeviceTooSmall { device, device_gb: bytes as f64 / GB, needed_gb: needed as f64 / GB });
+    }
+    Ok(())
+}
+
+/// Whether a directory has room for a device's files, in place of those that are not reused; or a device is as large.
+fn check_space(medium: &Medium, geometry: &DiskGeometry, reuse: bool) -> Result<(), FilesError> {
+    if medium.is_whole_device() {
+        return check_size(medium, geometry);
+    }
+    let dir = medium.path();
     let held = |file| {
-        let file = std::fs::metadata(path_of(dir, file)).ok()?;
+        let file = std::fs::metadata(medium.path_of(file)).ok()?;
         Some(std::os::unix::fs::MetadataExt::blocks(&file) * 512)
     };
     let reused = |file| if reuse { held(file).unwrap_or(0) } else { 0 };
@@ -218,11 +213,10 @@ fn check_space(dir: &Path, geometry: &DiskGeometry, reuse: bool) -> Result<(), F
         .map_err(|errno| FilesError::Directory { dir: dir.display().to_string(), error: errno.into() })?;
     let available = space.f_bavail * space.f_frsize + freed;
     if needed > available {
-        let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         return Err(FilesError::NoSpace {
             dir: dir.display().to_string(),
-            available_gb: gb(available),
-            needed_gb: gb(needed),
+            available_gb: available as f64 / GB,
+            needed_gb: needed as f64 / GB,
         });
     }
     Ok(())
@@ -233,28 +227,28 @@ fn check_space(dir: &Path, geometry: &DiskGeometry, reuse: bool) -> Result<(), F
 /// # Errors
 /// What it would refuse.
 pub fn check(
-    dirs: &[PathBuf],
+    media: &[Medium],
     geometry: &DiskGeometry,
     layout: &Layout,
     on_mismatch: OnMismatch,
 ) -> Result<(), FilesError> {
     // As in `open`: a new one gets an id that no other has.
     let mut cache_id = None;
-    for (index, dir) in (0..).zip(dirs) {
-        let (found, reuse) = look_at(&path_of(dir, 0), index, geometry, layout, on_mismatch, cache_id)?;
+    for (index, medium) in (0..).zip(media) {
+        let (found, reuse) = look_at(medium, index, geometry, layout, on_mismatch, cache_id)?;
         match found {
             Found::Super(found) if reuse => cache_id = cache_id.or(Some(found.cache_id)),
             _ => cache_id = cache_id.or(Some(0)),
         }
-        if dir.is_dir() {
-            check_space(dir, geometry, reuse)?;
+        if medium.path().exists() {
+            check_space(medium, geometry, reuse)?;
         }
     }
     Ok(())
 }
 
 fn open_device(
-    dir: &Path,
+    medium: &Medium,
     lock: File,
     index: u64,
     geometry: &DiskGeometry,
@@ -262,53 +256,20 @@ fn open_device(
     on_mismatch: OnMismatch,
     cache_id: &mut Option<u64>,
 ) -> Result<DeviceFiles, FilesError> {
-    let first = path_of(dir, 0);
-    let io = |file: &Path| {
-        let file = file.display().to_string();
-        move |error| FilesError::Io { file, error }
-    };
-    let (found, reuse) = look_at(&first, index, geometry, layout, on_mismatch, *cache_id)?;
+    let (found, reuse) = look_at(medium, index, geometry, layout, on_mismatch, *cache_id)?;
     // Before anything is removed for it.
-    check_space(dir, geometry, reuse)?;
-    if !reuse {
-        for file in 0.. {
-            match std::fs::remove_file(path_of(dir, file)) {
-                Ok(()) => {}
-                Err(_) => break,
-            }
-        }
+    check_space(medium, geometry, reuse)?;
+    if !medium.is_whole_device() {
+        make_files(medium, geometry, reuse)?;
     }
     let mut files = Vec::new();
     for number in 0..geometry.files_per_device() {
-        let path = path_of(dir, number);
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io(&path))?;
-        let bytes = geometry.file_bytes(number);
-        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
-            Ok(()) => {}
-            // Not every file system can: then the file is sparse and a full disk is a write error.
-            Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(bytes).map_err(io(&path))?,
-            Err(errno) => return Err(io(&path)(errno.into())),
-        }
-        let direct = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32)
-            .open(&path);
-        let direct = direct.map_err(|error| FilesError::NoDirect { file: path.display().to_string(), error })?;
+        let name = medium.path_of(number).display().to_string();
+        let direct = medium.open_for_io(number);
+        let direct = direct.map_err(|error| FilesError::NoDirect { file: name.clone(), error })?;
         let unit = direct_unit(&direct);
-        if !geometry.slot_bytes.is_multiple_of(unit) {
-            return Err(FilesError::Sector {
-                file: path.display().to_string(),
-                sector: unit,
-                slot_bytes: geometry.slot_bytes,
-            });
+        if !geometry.slot_bytes.is_multiple_of(unit) || !SECTOR_BYTES.is_multiple_of(unit) {
+            return Err(FilesError::Sector { file: name, sector: unit, slot_bytes: geometry.slot_bytes });
         }
         files.push(OwnedFd::from(direct));
     }
@@ -317,27 +278,56 @@ fn open_device(
         _ => {
             let id = *cache_id.get_or_insert_with(|| kvring_ipc::client::monotonic_ns() | 1);
             let superblock = superblock(index, geometry, layout, id).sealed();
-            write_superblock(&first, geometry, &superblock, layout).map_err(io(&first))?;
+            write_superblock(medium, geometry, &superblock, layout)
+                .map_err(|error| FilesError::Io { file: medium.name(), error })?;
         }
     }
-    let reused = reuse.then_some(first);
-    Ok(DeviceFiles { files, reused, lock, dir: dir.to_path_buf() })
+    Ok(DeviceFiles { files, reused: reuse, lock, medium: medium.clone() })
+}
+
+/// Files of their size in a directory; those of another cache go.
+fn make_files(medium: &Medium, geometry: &DiskGeometry, reuse: bool) -> Result<(), FilesError> {
+    if !reuse {
+        for file in 0.. {
+            match std::fs::remove_file(medium.path_of(file)) {
+                Ok(()) => {}
+                Err(_) => break,
+            }
+        }
+    }
+    for number in 0..geometry.files_per_device() {
+        let path = medium.path_of(number);
+        let io = |error| FilesError::Io { file: path.display().to_string(), error };
+        let mut options = OpenOptions::new();
+        options.create(true).truncate(false).read(true).write(true).mode(0o600);
+        let file = options.open(&path).map_err(io)?;
+        let bytes = geometry.file_bytes(number);
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+            Ok(()) => {}
+            // Not every file system can: then the file is sparse and a full disk is a write error.
+            Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(bytes).map_err(io)?,
+            Err(errno) => return Err(io(errno.into())),
+        }
+    }
+    Ok(())
 }
 
 fn mismatch(on_mismatch: OnMismatch, file: &str, why: &str) -> Result<bool, FilesError> {
     match on_mismatch {
         OnMismatch::Refuse => Err(FilesError::Mismatch { file: file.into(), why: why.into() }),
-        OnMismatch::Reset => Ok(false),
+        OnMismatch::Reset | OnMismatch::Format => Ok(false),
     }
 }
 
-/// What a cache file begins with.
+/// What a medium begins with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// No file, or one that was never finished.
+    /// No file, one that was never finished, or a device that nobody has written.
     Nothing,
-    /// Something else's, another version's, or damaged.
-    Foreign,
+    /// Something else's, or damaged.
+    Foreign(&'static str),
+    /// A kvring cache of another version.
+    OtherVersion,
     /// A superblock.
     Super(Superblock),
 }
@@ -345,10 +335,10 @@ pub enum Found {
 /// The layout in words: behind the superblock, for people. What is compared is its fingerprint.
 const LAYOUT_AT: u64 = 64;
 
-/// What the blocks of a cache file look like, if it says so.
-pub fn read_layout(path: &Path) -> Option<Layout> {
+/// What the blocks of a cache look like, if it says so.
+pub fn read_layout(medium: &Medium) -> Option<Layout> {
     let mut sector = vec![0; SECTOR_BYTES as usize];
-    File::open(path).ok()?.read_exact_at(&mut sector, 0).ok()?;
+    medium.open(0, Access::Read).ok()?.read_exact_at(&mut sector, 0).ok()?;
     let text = &sector[LAYOUT_AT as usize..];
     let end = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
     serde_json::from_slice(&text[..end]).ok()
@@ -359,42 +349,58 @@ fn in_words(theirs: &Layout, ours: &Layout) -> String {
     differing.iter().map(|d| format!("; {}: {} there, {} configured", d.field, d.server, d.instance)).collect()
 }
 
-/// A pipe or a device that somebody has laid there is no file of ours.
-fn regular(file: File) -> std::io::Result<File> {
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")),
-    }
-}
-
-/// Opens a file to read it, and waits for nobody.
-///
-/// # Errors
-/// What the system says, or that it is no regular file.
-pub fn open_to_read(path: &Path) -> std::io::Result<File> {
-    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
-    OpenOptions::new().read(true).custom_flags(flags).open(path).and_then(regular)
-}
-
-/// Reads what a cache file begins with.
+/// Reads what a medium begins with.
 ///
 /// # Errors
 /// What the system says of opening or reading it.
-pub fn read_superblock(path: &Path) -> std::io::Result<Found> {
-    let mut file = match open_to_read(path) {
+pub fn read_superblock(medium: &Medium) -> std::io::Result<Found> {
+    let file = match medium.open(0, Access::Read) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
         Err(error) => return Err(error),
     };
     let mut superblock = Superblock::zeroed();
-    match file.read_exact(bytemuck::bytes_of_mut(&mut superblock)) {
-        Ok(()) if superblock == Superblock::zeroed() => Ok(Found::Nothing),
+    match file.read_exact_at(bytemuck::bytes_of_mut(&mut superblock), 0) {
         Ok(()) if superblock.is_sound() => Ok(Found::Super(superblock)),
-        Ok(()) => Ok(Found::Foreign),
+        Ok(()) if superblock.magic.to_le_bytes().starts_with(b"KVRING") => Ok(Found::OtherVersion),
+        Ok(()) if medium.is_whole_device() => whose(medium, &file),
+        Ok(()) if superblock == Superblock::zeroed() => Ok(Found::Nothing),
+        Ok(()) => Ok(Found::Foreign("something that no kvring has written")),
         // Shorter than a superblock: a start that was cut short.
         Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(Found::Nothing),
         Err(error) => Err(error),
     }
+}
+
+/// At each end of a device so much is looked at: what others write there to find it again lies in less.
+const ENDS_BYTES: u64 = 1 << 20;
+
+/// Where others leave their mark, and what it looks like.
+const MARKS: [(usize, &[u8], &str); 8] = [
+    (1080, &[0x53, 0xef], "an ext2, ext3 or ext4 file system"),
+    (0, b"XFSB", "an XFS file system"),
+    (0x10040, b"_BHRfS_M", "a btrfs file system"),
+    (512, b"LABELONE", "an LVM volume"),
+    (4086, b"SWAPSPACE2", "swap space"),
+    (0, b"LUKS\xba\xbe", "an encrypted volume (LUKS)"),
+    (512, b"EFI PART", "a partition table (GPT)"),
+    (510, &[0x55, 0xaa], "a partition table or a boot sector"),
+];
+
+/// Whose data a device holds that begins with no superblock. Nobody's are zeros, or ones where it was erased.
+fn whose(medium: &Medium, file: &MediumFile) -> std::io::Result<Found> {
+    let bytes = medium.device_bytes()?;
+    let mut end = vec![0; ENDS_BYTES.min(bytes) as usize];
+    for at in [0, bytes - end.len() as u64] {
+        file.read_exact_at(&mut end, at)?;
+        let erased = |byte: u8| end.iter().all(|other| *other == byte);
+        if erased(0) || erased(0xff) {
+            continue;
+        }
+        let mark = MARKS.iter().find(|(at, mark, _)| end.get(*at..).is_some_and(|rest| rest.starts_with(mark)));
+        return Ok(Found::Foreign(mark.map_or("bytes that no kvring has written", |(.., what)| what)));
+    }
+    Ok(Found::Nothing)
 }
 
 fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
@@ -420,12 +426,12 @@ fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
 
 /// New files have no headers; those of a new format must not be believed, so zeros are written.
 fn write_superblock(
-    path: &Path,
+    medium: &Medium,
     geometry: &DiskGeometry,
     superblock: &Superblock,
     layout: &Layout,
 ) -> std::io::Result<()> {
-    let file = OpenOptions::new().write(true).open(path)?;
+    let file = medium.open(0, Access::Write)?;
     let zeros = vec![0u8; 1 << 20];
     let mut at = 0;
     while at < geometry.data_offset() {
@@ -433,14 +439,20 @@ fn write_superblock(
         file.write_all_at(&zeros[..bytes as usize], at)?;
         at += bytes;
     }
+    if medium.is_whole_device() {
+        // Else a RAID or a partition table that lay there would be found again at the other end.
+        let bytes = medium.device_bytes()?;
+        let end = geometry.file_bytes(0).max(bytes.saturating_sub(zeros.len() as u64));
+        file.write_all_at(&zeros[..(bytes - end) as usize], end)?;
+    }
     let text = serde_json::to_vec(layout)?;
     if text.len() as u64 <= SECTOR_BYTES - LAYOUT_AT {
         file.write_all_at(&text, LAYOUT_AT)?;
     }
     // The superblock last: a start that is cut short leaves zeros, which are nothing.
-    file.sync_data()?;
+    file.sync()?;
     file.write_all_at(bytemuck::bytes_of(superblock), 0)?;
-    file.sync_data()
+    file.sync()
 }
 
 /// Sectors of headers read at once: 65,536 headers, 4 MiB.
@@ -456,13 +468,13 @@ const PIECES: usize = 2 * READERS;
 /// # Errors
 /// What the system says.
 pub fn read_headers(
-    path: &Path,
+    medium: &Medium,
     geometry: &DiskGeometry,
     layout: u64,
     device: u32,
     found: impl Fn(HeaderPiece) + Sync,
 ) -> std::io::Result<()> {
-    let file = OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32).open(path)?;
+    let file = medium.open(0, Access::ReadDirect)?;
     let sectors = geometry.header_sectors();
     let next = std::sync::atomic::AtomicU64::new(0);
     let (home, memories) = crossbeam_channel::unbounded();

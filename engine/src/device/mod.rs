@@ -7,8 +7,13 @@
 #[expect(unsafe_code, reason = "linux-aio has no safe binding: three system calls and one struct")]
 pub mod aio;
 pub mod files;
+pub mod medium;
+#[expect(unsafe_code, reason = "a command names memory by address, and the device believes it")]
+pub mod nvme;
+#[expect(unsafe_code, reason = "an entry names memory by address, and the kernel believes it")]
+mod ring;
 pub mod sim;
-#[expect(unsafe_code, reason = "an SQE names memory by address, and the kernel believes it")]
+#[expect(unsafe_code, reason = "an entry names memory by address, and the kernel believes it")]
 pub mod uring;
 
 use std::os::fd::BorrowedFd;
@@ -108,7 +113,8 @@ pub trait Device {
     fn flush(&mut self);
     /// Reports what is over, at most `budget` of them. `now_ns` is the caller's time.
     fn poll(&mut self, now_ns: u64, budget: usize, done: &mut Vec<Done>);
-    /// Readable when `poll` has something to report; `None` if only polling tells.
+    /// Readable when `poll` has something to report; `None` if only polling tells: then nobody sleeps while something is in
+    /// flight.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
     /// The pool's piece `piece` has pages now and may be used from now on.
     ///

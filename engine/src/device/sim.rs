@@ -7,6 +7,7 @@
 //! | short transfer | be resubmitted |
 //! | bit rot, misdirected read, lost or misdirected write | be found by the checksum: a miss |
 //! | slow | delay nobody but those who wait for it |
+//! | dead or hung for a while | cost the blocks that lie there, and leave no request unanswered |
 //! | power cut | leave whole blocks or misses: writes not yet reported may be lost or torn |
 
 use std::collections::VecDeque;
@@ -77,13 +78,18 @@ pub struct Sim {
     latency_ns: u64,
     flights: VecDeque<Flight>,
     last_now_ns: u64,
+    /// Every transfer fails.
+    pub dead: bool,
+    /// No transfer ends.
+    pub hung: bool,
 }
 
 impl Sim {
     /// A device over these bytes.
     pub fn new(platter: Platter, memory: DeviceMemory, depth: u32, latency_ns: u64, faults: Faults, seed: u64) -> Self {
         let flights = VecDeque::with_capacity(depth as usize);
-        Self { memory, platter, faults, chance: Chance::new(seed), depth, latency_ns, flights, last_now_ns: 0 }
+        let (chance, last_now_ns) = (Chance::new(seed), 0);
+        Self { memory, platter, faults, chance, depth, latency_ns, flights, last_now_ns, dead: false, hung: false }
     }
 
     /// Power is cut, or the process that used it is dead: each transfer that was not reported may have
@@ -115,7 +121,7 @@ impl Sim {
         if io.offset_in_file + u64::from(io.bytes) > file_bytes {
             return Err(Errno::INVAL);
         }
-        if self.chance.happens(error_permille) {
+        if self.dead || self.chance.happens(error_permille) {
             return Err(Errno::IO);
         }
         let mut io = *io;
@@ -168,6 +174,9 @@ impl Device for Sim {
 
     fn poll(&mut self, now_ns: u64, budget: usize, done: &mut Vec<Done>) {
         self.last_now_ns = now_ns;
+        if self.hung {
+            return;
+        }
         let mut at = 0;
         let mut count = 0;
         while at < self.flights.len() && count < budget {

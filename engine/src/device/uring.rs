@@ -1,36 +1,24 @@
-//! io_uring on files with O_DIRECT: fixed files, and the pool as fixed buffers.
+//! io_uring on files and block devices with O_DIRECT: fixed files, the pool as fixed buffers, completions by interrupt or
+//! polled for.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::{IoUring, opcode, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use kvring_ipc::client::monotonic_ns;
+use kvring_ipc::mapping::Mapping;
 use rustix::io::Errno;
 
+use super::medium::Medium;
+use super::ring::Ring;
+pub use super::ring::{Finds, RingOptions, UringError};
 use super::{Device, DeviceMemory, Direction, Done, Io, Region};
+use crate::limits::SECTOR_BYTES;
 
 /// One device's ring.
 pub struct Uring {
-    // Dropped first: the kernel finishes or cancels what is in flight before the memory goes.
-    ring: IoUring,
-    memory: DeviceMemory,
-    /// Kept open as long as the ring knows them.
-    _files: Vec<OwnedFd>,
-    fixed_buffers: bool,
-    /// Pieces of the pool that the ring knows; I/O to the others names its memory by address.
-    registered: Vec<bool>,
-    depth: u32,
-    inflight: u32,
-    unflushed: u32,
-}
-
-/// Why there is no ring.
-#[derive(Debug, thiserror::Error)]
-#[error("io_uring: {what}: {errno}")]
-pub struct UringError {
-    /// The step that failed.
-    pub what: &'static str,
-    /// What the kernel said.
-    pub errno: std::io::Error,
+    ring: Ring<squeue::Entry, cqueue::Entry>,
 }
 
 /// Whether io_uring can be had at all here: seccomp and `kernel.io_uring_disabled` forbid it.
@@ -39,6 +27,63 @@ pub struct UringError {
 /// What the kernel says.
 pub fn probe() -> Result<(), UringError> {
     IoUring::new(2).map(drop).map_err(|errno| UringError { what: "io_uring_setup", errno })
+}
+
+/// Whether a device has queues that can be polled, as far as the kernel says.
+///
+/// # Errors
+/// That it has none, in words.
+pub(super) fn has_polled_queues(medium: &Medium) -> Result<(), String> {
+    // Before 6.10 the kernel takes polled I/O for a device that has no such queues, and interrupts all the same.
+    let says = medium.queue().and_then(|queue| std::fs::read_to_string(queue.join("io_poll")).ok());
+    match says {
+        Some(says) if says.trim() == "0" => {
+            Err("the device has no polled queues (NVMe: boot with nvme.poll_queues=N)".into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether completions of these files, which lie on `medium`, can be polled for: their device has queues for it, and what
+/// lies between does not mind. Reads a sector of each.
+///
+/// # Errors
+/// Why not, in words.
+pub fn can_poll(medium: &Medium, files: &[OwnedFd]) -> Result<(), String> {
+    has_polled_queues(medium)?;
+    let words = |errno: Errno| errno.to_string();
+    // Pages of its own, not a part of the heap: should the ring go first, the device writes into nothing else.
+    let sector = Arc::new(Mapping::private(SECTOR_BYTES as usize).map_err(words)?);
+    let memory = DeviceMemory { pool: sector.clone(), headers: sector, piece_bytes: SECTOR_BYTES as usize };
+    let options = RingOptions { io_poll: true, ..RingOptions::plain(2, false) };
+    let files =
+        files.iter().map(OwnedFd::try_clone).collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;
+    let files_count = files.len() as u16;
+    let mut device = Uring::new(files, None, memory, options, Finds::AnyWay).map_err(|error| error.to_string())?;
+    for file in 0..files_count {
+        let bytes = SECTOR_BYTES as u32;
+        let (direction, region) = (Direction::Read, Region::Headers);
+        let io = Io { tag: 0, direction, file, offset_in_file: 0, region, offset_in_region: 0, bytes };
+        match first_done(&mut device, io) {
+            Some(Ok(_)) => {}
+            Some(Err(errno)) => return Err(format!("the kernel says: {errno}")),
+            None => return Err("a polled read has not ended after 10 s".into()),
+        }
+    }
+    Ok(())
+}
+
+/// How a transfer ends that nothing else waits with; `None` if it has not after ten seconds. Start-up only.
+pub(super) fn first_done(device: &mut impl Device, io: Io) -> Option<rustix::io::Result<u32>> {
+    let _ = device.submit(io);
+    device.flush();
+    let mut done = Vec::new();
+    let until_ns = monotonic_ns() + 10_000_000_000;
+    while done.is_empty() && monotonic_ns() < until_ns {
+        device.poll(0, 1, &mut done);
+        std::thread::yield_now();
+    }
+    done.first().map(|done| done.result)
 }
 
 impl Uring {
@@ -52,172 +97,69 @@ impl Uring {
         files: Vec<OwnedFd>,
         lock: Option<BorrowedFd<'_>>,
         memory: DeviceMemory,
-        entries: u32,
-        fixed_buffers: bool,
+        options: RingOptions,
+        finds: Finds,
     ) -> Result<Self, UringError> {
-        // The completion ring is twice as deep by default, and no more than `entries` are in flight.
-        let ring = IoUring::builder().build(entries);
-        let ring = ring.map_err(|errno| UringError { what: "io_uring_setup", errno })?;
-        Self::over(ring, files, lock, memory, entries, fixed_buffers)
-    }
-
-    /// A ring for a thread that makes it, uses it alone, and finds what is over by [`Device::wait`] and never by polling
-    /// alone: the kernel then does its part of a completion when it is waited for, and interrupts nobody
-    /// (IORING_SETUP_DEFER_TASKRUN, Linux 6.1; before, a ring as any other).
-    ///
-    /// # Errors
-    /// As [`Uring::new`].
-    pub fn for_one_that_waits(
-        files: Vec<OwnedFd>,
-        memory: DeviceMemory,
-        entries: u32,
-        fixed_buffers: bool,
-    ) -> Result<Self, UringError> {
-        let mut builder = IoUring::builder();
-        match builder.setup_coop_taskrun().setup_single_issuer().setup_defer_taskrun().build(entries) {
-            Ok(ring) => Self::over(ring, files, None, memory, entries, fixed_buffers),
-            Err(_) => Self::new(files, None, memory, entries, fixed_buffers),
-        }
-    }
-
-    fn over(
-        ring: IoUring,
-        files: Vec<OwnedFd>,
-        lock: Option<BorrowedFd<'_>>,
-        memory: DeviceMemory,
-        entries: u32,
-        fixed_buffers: bool,
-    ) -> Result<Self, UringError> {
-        let failed = |what| move |errno| UringError { what, errno };
-        let raw: Vec<i32> = files.iter().map(AsRawFd::as_raw_fd).chain(lock.map(|lock| lock.as_raw_fd())).collect();
-        let pieces = memory.pool.bytes().div_ceil(memory.piece_bytes);
-        ring.submitter().register_files(&raw).map_err(failed("register files"))?;
-        if fixed_buffers {
-            ring.submitter().register_buffers_sparse(pieces as u32).map_err(failed("register a table of buffers"))?;
-        }
-        let registered = vec![false; pieces];
-        Ok(Self { ring, memory, _files: files, fixed_buffers, registered, depth: entries, inflight: 0, unflushed: 0 })
-    }
-}
-
-impl Uring {
-    /// A wait that ended by its time says nothing of what it submitted: what is left in the ring does.
-    fn flush_after_timeout(&mut self) {
-        self.unflushed = self.ring.submission().len() as u32;
-    }
-}
-
-impl Drop for Uring {
-    fn drop(&mut self) {
-        // A ring that is closed lets go of its files some time later; one that is told to, at once: whoever
-        // comes next need not wait for the lock. While a transfer is under way, he has to.
-        if self.inflight == 0 {
-            let _ = self.ring.submitter().unregister_files();
-        }
+        Ok(Self { ring: Ring::new(files, lock, memory, options, finds)? })
     }
 }
 
 impl Device for Uring {
     fn describe(&self) -> String {
-        let buffers = if self.fixed_buffers { "fixed buffers" } else { "no fixed buffers" };
-        format!("io_uring, O_DIRECT, fixed files, {buffers}, {} entries", self.depth)
+        format!("io_uring, O_DIRECT, fixed files, {}", self.ring.options)
     }
 
     fn depth(&self) -> u32 {
-        self.depth
+        self.ring.options.entries
     }
 
     fn inflight(&self) -> u32 {
-        self.inflight
+        self.ring.inflight
     }
 
     fn submit(&mut self, io: Io) -> Result<(), Io> {
-        if self.inflight == self.depth {
+        if self.inflight() == self.depth() {
             return Err(io);
         }
-        let address = self.memory.address(&io);
+        let address = self.ring.memory.address(&io);
         let file = types::Fixed(u32::from(io.file));
-        let piece = io.offset_in_region / self.memory.piece_bytes;
-        let fixed = io.region == Region::Pool && self.registered[piece];
-        let piece = piece as u16;
-        let entry = match (io.direction, fixed) {
-            (Direction::Read, true) => {
+        let entry = match (io.direction, self.ring.fixed(&io)) {
+            (Direction::Read, Some(piece)) => {
                 opcode::ReadFixed::new(file, address, io.bytes, piece).offset(io.offset_in_file).build()
             }
-            (Direction::Write, true) => {
+            (Direction::Write, Some(piece)) => {
                 opcode::WriteFixed::new(file, address.cast_const(), io.bytes, piece).offset(io.offset_in_file).build()
             }
-            (Direction::Read, false) => opcode::Read::new(file, address, io.bytes).offset(io.offset_in_file).build(),
-            (Direction::Write, false) => {
+            (Direction::Read, None) => opcode::Read::new(file, address, io.bytes).offset(io.offset_in_file).build(),
+            (Direction::Write, None) => {
                 opcode::Write::new(file, address.cast_const(), io.bytes).offset(io.offset_in_file).build()
             }
         };
         let entry = entry.user_data(u64::from(io.tag));
-        // SAFETY: `address` is valid for io.bytes (checked by Mapping::address) and stays mapped while
-        // the ring lives, because self holds the mapping and drops the ring first. The memory is
-        // shared and never referenced, so the kernel may write it at any time.
-        if unsafe { self.ring.submission().push(&entry) }.is_err() {
-            return Err(io);
-        }
-        self.inflight += 1;
-        self.unflushed += 1;
-        Ok(())
+        // SAFETY: `address` is valid for io.bytes (checked by Mapping::address), in memory that the ring holds.
+        if unsafe { self.ring.push(&entry) } { Ok(()) } else { Err(io) }
     }
 
     fn flush(&mut self) {
-        if self.unflushed == 0 {
-            return;
-        }
-        // EINTR, EAGAIN and EBUSY leave the rest in the ring for the next flush; nothing else can be
-        // the matter with a ring that was set up.
-        if let Ok(count) = self.ring.submit() {
-            self.unflushed -= (count as u32).min(self.unflushed);
-        }
+        self.ring.flush();
     }
 
     fn poll(&mut self, _now_ns: u64, budget: usize, done: &mut Vec<Done>) {
-        for completion in self.ring.completion().take(budget) {
-            self.inflight -= 1;
-            let result = u32::try_from(completion.result()).map_err(|_| Errno::from_raw_os_error(-completion.result()));
-            done.push(Done { tag: completion.user_data() as u32, result });
-        }
+        self.ring.reap(budget, |user_data, result| {
+            let result = u32::try_from(result).map_err(|_| Errno::from_raw_os_error(-result));
+            done.push(Done { tag: user_data as u32, result });
+        });
     }
 
     fn wait(&mut self, at_most: Option<Duration>) {
-        if self.inflight == 0 || !self.ring.completion().is_empty() {
-            return self.flush();
-        }
-        // One system call for both. Interrupted or refused for now, the caller comes again.
-        let submitted = match at_most {
-            None => self.ring.submit_and_wait(1),
-            Some(at_most) => {
-                let time = types::Timespec::from(at_most);
-                self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time))
-            }
-        };
-        if let Ok(count) = submitted {
-            self.unflushed -= (count as u32).min(self.unflushed);
-        } else {
-            self.flush_after_timeout();
-        }
+        self.ring.wait(at_most);
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the ring's descriptor is open as long as the ring, which self owns.
-        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+        self.ring.wake_fd()
     }
 
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
-        if !self.fixed_buffers {
-            return Ok(());
-        }
-        let offset = piece as usize * self.memory.piece_bytes;
-        let bytes = self.memory.piece_bytes.min(self.memory.pool.bytes() - offset);
-        let buffer = libc::iovec { iov_base: self.memory.pool.address(offset, bytes).cast(), iov_len: bytes };
-        // SAFETY: the buffer is a range of the pool's mapping, which self keeps mapped as long as the ring.
-        let registered = unsafe { self.ring.submitter().register_buffers_update(piece, &[buffer], None) };
-        registered.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-        self.registered[piece as usize] = true;
-        Ok(())
+        self.ring.register_piece(piece)
     }
 }

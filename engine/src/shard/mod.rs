@@ -6,6 +6,7 @@
 
 pub mod hasher;
 pub mod load;
+pub mod lost;
 pub mod session;
 pub mod transfer;
 
@@ -42,6 +43,7 @@ use crate::tier::host::{SessionId, Writer};
 use crate::tier::piece::HeaderPiece;
 use hasher::{Hasher, Hashing};
 use load::{Asked, Dirty, Loads, Waiter};
+use lost::{STALLED_NS, Turn};
 use session::Session;
 use transfer::{Landed, Purpose, Transfers};
 
@@ -112,6 +114,8 @@ pub struct Shard<D> {
     shown: usize,
     done: Vec<Done>,
     landed: Vec<Landed>,
+    /// Devices that were lost or are back, for whoever tells people.
+    turns: Vec<(usize, Turn)>,
     scratch: Box<[u8]>,
     keys: Box<[BlockKey]>,
     blocks: Box<[BlockId]>,
@@ -209,6 +213,7 @@ impl<D: Device> Shard<D> {
             shown: 0,
             done: Vec::with_capacity(DEVICE_BUDGET),
             landed: Vec::with_capacity(DEVICE_BUDGET),
+            turns: Vec::new(),
             scratch: vec![0; checksum::SCRATCH_BYTES].into_boxed_slice(),
             keys: vec![BlockKey::default(); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             blocks: vec![BlockId(0); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
@@ -373,6 +378,12 @@ impl<D: Device> Shard<D> {
     /// The devices.
     pub fn devices(&mut self) -> impl Iterator<Item = &mut D> {
         self.devices.iter_mut().map(|transfers| &mut transfers.device)
+    }
+    /// Whether something is in flight that nobody would be woken for.
+    pub fn must_poll(&self) -> bool {
+        let unheard =
+            |transfers: &Transfers<D>| transfers.device.inflight() > 0 && transfers.device.wake_fd().is_none();
+        self.devices.iter().any(unheard)
     }
     /// The sessions there are.
     pub fn sessions(&self) -> impl Iterator<Item = &Session> {
@@ -1169,32 +1180,108 @@ impl<D: Device> Shard<D> {
         self.devices[at].start_waiting();
         self.devices[at].device.flush();
         for landed in landed.drain(..) {
-            match landed.purpose {
-                Purpose::Read { block, host_slot, disk_slot } => {
-                    self.end_read(at, &landed, block, host_slot, disk_slot);
-                }
-                Purpose::Write { block } => {
-                    self.serves_nobody();
-                    self.tell_moved(at, &landed, What::Written, block, landed.good);
-                    self.end_write(block, landed.good);
-                }
-                Purpose::Header { sector } => {
-                    self.metrics.ssd_header_writes_count.add(1);
-                    if let Some(stats) = &self.stats {
-                        stats::add(&stats.device(at)[DeviceColumn::HeaderWrites as usize], 1);
-                    }
-                    if !landed.good {
-                        self.metrics.ssd_write_errors_count.add(1);
-                    }
-                    if let Some(disk) = &mut self.cache.disk {
-                        disk.header_written(at, sector, landed.good);
-                    }
-                }
+            self.end_transfer(at, &landed);
+            match self.devices[at].health.ended(landed.good, self.now_ns) {
+                Turn::None => {}
+                Turn::Lost => self.device_is_lost(at),
+                Turn::Back => self.device_is_back(at),
             }
         }
         self.landed = landed;
         self.metrics.ssd_short_count.add(std::mem::take(&mut self.devices[at].short_count));
         count
+    }
+
+    fn end_transfer(&mut self, at: usize, landed: &Landed) {
+        match landed.purpose {
+            Purpose::Read { block, host_slot, disk_slot } => {
+                self.end_read(at, landed, block, host_slot, disk_slot);
+            }
+            Purpose::Write { block } => {
+                self.serves_nobody();
+                self.tell_moved(at, landed, What::Written, block, landed.good);
+                self.end_write(block, landed.good);
+            }
+            Purpose::Header { sector } => {
+                self.metrics.ssd_header_writes_count.add(1);
+                if let Some(stats) = &self.stats {
+                    stats::add(&stats.device(at)[DeviceColumn::HeaderWrites as usize], 1);
+                }
+                if !landed.good {
+                    self.metrics.ssd_write_errors_count.add(1);
+                }
+                if let Some(disk) = &mut self.cache.disk {
+                    disk.header_written(at, sector, landed.good);
+                }
+            }
+        }
+    }
+
+    /// Loses a device that answers nothing any more.
+    fn look_at_the_devices(&mut self, now_ns: u64) {
+        for at in 0..self.devices.len() {
+            let transfers = &mut self.devices[at];
+            let stalled = transfers.oldest_ns().is_some_and(|oldest_ns| now_ns.saturating_sub(oldest_ns) > STALLED_NS);
+            if stalled && !transfers.health.is_lost() {
+                transfers.health.lose(now_ns);
+                self.device_is_lost(at);
+            }
+            if self.devices[at].health.may_try(now_ns)
+                && let Some(disk) = &mut self.cache.disk
+            {
+                disk.set_usable(at, true);
+            }
+        }
+    }
+
+    /// Nothing more is asked of it, and nobody waits for what was.
+    fn device_is_lost(&mut self, at: usize) {
+        self.metrics.ssd_devices_lost_count.add(1);
+        if let Some(disk) = &mut self.cache.disk {
+            disk.set_usable(at, false);
+        }
+        self.turns.push((at, Turn::Lost));
+        // Slots that it may write into yet stay taken until it says that it does not.
+        let reads: Vec<(BlockId, u32)> = self.devices[at].reads_inflight().collect();
+        for (block, host_slot) in reads {
+            self.answer_waiters(host_slot, block, false);
+        }
+        self.give_up_waiting(at);
+    }
+
+    fn device_is_back(&mut self, at: usize) {
+        if let Some(disk) = &mut self.cache.disk {
+            disk.set_usable(at, true);
+        }
+        self.turns.push((at, Turn::Back));
+    }
+
+    /// Ends what waits for a lost device, and forgets some of the blocks that lie on it. Says how many of both.
+    fn give_up_waiting(&mut self, at: usize) -> u32 {
+        let mut count = 0;
+        let may_write = self.devices[at].health.tries();
+        while let Some(landed) = self.devices[at].give_up(may_write) {
+            self.end_transfer(at, &landed);
+            count += 1;
+        }
+        // What is being read of its headers is not known yet.
+        let Some(geometry) = self.cache.disk.as_ref().filter(|disk| !disk.is_recovering()).map(|disk| *disk.geometry())
+        else {
+            return count;
+        };
+        for local in self.devices[at].health.to_forget(geometry.slots_per_device) {
+            let slot = local * geometry.devices_count + at as u32;
+            let Some((block, ..)) = self.cache.block_in(Tier::Disk, slot) else { continue };
+            let forgotten = self.cache.lose_disk(block);
+            self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
+            count += 1;
+        }
+        count
+    }
+
+    /// What has become of devices since it was asked last: they are lost, or back.
+    pub fn take_turns(&mut self) -> impl Iterator<Item = (usize, Turn)> {
+        self.turns.drain(..)
     }
 
     fn tell_moved(&mut self, device: usize, landed: &Landed, what: What, block: BlockId, good: bool) {
@@ -1268,6 +1355,14 @@ impl<D: Device> Shard<D> {
         let held = self.cache.index.pin(block);
         let forgotten = self.cache.end_read(block, good);
         self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
+        self.answer_waiters(host_slot, block, wanted);
+        if held {
+            self.cache.unpin(block);
+        }
+    }
+
+    /// Answers all that wait for what is read into a slot.
+    fn answer_waiters(&mut self, host_slot: u32, block: BlockId, wanted: bool) {
         while let Some(Waiter { load: at, index }) = self.loads.next_waiter(host_slot) {
             if planted::has(Bug::WaiterForgotten) && index % 2 == 1 {
                 continue;
@@ -1298,9 +1393,6 @@ impl<D: Device> Shard<D> {
                 ..Completion::plain(load.tag, Some(Op::Load), status)
             };
             self.answer_load(at, completion);
-        }
-        if held {
-            self.cache.unpin(block);
         }
     }
 
@@ -1357,10 +1449,23 @@ impl<D: Device> Shard<D> {
         }
         let io = self.io(Direction::Write, write.host_slot, write.disk_slot);
         let device = self.device_of(write.disk_slot);
+        if self.devices[device].health.is_lost()
+            && let Some(disk) = &mut self.cache.disk
+        {
+            // One is enough to see whether it is back.
+            disk.set_usable(device, false);
+        }
         self.devices[device].queue_write(Purpose::Write { block }, io);
     }
 
     fn start_transfers(&mut self, at: usize) -> u32 {
+        if self.devices[at].health.is_lost() {
+            let count = self.give_up_waiting(at);
+            // At most what tries it.
+            self.devices[at].start_waiting();
+            self.devices[at].device.flush();
+            return count;
+        }
         let transfers = &mut self.devices[at];
         let mut count = transfers.start_waiting();
         if let Some(disk) = &mut self.cache.disk
@@ -1376,6 +1481,7 @@ impl<D: Device> Shard<D> {
 
     fn keep_house(&mut self, now_ns: u64) {
         self.serves_nobody();
+        self.look_at_the_devices(now_ns);
         let expired = self.cache.expire(now_ns);
         if expired > 0 {
             self.cache.index.recorder.record(Entry { count: expired, ..Entry::plain(What::Expired, now_ns) });
@@ -1441,6 +1547,8 @@ impl<D: Device> Shard<D> {
             for (word, level) in stats.device(at).iter().zip(transfers.levels()) {
                 word.store(u64::from(level), Ordering::Relaxed);
             }
+            let lost = u64::from(transfers.health.is_lost());
+            stats.device(at)[DeviceColumn::Lost as usize].store(lost, Ordering::Relaxed);
         }
     }
 
@@ -1457,7 +1565,7 @@ impl<D: Device> Shard<D> {
         self.loads.is_empty()
             && (self.dirty.is_empty() || self.cache.is_recovering())
             && self.hasher.as_ref().is_none_or(|hasher| hasher.pending_count() == 0)
-            && self.devices.iter().enumerate().all(|(at, device)| device.is_idle() && !headers(at))
+            && self.devices.iter().enumerate().all(|(at, d)| d.is_idle() && (d.health.is_lost() || !headers(at)))
     }
 
     /// Announces sleep to every session. Poll once more before sleeping: if that does any work, stay

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 
+use super::lost::Health;
 use crate::device::{Device, Direction, Done, Io, Region};
 use crate::index::BlockId;
 use crate::limits::SECTOR_BYTES;
@@ -77,6 +78,8 @@ pub struct Transfers<D> {
     header_inflight: bool,
     read_depth: u32,
     write_depth: u32,
+    /// How it is doing.
+    pub health: Health,
     /// Transfers that ended short.
     pub short_count: u64,
     /// The moment of what is queued and begun.
@@ -100,6 +103,7 @@ impl<D: Device> Transfers<D> {
             header_inflight: false,
             read_depth,
             write_depth,
+            health: Health::default(),
             short_count: 0,
             now_ns: 0,
         }
@@ -143,6 +147,25 @@ impl<D: Device> Transfers<D> {
     /// Whether nothing waits and nothing is in flight.
     pub fn is_idle(&self) -> bool {
         self.reads.is_empty() && self.writes.is_empty() && self.free.len() == self.flights.len()
+    }
+
+    /// Since when the oldest transfer in flight is.
+    pub fn oldest_ns(&self) -> Option<u64> {
+        self.flights.iter().flatten().map(|flight| flight.begun_ns).min()
+    }
+    /// The host slots that blocks are being read into.
+    pub fn reads_inflight(&self) -> impl Iterator<Item = (BlockId, u32)> {
+        self.flights.iter().flatten().filter_map(|flight| match flight.purpose {
+            Purpose::Read { block, host_slot, .. } => Some((block, host_slot)),
+            Purpose::Write { .. } | Purpose::Header { .. } => None,
+        })
+    }
+    /// What waits ends here, undone: one of it at a time. Of writes only those that `may_write` does not let through.
+    pub fn give_up(&mut self, may_write: bool) -> Option<Landed> {
+        let waiting = self.reads.pop_front();
+        let waiting = waiting.or_else(|| if may_write { None } else { self.writes.pop_front() });
+        let Waiting { purpose, since_ns, .. } = waiting?;
+        Some(Landed { purpose, good: false, queued_ns: since_ns, begun_ns: self.now_ns })
     }
 
     /// Starts writing a sector of headers. The caller has seen `wants_header`.

@@ -148,6 +148,8 @@ pub struct DiskSlots {
     /// Free slots of each device.
     free: Vec<Vec<u32>>,
     next_device: usize,
+    /// Devices whose slots may be given out.
+    usable: Vec<bool>,
     headers: Vec<Headers>,
     recovering: bool,
     /// A reset came before all was read: what was found goes as soon as it is.
@@ -181,6 +183,7 @@ impl DiskSlots {
             layout,
             free,
             next_device: 0,
+            usable: vec![true; geometry.devices_count as usize],
             headers: headers.collect(),
             recovering: false,
             clear_when_read: false,
@@ -239,6 +242,9 @@ impl DiskSlots {
         }
         for _ in 0..self.free.len() {
             self.next_device = (self.next_device + 1) % self.free.len();
+            if !self.usable[self.next_device] {
+                continue;
+            }
             if let Some(slot) = self.free[self.next_device].pop() {
                 let generation = &mut self.slots[slot as usize].generation;
                 *generation = generation.checked_add(1).unwrap_or(1);
@@ -246,6 +252,15 @@ impl DiskSlots {
             }
         }
         None
+    }
+
+    /// Whether a device's slots may be given out from now on: those of a lost one are not.
+    pub fn set_usable(&mut self, device: usize, usable: bool) {
+        self.usable[device] = usable;
+    }
+    /// Whether any device's slots may be.
+    pub fn is_usable(&self) -> bool {
+        self.usable.contains(&true)
     }
 
     /// Takes a slot back. Its header stays on the disk: should it be found again after a crash, the

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use kvring_engine::device::files;
+use kvring_engine::device::medium::Medium;
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::tier::disk::DiskGeometry;
 use kvring_engine::tier::header::{HEADER_BYTES, Header};
@@ -45,14 +46,15 @@ const READ_BYTES: u64 = 4 << 20;
 pub fn measure(run: &mut Run, args: &RecoverArgs) -> Measured {
     let scratch = tempfile::Builder::new().prefix("kvring-recover-").tempdir_in(&args.dir)?;
     let dir = scratch.path().join("ssd");
+    let medium = Medium::Directory(dir.clone());
     let gb = (u64::from(args.blocks) * (BLOCK_BYTES + HEADER_BYTES) + (4 << 20)) as f64 / f64::from(1 << 30);
     let mut config = Config::default();
     config.say("ssd_cache_gb", &gb.to_string())?;
     let geometry = files::geometry(1, config.ssd_cache_bytes, BLOCK_BYTES, None)?;
     let blocks = args.blocks.min(geometry.slots_count());
     let layout = Layout::opaque(BLOCK_BYTES);
-    drop(files::open(std::slice::from_ref(&dir), &geometry, &layout, OnMismatch::Refuse)?);
-    let file = files::path_of(&dir, 0);
+    drop(files::open(std::slice::from_ref(&medium), &geometry, &layout, OnMismatch::Refuse)?);
+    let file = medium.path_of(0);
     write_headers(&file, &geometry, layout.fingerprint(), blocks, args.scattered)?;
     let bytes = geometry.header_sectors() * SECTOR_BYTES;
     let has_fio =

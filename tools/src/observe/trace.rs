@@ -196,6 +196,7 @@ pub fn cause_text(cause: u8) -> &'static str {
         Some(Cause::WriterGone) => "its writer died, hung up or was cut off",
         Some(Cause::Stalled) => "some ranks stored their part and the others never did",
         Some(Cause::Asked) => "an operator evicted it",
+        Some(Cause::DeviceLost) => "the device that it or a block it continues lay on is lost",
         Some(Cause::Unknown) | None => "no reason was recorded",
     }
 }

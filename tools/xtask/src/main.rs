@@ -3,6 +3,7 @@
 #[cfg(planted)]
 mod bugs;
 mod fuzz;
+mod guest;
 mod python;
 
 use std::num::NonZero;
@@ -22,6 +23,7 @@ cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
 cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
 cargo xtask fuzz        fuzz every target; [TARGET] [--seconds 20] [--seed N]; TARGET FILE replays an input
+cargo xtask guest       the device paths and a cache on emulated NVMe controllers, in QEMU
 cargo xtask docs        write docs/CONFIG.md anew from the code
 cargo xtask ptx         compile gpu/src/kernels/copy.cu anew, with NVRTC from PyPI";
 
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         ["find-planted"] => bugs::find_all(),
         ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
+        ["guest"] => guest::guest(),
         ["ptx"] => python::ptx(),
         _ => usage(),
     };

@@ -20,7 +20,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("filename", "file or block device; by default job.N.0 in the working directory"),
     (
         "ioengine",
-        "io_uring (default), libaio, sim (memory, with simulated latency) or kvring (through the whole cache)",
+        "io_uring (default), io_uring_cmd (NVMe commands through io_uring), libaio, sim (memory, with simulated latency) or kvring (through the whole cache)",
     ),
     ("rwmixread", "percent of reads in rw and randrw"),
     ("rate", "bytes a second, at the most, reads and writes together"),
@@ -29,6 +29,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("iodepth_batch", "transfers handed over in one system call (default 1, as fio's)"),
     ("fixedbufs", "register the buffers with io_uring (default 1 here; fio's is 0)"),
     ("registerfiles", "register the file with io_uring (always done)"),
+    ("cmd_type", "nvme: what io_uring_cmd sends (nothing else is known)"),
     ("hipri", "polled completions (IOPOLL): needs a device with poll queues"),
     ("sqthread_poll", "submission by a kernel thread (SQPOLL)"),
     ("verify", "crc64: write what can be told from other bytes, read it again and compare; 0 for none"),
@@ -67,6 +68,7 @@ pub struct Pattern {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
     IoUring,
+    IoUringCmd,
     Libaio,
     Sim,
     Kvring,
@@ -97,6 +99,8 @@ pub struct Job {
     pub thinktime: Duration,
     pub iodepth_batch: u32,
     pub fixedbufs: bool,
+    pub hipri: bool,
+    pub sqthread_poll: bool,
     pub verify: bool,
     pub group_reporting: bool,
     pub percentiles: Vec<f64>,
@@ -277,16 +281,21 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
     })?;
     let engine = get(said, "ioengine", Engine::IoUring, |v| match v {
         "io_uring" => Some(Engine::IoUring),
+        "io_uring_cmd" => Some(Engine::IoUringCmd),
         "libaio" => Some(Engine::Libaio),
         "sim" => Some(Engine::Sim),
         "kvring" => Some(Engine::Kvring),
         _ => None,
     })?;
     for key in ["hipri", "sqthread_poll"] {
-        if get(said, key, false, switch)? {
+        if get(said, key, false, switch)? && !matches!(engine, Engine::IoUring | Engine::IoUringCmd) {
             let place = &said[key].1;
-            return Err(format!("{place}: {key}=1: the engine does not do this yet; leave it out"));
+            return Err(format!("{place}: {key}=1 is for ioengine=io_uring and io_uring_cmd: leave it out"));
         }
+    }
+    get(said, "cmd_type", (), |v| (v == "nvme").then_some(()))?;
+    if engine == Engine::IoUringCmd && !said.contains_key("filename") {
+        return Err(format!("job {name}: ioengine=io_uring_cmd needs filename=/dev/ngXnY"));
     }
     let millis = |unit| move |v: &str| time(v, unit);
     let stonewall = get(said, "stonewall", false, switch)?;
@@ -314,6 +323,8 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
         thinktime: get(said, "thinktime", Duration::ZERO, millis(Duration::from_micros(1)))?,
         iodepth_batch: get(said, "iodepth_batch", 1, whole(1, 4096))? as u32,
         fixedbufs: get(said, "fixedbufs", true, switch)?,
+        hipri: get(said, "hipri", false, switch)?,
+        sqthread_poll: get(said, "sqthread_poll", false, switch)?,
         verify: get(said, "verify", false, |v| match v {
             "crc64" => Some(true),
             "0" => Some(false),

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvring_engine::checksum;
 use kvring_engine::device::aio::Aio;
+use kvring_engine::device::medium::Medium;
+use kvring_engine::device::nvme::Nvme;
 use kvring_engine::device::sim::{Chance, Faults, Sim};
-use kvring_engine::device::uring::Uring;
+use kvring_engine::device::uring::{self, Finds, RingOptions, Uring};
 use kvring_engine::device::{Device, DeviceMemory, Direction, Io, Region};
 use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
@@ -90,14 +92,22 @@ fn lay_out(job: &Job, reads: bool) -> Result<u64, Box<dyn std::error::Error>> {
             Err(format!("size={size}: ioengine=sim is in memory: at most 4g in all").into())
         };
     }
-    let found = std::fs::metadata(&job.filename).ok();
+    // What takes commands has no length of its own, and nobody can be kept from it: its block device has both.
+    let path = match job.engine {
+        Engine::IoUringCmd => Medium::of(&job.filename)?.path().to_path_buf(),
+        _ => job.filename.clone(),
+    };
+    let found = std::fs::metadata(&path).ok();
     if found.as_ref().is_some_and(|found| found.file_type().is_block_device()) {
         // Exclusive: the kernel refuses a device that is mounted or otherwise in use (open(2), O_EXCL).
         let flags = if job.pattern.writes { rustix::fs::OFlags::EXCL.bits() as i32 } else { 0 };
-        let device = File::options().read(true).write(job.pattern.writes).custom_flags(flags).open(&job.filename);
+        let device = File::options().read(true).write(job.pattern.writes).custom_flags(flags).open(&path);
         let mut device = device.map_err(|error| format!("{} (mounted, or in use by another?)", failed(error)))?;
         let length = std::io::Seek::seek(&mut device, std::io::SeekFrom::End(0))?;
         return Ok(whole(job.size.unwrap_or(length).min(length)));
+    }
+    if job.engine == Engine::IoUringCmd {
+        return Err(format!("filename={name}: ioengine=io_uring_cmd needs an NVMe namespace: /dev/ngXnY").into());
     }
     let length = found.map_or(0, |found| found.len());
     let size = job
@@ -145,19 +155,36 @@ fn open(job: &Job, size: u64, pool: &Arc<Mapping>) -> Result<AnyDevice, Failure>
         let told = |error| format!("filename={}: {error} (direct={})", job.filename.display(), u8::from(job.direct));
         Ok(opened.map_err(told)?.into())
     };
+    let ring = RingOptions {
+        entries: job.iodepth.next_power_of_two().max(2),
+        fixed_buffers: job.fixedbufs,
+        io_poll: job.hipri,
+        sq_poll: job.sqthread_poll,
+    };
     let mut device: AnyDevice = match job.engine {
         Engine::Libaio => Box::new(Aio::new(vec![file()?], memory, job.iodepth)?),
         Engine::Sim => {
             let platter = vec![vec![0; size as usize]];
             Box::new(Sim::new(platter, memory, job.iodepth, SIM_LATENCY_NS, Faults::default(), job.randseed))
         }
+        Engine::IoUringCmd => {
+            let medium = Medium::of(&job.filename)?;
+            let told = |error| format!("ioengine=io_uring_cmd: {}: {error}", job.filename.display());
+            let mut left_out = Vec::new();
+            let device = Nvme::new(&medium, None, memory, ring, &mut left_out).map_err(told)?;
+            refuse(job, &left_out)?;
+            Box::new(device)
+        }
         // The cache has a path of its own.
-        Engine::IoUring | Engine::Kvring => Box::new(Uring::for_one_that_waits(
-            vec![file()?],
-            memory,
-            job.iodepth.next_power_of_two().max(2),
-            job.fixedbufs,
-        )?),
+        Engine::IoUring | Engine::Kvring => {
+            let file = file()?;
+            if job.hipri
+                && let Err(why) = uring::can_poll(&Medium::of(&job.filename)?, &[file.try_clone()?])
+            {
+                refuse(job, &[format!("hipri=1: {why}")])?;
+            }
+            Box::new(Uring::new(vec![file], None, memory, ring, Finds::ByWaiting)?)
+        }
     };
     device.register_piece(0).map_err(|errno| {
         format!(
@@ -166,6 +193,14 @@ fn open(job: &Job, size: u64, pool: &Arc<Mapping>) -> Result<AnyDevice, Failure>
         )
     })?;
     Ok(device)
+}
+
+/// A benchmark measures what it was asked to, or nothing.
+fn refuse(job: &Job, left_out: &[String]) -> Result<(), Failure> {
+    match left_out.first() {
+        Some(why) => Err(format!("filename={}: {why}", job.filename.display()).into()),
+        None => Ok(()),
+    }
 }
 
 /// Each of so many numbers once, in an order that the seed decides: a Feistel network over the next power of four, walked
