@@ -131,6 +131,9 @@ pub struct Config {
     pub fixed_buffers: bool,
     pub io_poll: bool,
     pub sq_poll: bool,
+    pub spdk_library: PathBuf,
+    pub spdk_no_huge: bool,
+    pub spdk_memory_mib: u32,
     pub max_file_bytes: Option<u64>,
     pub ssd_read_depth: u32,
     pub ssd_write_depth: u32,
@@ -210,8 +213,8 @@ pub const SETTINGS: &[Setting] = &[
         "ssd_cache_dir",
         Some("FLEXKV_SSD_CACHE_DIR"),
         "./flexkv_ssd",
-        "one directory or block device, or several separated by ';'",
-        "Where the SSD tier lies: a directory for its files, or a block device that holds nothing else (/dev/nvme0n1): another program's data on it is never overwritten, unless `kvring serve --force-format` says so. Blocks are striped over several; put each directory on a device of its own.",
+        "one directory, block device or SPDK address, or several separated by ';'",
+        "Where the SSD tier lies: a directory for its files, or a block device that holds nothing else (/dev/nvme0n1): another program's data on it is never overwritten, unless `kvring serve --force-format` says so; or an NVMe namespace that SPDK drives (trtype:TCP adrfam:IPv4 traddr:... trsvcid:... subnqn:...). Blocks are striped over several; put each directory on a device of its own.",
         |c, v| {
             let dirs: Vec<PathBuf> = v.split(';').map(str::trim).filter(|d| !d.is_empty()).map(PathBuf::from).collect();
             if dirs.is_empty() {
@@ -404,6 +407,39 @@ pub const SETTINGS: &[Setting] = &[
         "A kernel thread for each device takes submissions (io_uring's SQPOLL) and, with io_poll, polls for completions: no system calls in the server, and a CPU of its own for the kernel while the cache is busy.",
         |c, v| {
             c.sq_poll = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "spdk_library",
+        None,
+        "libkvring_spdk.so",
+        "a path, or a name that the dynamic loader finds",
+        "The shared object with SPDK in it (`cargo xtask spdk` makes it), loaded if ssd_cache_dir names an address of SPDK.",
+        |c, v| {
+            c.spdk_library = v.into();
+            Some(())
+        }
+    ),
+    setting!(
+        "spdk_no_huge",
+        None,
+        "off",
+        "on or off",
+        "SPDK's own memory without hugepages, and no PCI devices: enough for NVMe over TCP.",
+        |c, v| {
+            c.spdk_no_huge = switch(v)?;
+            Some(())
+        }
+    ),
+    setting!(
+        "spdk_memory_mib",
+        None,
+        "256",
+        "MiB, from 64 to 16384",
+        "SPDK's own memory: queues, requests and what the control plane reads through. Blocks are not moved through it.",
+        |c, v| {
+            c.spdk_memory_mib = v.parse().ok().filter(|n| (64..=16384).contains(n))?;
             Some(())
         }
     ),
@@ -844,6 +880,9 @@ impl Default for Config {
             fixed_buffers: true,
             io_poll: false,
             sq_poll: false,
+            spdk_library: PathBuf::new(),
+            spdk_no_huge: false,
+            spdk_memory_mib: 0,
             max_file_bytes: None,
             ssd_read_depth: 0,
             ssd_write_depth: 0,

@@ -1,6 +1,7 @@
 //! One conformance suite over every device: what `Device` promises, io_uring, libaio, NVMe commands and `sim` keep, on
 //! files, on loop and zram devices where they can be had, and on the block devices that `KVRING_TEST_DEVICES` names
-//! (separated by `;`): what lies on those is destroyed.
+//! (separated by `;`): what lies on those is destroyed. SPDK's back end runs over the fake of its shim; over a real SPDK if
+//! `KVRING_TEST_SPDK` names addresses of it (separated by `;`) and `KVRING_SPDK_LIBRARY` the shim.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use kvring_engine::device::aio::Aio;
 use kvring_engine::device::medium::{Access, Medium};
 use kvring_engine::device::nvme::Nvme;
 use kvring_engine::device::sim::{Faults, Sim};
+use kvring_engine::device::spdk::Spdk;
 use kvring_engine::device::uring::{self, Finds, RingOptions, Uring};
 use kvring_engine::device::{Device, DeviceMemory, Direction, Done, Io, Region};
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
@@ -82,6 +84,14 @@ impl Platter {
     fn device(path: &Path, dir: Option<tempfile::TempDir>, undo: Option<[String; 3]>) -> Self {
         let medium = Medium::of(path).unwrap();
         Self { bytes: medium.device_bytes().unwrap(), media: vec![medium], undo, dir }
+    }
+
+    /// A namespace of the fake SPDK, with these words in its address.
+    fn fake_spdk(words: &str) -> Self {
+        let mut files = Self::files();
+        let file = files.media[0].path_of(0);
+        let address = format!("trtype:TCP adrfam:IPv4 traddr:{} trsvcid:4420 subnqn:x {words}", file.display());
+        Self::device(Path::new(&address), files.dir.take(), None)
     }
 
     fn open(&self) -> Vec<OwnedFd> {
@@ -180,6 +190,15 @@ impl Cases {
 
 static TURN: Mutex<()> = Mutex::new(());
 
+/// Has SPDK be the fake, or a real one at the addresses that are said.
+fn begin_spdk() -> Option<String> {
+    let addresses = std::env::var("KVRING_TEST_SPDK").ok();
+    let real = std::env::var_os("KVRING_SPDK_LIBRARY").filter(|_| addresses.is_some());
+    let library = real.map_or_else(kvring_fake_spdk::built, PathBuf::from);
+    kvring_spdk::set_library(kvring_spdk::EnvOptions { library, no_huge: true, ..kvring_spdk::EnvOptions::default() });
+    addresses
+}
+
 fn every_device(depth: u32) -> Cases {
     // A test that failed has said so.
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -196,6 +215,24 @@ fn every_device(depth: u32) -> Cases {
                 over(kind, || make().unwrap(), depth, &mut cases);
             }
             Err(why) => println!("skipped: {kind}: {why}"),
+        }
+    }
+    let mut by_spdk = |kind: &str, platter: Platter| {
+        let memory = self::memory();
+        let device = Spdk::new(platter.media[0].address().unwrap(), memory.clone(), depth).unwrap();
+        let name = format!("SPDK on {kind}");
+        cases.push(Case { name, device: Box::new(device), memory, platter: Some(platter) });
+    };
+    match begin_spdk() {
+        Some(addresses) => {
+            for address in addresses.split(';') {
+                by_spdk(address, Platter::device(address.as_ref(), None, None));
+            }
+        }
+        None => {
+            for words in ["sector:4096", "sector:512"] {
+                by_spdk(&format!("a file, {words}"), Platter::fake_spdk(words));
+            }
         }
     }
     let named = std::env::var("KVRING_TEST_DEVICES").unwrap_or_default();
@@ -328,7 +365,10 @@ fn a_sleeper_is_woken_by_what_completes() {
     for mut case in all.take() {
         let name = case.name.clone();
         if case.device.wake_fd().is_none() {
-            assert!(name.contains("polled") || name == "sim", "{name} says that it can only be polled");
+            assert!(
+                ["polled", "sim", "SPDK"].iter().any(|kind| name.contains(kind)),
+                "{name} says that it can only be polled"
+            );
             continue;
         }
         for round in 0..3 {
@@ -416,4 +456,58 @@ fn what_a_device_cannot_do_is_said_in_words() {
         let told = uring::can_poll(&platter.media[0], &platter.open()).unwrap_err();
         assert!(told.contains("no polled queues") || told.contains("not supported"), "{told}");
     }
+}
+
+/// The failures of a pair of queues, and of a controller, are failures of transfers: each comes back, and nothing hangs.
+#[test]
+fn a_failed_namespace_fails_its_transfers() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    if begin_spdk().is_some() {
+        return println!("skipped: a real SPDK does not fail by order");
+    }
+    let platter = Platter::fake_spdk("fail_after:3");
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), 8).unwrap();
+    for round in 0..3 {
+        for tag in 0..8 {
+            device.submit(io(tag, Direction::Write, 0, u64::from(tag) * 4096, tag as usize * 4096, SECTOR)).unwrap();
+        }
+        let done = wait(&mut device, 8);
+        assert_eq!(done.iter().map(|done| done.tag).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+        assert!(done.iter().all(|done| done.result.is_err()), "round {round}: {done:?}");
+        assert_eq!(device.inflight(), 0);
+    }
+    let platter = Platter::fake_spdk("error_every:2");
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), 8).unwrap();
+    for tag in 0..4 {
+        device.submit(io(tag, Direction::Read, 0, 0, 0, SECTOR)).unwrap();
+    }
+    let good = wait(&mut device, 4).iter().filter(|done| done.result.is_ok()).count();
+    assert_eq!(good, 2);
+    // One that hangs is given up with its pair: nothing moves afterwards, or the fake would say so.
+    let platter = Platter::fake_spdk("hang_after:1");
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), 8).unwrap();
+    for tag in 0..4 {
+        device.submit(io(tag, Direction::Read, 0, 0, tag as usize * 4096, SECTOR)).unwrap();
+    }
+    device.flush();
+    let mut done = Vec::new();
+    (0..100).for_each(|_| device.poll(0, 64, &mut done));
+    assert_eq!((done.len(), device.inflight()), (1, 3));
+}
+
+#[test]
+fn what_spdk_cannot_do_is_said_in_words() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    if begin_spdk().is_some() {
+        return println!("skipped: a real SPDK is not told what to be");
+    }
+    let why = |address: &str| Spdk::new(address, memory(), 4).err().map_or(String::new(), |error| error.to_string());
+    assert!(why("trtype:TCP adrfam:IPv4 traddr:/nowhere trsvcid:4420 subnqn:x").contains("is the target there"));
+    let platter = Platter::fake_spdk("");
+    let address = platter.media[0].address().unwrap();
+    assert!(why(&format!("{address} metadata:8")).contains("formatted with metadata"));
+    assert!(why(&format!("{address} ns:7")).contains("namespace 7"));
+    assert!(why(&format!("{address} ns:x")).contains("takes the number of a namespace"));
+    let health = kvring_engine::device::spdk::health(address).unwrap();
+    assert_eq!((health.temperature_celsius, health.percentage_used, health.critical_warning), (37, 3, 0));
 }

@@ -82,7 +82,7 @@ impl Machine {
                 ),
                 Err(_) => Box::new(Aio::new(files, memory.clone(), 16).unwrap()),
             };
-            locks.push(lock);
+            locks.extend(lock);
             Recorder::new(device, number, memory, log.clone())
         });
         let shard_options = ShardOptions {

@@ -17,14 +17,17 @@ use kvring_ipc::layout::Layout;
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::segment::SessionState;
 use kvring_ipc::stats::{ServerState, Stats, Text};
+use kvring_spdk::SpdkError;
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
 use super::verify::{Survey, Surveyed};
 use crate::cache::Cache;
 use crate::device::aio::Aio;
 use crate::device::files::{self, FilesError};
+use crate::device::gone::Gone;
 use crate::device::medium::{Medium, Patience};
 use crate::device::nvme::Nvme;
+use crate::device::spdk::{self, Spdk};
 use crate::device::uring::{self, Finds, RingOptions, Uring, UringError};
 use crate::device::{Device, DeviceMemory};
 use crate::dma::{self, PoolError, PoolMemory};
@@ -55,6 +58,8 @@ pub enum BuildError {
         "io_engine = uring or nvme: {0}: allow io_uring (sysctl kernel.io_uring_disabled, the container's seccomp profile) or set io_engine = aio"
     )]
     Uring(#[from] UringError),
+    #[error(transparent)]
+    Spdk(#[from] SpdkError),
     #[error("io_engine = aio: {0}: raise sysctl fs.aio-max-nr or lower iouring_entries")]
     Aio(rustix::io::Errno),
     #[error(
@@ -215,6 +220,7 @@ impl Kept {
 
 /// How `ssd_cache_gb` becomes slots, if there is any, and whether the index has room for them.
 fn geometry_of(config: &Config, layout: &Layout, held: u64) -> Result<Option<DiskGeometry>, BuildError> {
+    spdk::configure(config);
     layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
     let dirs = config.ssd_cache_dirs.len();
     let of_disk = || files::geometry(dirs, config.ssd_cache_bytes, layout.block_bytes, config.max_file_bytes);
@@ -454,7 +460,7 @@ impl Engine {
         if forget {
             cache.reset();
         }
-        let (devices, locks) = open_devices(config, &pool, opened, images)?;
+        let Opened { devices, locks, lost } = open_devices(config, &pool, opened, images)?;
         let (described, devices): (Vec<String>, Vec<AnyDevice>) = devices.into_iter().unzip();
         for line in &described {
             tracing::info!("device {line}");
@@ -471,6 +477,7 @@ impl Engine {
             clock: monotonic_ns,
         };
         let mut shard = Shard::new(cache, pool.mapping.clone(), devices, shard_options, metrics.clone());
+        lost.into_iter().for_each(|device| shard.lose_device(device, monotonic_ns()));
         if let Some((stats, _)) = &stats {
             let text = Text {
                 names: crate::metrics::names(described.len()),
@@ -760,8 +767,15 @@ fn make_pool(
 
 type AnyDevice = Box<dyn Device + Send>;
 
-/// Devices in words and as they are, and the locks that make them ours.
-type Opened = (Vec<(String, AnyDevice)>, Vec<std::fs::File>);
+/// What was opened.
+struct Opened {
+    /// In words, and as they are.
+    devices: Vec<(String, AnyDevice)>,
+    /// What makes them ours.
+    locks: Vec<std::fs::File>,
+    /// Those of them that are gone.
+    lost: Vec<usize>,
+}
 
 fn open_devices(
     config: &Config,
@@ -785,13 +799,22 @@ fn open_devices(
         check_memlock(pool.mapping.bytes() as u64)?;
     }
     let mut devices = Vec::new();
-    let mut locks = Vec::new();
+    let (mut locks, mut lost) = (Vec::new(), Vec::new());
     for (device, headers) in opened.into_iter().zip(images) {
         let memory = DeviceMemory { pool: pool.mapping.clone(), headers, piece_bytes: pool.piece_bytes as usize };
         let name = device.medium.path().display().to_string();
         let mut left_out = Vec::new();
-        let opened = if use_uring {
-            drive_by_uring(config, &device.medium, device.files, &device.lock, memory, &mut left_out)?
+        let opened: AnyDevice = if let Some(why) = &device.gone {
+            tracing::error!(
+                "{name} is gone ({why}): its blocks are forgotten; the server is to be started again once it is back"
+            );
+            lost.push(devices.len());
+            Box::new(Gone::new(config.iouring_entries))
+        } else if let Some(address) = device.medium.address() {
+            Box::new(Spdk::new(address, memory, config.iouring_entries)?)
+        } else if use_uring {
+            let lock = device.lock.as_ref();
+            drive_by_uring(config, &device.medium, device.files, lock, memory, &mut left_out)?
         } else {
             Box::new(Aio::new(device.files, memory, config.iouring_entries).map_err(BuildError::Aio)?)
         };
@@ -801,9 +824,9 @@ fn open_devices(
             described += &format!("; not {left_out}");
         }
         devices.push((described, opened));
-        locks.push(device.lock);
+        locks.extend(device.lock);
     }
-    Ok((devices, locks))
+    Ok(Opened { devices, locks, lost })
 }
 
 /// By commands or by the block layer, polled or not, as it was asked for; what the device does not take is `left_out`.
@@ -811,14 +834,15 @@ fn drive_by_uring(
     config: &Config,
     medium: &Medium,
     files: Vec<OwnedFd>,
-    lock: &std::fs::File,
+    lock: Option<&std::fs::File>,
     memory: DeviceMemory,
     left_out: &mut Vec<String>,
 ) -> Result<AnyDevice, BuildError> {
     let Config { iouring_entries: entries, fixed_buffers, io_poll, sq_poll, .. } = *config;
     let mut options = RingOptions { entries, fixed_buffers, io_poll, sq_poll };
     if config.io_engine == IoEngine::Nvme {
-        match Nvme::new(medium, Some(lock.as_fd()), memory.clone(), options, left_out) {
+        let lock = lock.map(AsFd::as_fd);
+        match Nvme::new(medium, lock, memory.clone(), options, left_out) {
             Ok(device) => return Ok(Box::new(device)),
             Err(error) => {
                 left_out.clear();
@@ -830,7 +854,7 @@ fn drive_by_uring(
         left_out.push(format!("io_poll = on: {why}"));
         options.io_poll = false;
     }
-    Ok(Box::new(Uring::new(files, Some(lock.as_fd()), memory, options, Finds::AnyWay)?))
+    Ok(Box::new(Uring::new(files, lock.map(AsFd::as_fd), memory, options, Finds::AnyWay)?))
 }
 
 /// The index is in memory and grows with the number of blocks: small blocks in a big cache are refused

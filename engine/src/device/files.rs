@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use bytemuck::Zeroable;
 use kvring_ipc::config::OnMismatch;
 use kvring_ipc::layout::Layout;
+use kvring_spdk::SpdkError;
 use rustix::fs::FallocateFlags;
 
 use super::medium::{Access, Medium, MediumFile, Patience};
@@ -66,7 +67,9 @@ pub struct DeviceFiles {
     /// Whether there are headers to be read.
     pub reused: bool,
     /// Held for as long as the device is used.
-    pub lock: File,
+    pub lock: Option<File>,
+    /// It is gone, and why that is thought.
+    pub gone: Option<String>,
     /// What it lies on.
     pub medium: Medium,
 }
@@ -121,14 +124,45 @@ pub fn open(
     layout: &Layout,
     on_mismatch: OnMismatch,
 ) -> Result<Vec<DeviceFiles>, FilesError> {
-    let locks = media.iter().map(|medium| medium.lock(Patience::Wait)).collect::<Result<Vec<_>, _>>()?;
+    let locks: Vec<Result<File, FilesError>> = media.iter().map(|medium| medium.lock(Patience::Wait)).collect();
+    let taken =
+        locks.iter().zip(media).find(|(lock, medium)| lock.as_ref().is_err_and(|error| !is_gone(medium, error)));
+    if taken.is_some() {
+        // The first of them says why.
+        locks.into_iter().collect::<Result<Vec<_>, _>>()?;
+        return Ok(Vec::new());
+    }
     // Any cache id will do for a new cache; devices that disagree were never one cache.
     let mut cache_id = None;
-    let mut devices = Vec::new();
-    for ((index, medium), lock) in (0..).zip(media).zip(locks) {
-        devices.push(open_device(medium, lock, index, geometry, layout, on_mismatch, &mut cache_id)?);
-    }
-    Ok(devices)
+    let opened: Vec<Result<DeviceFiles, FilesError>> = (0..)
+        .zip(media)
+        .zip(locks)
+        .map(|((index, medium), lock)| open_device(medium, lock?, index, geometry, layout, on_mismatch, &mut cache_id))
+        .collect();
+    // A cache that is there goes on without a device of it; a new one is made of all that was named.
+    let is_known = opened.iter().flatten().any(|device| device.reused);
+    let without = |(opened, medium): (Result<DeviceFiles, FilesError>, &Medium)| match opened {
+        Err(error) if is_known && is_gone(medium, &error) => {
+            let (gone, medium) = (Some(error.to_string()), medium.clone());
+            Ok(DeviceFiles { files: Vec::new(), reused: false, lock: None, gone, medium })
+        }
+        opened => opened,
+    };
+    opened.into_iter().zip(media).map(without).collect()
+}
+
+/// Whether an error says that a block device is not there any more, or answers nothing.
+fn is_gone(medium: &Medium, error: &FilesError) -> bool {
+    use rustix::io::Errno;
+    let (FilesError::Directory { error, .. } | FilesError::Io { error, .. } | FilesError::NoDirect { error, .. }) =
+        error
+    else {
+        return false;
+    };
+    let errno = Errno::from_io_error(error);
+    let gone = [Errno::NOENT, Errno::NXIO, Errno::NODEV, Errno::IO, Errno::NOMEDIUM].map(Some);
+    let by_spdk = medium.address().is_some() && error.get_ref().is_some_and(|inner| inner.is::<SpdkError>());
+    medium.is_whole_device() && (gone.contains(&errno) || by_spdk)
 }
 
 fn superblock(index: u64, geometry: &DiskGeometry, layout: &Layout, cache_id: u64) -> Superblock {
@@ -234,8 +268,16 @@ pub fn check(
 ) -> Result<(), FilesError> {
     // As in `open`: a new one gets an id that no other has.
     let mut cache_id = None;
+    let (mut gone, mut is_known) = (None, false);
     for (index, medium) in (0..).zip(media) {
-        let (found, reuse) = look_at(medium, index, geometry, layout, on_mismatch, cache_id)?;
+        let (found, reuse) = match look_at(medium, index, geometry, layout, on_mismatch, cache_id) {
+            Err(error) if is_gone(medium, &error) => {
+                gone = Some(error);
+                continue;
+            }
+            looked => looked?,
+        };
+        is_known |= reuse;
         match found {
             Found::Super(found) if reuse => cache_id = cache_id.or(Some(found.cache_id)),
             _ => cache_id = cache_id.or(Some(0)),
@@ -244,7 +286,7 @@ pub fn check(
             check_space(medium, geometry, reuse)?;
         }
     }
-    Ok(())
+    gone.filter(|_| !is_known).map_or(Ok(()), Err)
 }
 
 fn open_device(
@@ -263,7 +305,9 @@ fn open_device(
         make_files(medium, geometry, reuse)?;
     }
     let mut files = Vec::new();
-    for number in 0..geometry.files_per_device() {
+    // What SPDK drives has no file.
+    let files_count = if medium.address().is_some() { 0 } else { geometry.files_per_device() };
+    for number in 0..files_count {
         let name = medium.path_of(number).display().to_string();
         let direct = medium.open_for_io(number);
         let direct = direct.map_err(|error| FilesError::NoDirect { file: name.clone(), error })?;
@@ -282,7 +326,7 @@ fn open_device(
                 .map_err(|error| FilesError::Io { file: medium.name(), error })?;
         }
     }
-    Ok(DeviceFiles { files, reused: reuse, lock, medium: medium.clone() })
+    Ok(DeviceFiles { files, reused: reuse, lock: Some(lock), gone: None, medium: medium.clone() })
 }
 
 /// Files of their size in a directory; those of another cache go.
@@ -356,7 +400,9 @@ fn in_words(theirs: &Layout, ours: &Layout) -> String {
 pub fn read_superblock(medium: &Medium) -> std::io::Result<Found> {
     let file = match medium.open(0, Access::Read) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !medium.is_whole_device() => {
+            return Ok(Found::Nothing);
+        }
         Err(error) => return Err(error),
     };
     let mut superblock = Superblock::zeroed();

@@ -1,7 +1,8 @@
-//! What a device of the SSD tier lies on, as the control plane sees it: a directory of files, or a block device that
-//! holds nothing else. May block: never a shard's.
+//! What a device of the SSD tier lies on, as the control plane sees it: a directory of files, a block device that holds
+//! nothing else, or a namespace that SPDK drives. May block: never a shard's.
 
 use std::fs::{File, OpenOptions};
+use std::hash::{Hash, Hasher};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use super::files::FilesError;
+use super::spdk::{self, Blocking};
 use crate::limits::SECTOR_BYTES;
 
 /// An entry of `ssd_cache_dir`.
@@ -19,6 +21,8 @@ pub enum Medium {
     Directory(PathBuf),
     /// A block device: the cache is all of it, from its first sector on.
     BlockDevice(PathBuf),
+    /// An NVMe namespace by its address in SPDK's words: as a block device, without the kernel.
+    Spdk(PathBuf),
 }
 
 /// How long a medium that somebody has is waited for.
@@ -50,7 +54,15 @@ impl Medium {
     /// # Errors
     /// Something that no cache can lie on.
     pub fn of(path: &Path) -> Result<Self, FilesError> {
-        let Ok(metadata) = std::fs::metadata(path) else { return Ok(Self::Directory(path.to_path_buf())) };
+        if path.to_str().is_some_and(|text| text.starts_with(spdk::PREFIX)) {
+            return Ok(Self::Spdk(path.to_path_buf()));
+        }
+        let Ok(metadata) = std::fs::metadata(path) else {
+            // What is to be in /dev is a device that is gone, and not a directory to be made there.
+            let is_device = path.parent() == Some(Path::new("/dev"));
+            let path = path.to_path_buf();
+            return Ok(if is_device { Self::BlockDevice(path) } else { Self::Directory(path) });
+        };
         let kind = metadata.file_type();
         if kind.is_block_device() {
             return Ok(Self::BlockDevice(path.to_path_buf()));
@@ -84,7 +96,7 @@ impl Medium {
     /// Where it is.
     pub fn path(&self) -> &Path {
         match self {
-            Self::Directory(path) | Self::BlockDevice(path) => path,
+            Self::Directory(path) | Self::BlockDevice(path) | Self::Spdk(path) => path,
         }
     }
 
@@ -94,7 +106,15 @@ impl Medium {
             Self::Directory(dir) => {
                 dir.join(if file == 0 { "kvring.cache".to_owned() } else { format!("kvring.cache.{file}") })
             }
-            Self::BlockDevice(path) => path.clone(),
+            Self::BlockDevice(path) | Self::Spdk(path) => path.clone(),
+        }
+    }
+
+    /// Where SPDK finds it.
+    pub fn address(&self) -> Option<&str> {
+        match self {
+            Self::Spdk(path) => path.to_str(),
+            Self::Directory(_) | Self::BlockDevice(_) => None,
         }
     }
 
@@ -105,7 +125,7 @@ impl Medium {
 
     /// Whether all of it is the cache's.
     pub fn is_whole_device(&self) -> bool {
-        matches!(self, Self::BlockDevice(_))
+        matches!(self, Self::BlockDevice(_) | Self::Spdk(_))
     }
 
     /// Opens one of its files, and waits for nobody.
@@ -113,6 +133,10 @@ impl Medium {
     /// # Errors
     /// What the system says, or that it is no file of ours.
     pub fn open(&self, file: u32, access: Access) -> std::io::Result<MediumFile> {
+        if let Some(address) = self.address() {
+            let opened = Blocking::open(address).map_err(std::io::Error::other)?;
+            return Ok(MediumFile { file: Opened::Spdk(Box::new(opened)), direct: true });
+        }
         // What the server writes past the page cache of a block device, its page cache does not know.
         let direct = self.is_whole_device() || access == Access::ReadDirect;
         let flags = if direct { OFlags::NONBLOCK | OFlags::DIRECT } else { OFlags::NONBLOCK };
@@ -120,7 +144,7 @@ impl Medium {
         options.read(true).write(access == Access::Write).custom_flags(flags.bits() as i32);
         let file = options.open(self.path_of(file))?;
         let file = if self.is_whole_device() { file } else { regular(file)? };
-        Ok(MediumFile { file, direct })
+        Ok(MediumFile { file: Opened::File(file), direct })
     }
 
     /// Opens one of its files for the data path: O_DIRECT, to read and write.
@@ -152,6 +176,22 @@ impl Medium {
                 .map_err(|errno| self.not_locked(errno))?;
                 Ok(file)
             }
+            // Of this machine's servers one: a name that goes with its process. What others do at the address is theirs
+            // to agree on.
+            Self::Spdk(path) => {
+                let mut hash = std::hash::DefaultHasher::new();
+                path.hash(&mut hash);
+                let name = format!("kvring-spdk-{:016x}", hash.finish());
+                let bind = || {
+                    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+                    let socket =
+                        rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+                    rustix::net::bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+                    Ok(socket)
+                };
+                let socket = again_while_taken(tries, Errno::ADDRINUSE, bind);
+                Ok(File::from(socket.map_err(|errno| self.not_locked(errno))?))
+            }
             // The kernel's own claim (O_EXCL of a block device): no file system, no RAID and no other server has it, or
             // gets it while we do.
             Self::BlockDevice(path) => {
@@ -167,6 +207,7 @@ impl Medium {
     fn not_locked(&self, errno: Errno) -> FilesError {
         match (self, errno) {
             (Self::Directory(_), Errno::WOULDBLOCK) => FilesError::InUse { file: self.name() },
+            (Self::Spdk(_), Errno::ADDRINUSE) => FilesError::InUse { file: self.name() },
             (Self::BlockDevice(_), Errno::BUSY) => FilesError::Claimed { device: self.name() },
             (_, errno) => FilesError::Directory { dir: self.path().display().to_string(), error: errno.into() },
         }
@@ -178,6 +219,10 @@ impl Medium {
     /// What the system says.
     pub fn device_bytes(&self) -> std::io::Result<u64> {
         use std::io::{Seek, SeekFrom};
+        if let Some(address) = self.address() {
+            let bytes = spdk::controller(address).map_err(std::io::Error::other)?.namespace().bytes;
+            return Ok(bytes - bytes % SECTOR_BYTES);
+        }
         let bytes = File::open(self.path())?.seek(SeekFrom::End(0))?;
         Ok(bytes - bytes % SECTOR_BYTES)
     }
@@ -221,8 +266,29 @@ fn regular(file: File) -> std::io::Result<File> {
 /// One open file of a medium. Any offset, any length: what direct I/O wants otherwise is made so.
 #[derive(Debug)]
 pub struct MediumFile {
-    file: File,
+    file: Opened,
     direct: bool,
+}
+
+#[derive(Debug)]
+enum Opened {
+    File(File),
+    Spdk(Box<Blocking>),
+}
+
+impl Opened {
+    fn read(&self, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+        match self {
+            Self::File(file) => file.read_exact_at(bytes, at),
+            Self::Spdk(namespace) => namespace.read(bytes, at),
+        }
+    }
+    fn write(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
+        match self {
+            Self::File(file) => file.write_all_at(bytes, at),
+            Self::Spdk(namespace) => namespace.write(bytes, at),
+        }
+    }
 }
 
 /// Memory that direct I/O takes, and at once at most so much.
@@ -253,10 +319,10 @@ impl MediumFile {
     pub fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
         let aligned = (bytes.as_ptr().addr() as u64 | bytes.len() as u64 | at).is_multiple_of(SECTOR_BYTES);
         if !self.direct || aligned {
-            return self.file.read_exact_at(bytes, at);
+            return self.file.read(bytes, at);
         }
         self.in_sectors(bytes.len(), at, |sectors, from, part| {
-            self.file.read_exact_at(sectors, from)?;
+            self.file.read(sectors, from)?;
             let skip = (at + part.start as u64 - from) as usize;
             let length = part.len();
             bytes[part].copy_from_slice(&sectors[skip..skip + length]);
@@ -270,13 +336,13 @@ impl MediumFile {
     /// What the system says.
     pub fn write_all_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
         if !self.direct {
-            return self.file.write_all_at(bytes, at);
+            return self.file.write(bytes, at);
         }
         self.in_sectors(bytes.len(), at, |sectors, from, part| {
-            self.file.read_exact_at(sectors, from)?;
+            self.file.read(sectors, from)?;
             let skip = (at + part.start as u64 - from) as usize;
             sectors[skip..skip + part.len()].copy_from_slice(&bytes[part]);
-            self.file.write_all_at(sectors, from)
+            self.file.write(sectors, from)
         })
     }
 
@@ -307,12 +373,10 @@ impl MediumFile {
     /// # Errors
     /// What the system says.
     pub fn sync(&self) -> std::io::Result<()> {
-        self.file.sync_data()
-    }
-
-    /// The unit of direct I/O (statx, STATX_DIOALIGN, Linux 6.1); a sector where it is not told.
-    pub fn direct_unit(&self) -> u64 {
-        super::files::direct_unit(&self.file)
+        match &self.file {
+            Opened::File(file) => file.sync_data(),
+            Opened::Spdk(namespace) => namespace.sync(),
+        }
     }
 }
 
@@ -329,7 +393,7 @@ mod test {
         std::fs::write(&path, &expected).unwrap();
         let flags = OFlags::DIRECT.bits() as i32;
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path).unwrap();
-        let direct = MediumFile { file, direct: true };
+        let direct = MediumFile { file: Opened::File(file), direct: true };
         for (at, length) in [(0, 64), (5, 1), (4095, 2), (4096, 4096), (1 << 20, 1 << 20), (777, 2_000_001)] {
             let mut bytes = vec![0; length];
             direct.read_exact_at(&mut bytes, at).unwrap();

@@ -7,12 +7,15 @@
 #[expect(unsafe_code, reason = "linux-aio has no safe binding: three system calls and one struct")]
 pub mod aio;
 pub mod files;
+pub mod gone;
 pub mod medium;
 #[expect(unsafe_code, reason = "a command names memory by address, and the device believes it")]
 pub mod nvme;
 #[expect(unsafe_code, reason = "an entry names memory by address, and the kernel believes it")]
 mod ring;
 pub mod sim;
+#[expect(unsafe_code, reason = "says of the pool that it stays mapped")]
+pub mod spdk;
 #[expect(unsafe_code, reason = "an entry names memory by address, and the kernel believes it")]
 pub mod uring;
 

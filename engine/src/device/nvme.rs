@@ -236,7 +236,8 @@ impl Health {
         Ok(Self::parse(&page))
     }
 
-    fn parse(page: &[u8; 512]) -> Self {
+    /// What a page says.
+    pub(super) fn parse(page: &[u8; 512]) -> Self {
         // 128 bits; what does not fit 64 is more than any drive has done.
         let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| page[at + byte]));
         let units = |at: usize| number(at).saturating_mul(512_000);

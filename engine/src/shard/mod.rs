@@ -1234,6 +1234,12 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    /// A device is lost, as is known already.
+    pub fn lose_device(&mut self, at: usize, now_ns: u64) {
+        self.devices[at].health.lose(now_ns);
+        self.device_is_lost(at);
+    }
+
     /// Nothing more is asked of it, and nobody waits for what was.
     fn device_is_lost(&mut self, at: usize) {
         self.metrics.ssd_devices_lost_count.add(1);

@@ -24,6 +24,7 @@ cargo xtask sim SEED    replay one seed
 cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
 cargo xtask fuzz        fuzz every target; [TARGET] [--seconds 20] [--seed N]; TARGET FILE replays an input
 cargo xtask guest       the device paths and a cache on emulated NVMe controllers, in QEMU
+cargo xtask spdk        make target/spdk/libkvring_spdk.so of the SPDK that pkg-config finds
 cargo xtask docs        write docs/CONFIG.md anew from the code
 cargo xtask ptx         compile gpu/src/kernels/copy.cu anew, with NVRTC from PyPI";
 
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         ["find-planted"] => bugs::find_all(),
         ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
+        ["spdk"] => spdk(),
         ["guest"] => guest::guest(),
         ["ptx"] => python::ptx(),
         _ => usage(),
@@ -100,6 +102,7 @@ fn ci() -> Outcome {
     simulate_for(Duration::from_secs(30))?;
     step("planted bugs", &mut with_bugs())?;
     fuzz::fuzz(&["--seconds", "10"])?;
+    guest::guest()?;
     // The real trace, wherever it is beside the project; else the generator.
     let trace = root().join("../shared/data/mooncake_conversation_trace.jsonl");
     let kvring = root().join("target/release/kvring");
@@ -188,6 +191,35 @@ fn with_bugs() -> Command {
         cargo(&["run", "--release", "--package", "xtask", "--target-dir", "target/planted", "--", "find-planted"]);
     command.env("RUSTFLAGS", "--cfg planted");
     command
+}
+
+/// SPDK, DPDK and our shim in one shared object, which exports the shim alone.
+fn spdk() -> Outcome {
+    let pkg_config = |arguments: &[&str]| -> Outcome<Vec<String>> {
+        let output =
+            Command::new("pkg-config").args(arguments).output().map_err(|error| format!("pkg-config: {error}"))?;
+        if !output.status.success() {
+            let why = String::from_utf8_lossy(&output.stderr);
+            return Err(format!(
+                "pkg-config finds no SPDK: install it, and set PKG_CONFIG_PATH to its lib/pkgconfig: {why}"
+            ));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).split_whitespace().map(str::to_owned).collect())
+    };
+    let place = root().join("target/spdk");
+    std::fs::create_dir_all(&place).map_err(|error| format!("{}: {error}", place.display()))?;
+    let library = place.join("libkvring_spdk.so");
+    let mut compile = Command::new("cc");
+    compile.args(["-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-s", "-o"]).arg(&library);
+    compile.arg("spdk/shim/kvring_spdk.c").args(pkg_config(&["--cflags", "spdk_nvme", "spdk_env_dpdk"])?);
+    // Transports, sockets and buses make themselves known by constructors: all of each archive is wanted.
+    compile.args(["-Wl,--wrap=spdk_mem_get_fd_and_offset", "-Wl,--whole-archive"]);
+    compile.args(pkg_config(&["--libs", "spdk_nvme", "spdk_env_dpdk", "spdk_sock_posix"])?);
+    compile.arg("-Wl,--no-whole-archive").args(pkg_config(&["--libs", "--static", "spdk_syslibs"])?);
+    compile.args(["-Wl,-z,defs", "-Wl,--exclude-libs,ALL"]);
+    step("the SPDK shim", &mut compile)?;
+    println!("{}", library.display());
+    Ok(())
 }
 
 fn write_docs() -> Outcome {
