@@ -106,6 +106,13 @@ columns! {
     HeaderWrites = "header_writes_count",
     Errors = "errors_count",
     Lost = "lost",
+    HealthKnown = "health_known",
+    CriticalWarning = "critical_warning",
+    Temperature = "temperature_celsius",
+    SparePercent = "available_spare_percent",
+    UsedPercent = "used_percent",
+    MediaErrors = "media_errors_count",
+    DriveWritten = "drive_written_bytes",
 }
 
 /// Histograms that there are whatever the devices.
@@ -214,6 +221,7 @@ metrics! {
     ssd_write_bytes: "Bytes of blocks written to the SSD.",
     ssd_header_writes_count: "Sectors of headers written.",
     ssd_devices_lost_count: "Times that a device failed again and again, or answered nothing for 10 s, and its blocks were forgotten.",
+    ssd_held_back_count: "Times that write-back began to wait for the endurance budget (ssd_write_gb_per_day).",
     ssd_short_count: "Transfers that ended short and were resubmitted.",
     ssd_read_errors_count: "Reads that failed: each a miss.",
     ssd_write_errors_count: "Writes that failed: the block stays in the pool only.",

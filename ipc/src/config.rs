@@ -137,6 +137,7 @@ pub struct Config {
     pub max_file_bytes: Option<u64>,
     pub ssd_read_depth: u32,
     pub ssd_write_depth: u32,
+    pub ssd_write_bytes_per_day: Option<u64>,
     pub ssd_on_mismatch: OnMismatch,
     pub checksum: bool,
     pub verify: Verify,
@@ -474,6 +475,18 @@ pub const SETTINGS: &[Setting] = &[
         "Most write-backs in flight on one device; one at a time while reads wait.",
         |c, v| {
             c.ssd_write_depth = v.parse().ok().filter(|n| (1..=256).contains(n))?;
+            Some(())
+        }
+    ),
+    setting!(
+        "ssd_write_gb_per_day",
+        None,
+        "0",
+        "GiB, such as 2000; 0 for as much as there is",
+        "Endurance budget: at most so much is written to the SSD tier in a day, over all devices, an hour's worth of it at once. A drive of 3.84 TB and one drive write a day takes 3840 GB. What may not be written stays in the pool only; a drain and the stop of the server write what is left.",
+        |c, v| {
+            let bytes = gib(v)?;
+            c.ssd_write_bytes_per_day = (bytes > 0).then_some(bytes);
             Some(())
         }
     ),
@@ -886,6 +899,7 @@ impl Default for Config {
             max_file_bytes: None,
             ssd_read_depth: 0,
             ssd_write_depth: 0,
+            ssd_write_bytes_per_day: None,
             ssd_on_mismatch: OnMismatch::Refuse,
             checksum: true,
             verify: Verify::Crash,

@@ -12,6 +12,7 @@ mod lifecycle;
 mod observe;
 mod replay;
 mod security;
+mod spdk;
 mod survival;
 
 use std::path::{Path, PathBuf};

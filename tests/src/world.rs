@@ -362,6 +362,7 @@ impl World {
             writer_grace_ns: GRACE_NS,
             read_depth: 8,
             write_depth: 4,
+            write_bytes_per_day: None,
             checksum: true,
             verify: shape.verify,
             clock: || 0,

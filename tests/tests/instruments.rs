@@ -87,9 +87,18 @@ fn every_row_histogram_and_entry_says_what_the_counters_say() {
         "ended",
     ];
     let control = ["instance_id", "pid"];
+    let health = [
+        "device health_known",
+        "device critical_warning",
+        "device temperature_celsius",
+        "device available_spare_percent",
+        "device used_percent",
+        "device media_errors_count",
+        "device drive_written_bytes",
+    ];
     let levels = ["device reads_waiting", "device reads_inflight", "device writes_waiting", "device writes_inflight"];
     for (name, total) in columns {
-        let may = [&at_rest[..], &control, &levels].concat().contains(&name.as_str());
+        let may = [&at_rest[..], &control, &levels, &health, &["device lost"]].concat().contains(&name.as_str());
         assert!(total > 0 || may, "nothing wrote {name}");
     }
     for (name, total) in histograms {

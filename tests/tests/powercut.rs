@@ -92,6 +92,7 @@ impl Machine {
             writer_grace_ns: 0,
             read_depth: 4,
             write_depth: 4,
+            write_bytes_per_day: None,
             checksum: true,
             verify: Verify::Off,
             clock: monotonic_ns,

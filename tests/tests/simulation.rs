@@ -35,6 +35,7 @@ fn two_hundred_worlds() {
         "ssd_recovery_us",
         "dram_recovered_blocks_count",
         "dram_checksum_errors_count",
+        "ssd_held_back_count",
     ];
     let at_rest = ["sessions_count", "leases_count", "host_slots_quarantined_count"];
     for (name, value) in counters {

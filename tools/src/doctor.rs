@@ -14,7 +14,7 @@ use kvring_engine::control::engine::check_memlock;
 use kvring_engine::device::files::{self, Found};
 use kvring_engine::device::medium::{Medium, Patience};
 use kvring_engine::device::nvme::{self, Health, Namespace};
-use kvring_engine::device::uring;
+use kvring_engine::device::{spdk, uring};
 use kvring_engine::dma;
 use kvring_ipc::config::{Config, Hugepages, IoEngine};
 use kvring_ipc::handshake::Channel;
@@ -269,6 +269,7 @@ fn look_at_dir(report: &mut Report, config: &Config, dir: &Path, serves: bool) {
     let name = dir.display();
     let medium = match Medium::of(dir) {
         Ok(Medium::BlockDevice(path)) => return look_at_device(report, config, Medium::BlockDevice(path), serves),
+        Ok(Medium::Spdk(_)) => return look_at_spdk(report, config, dir, serves),
         Ok(medium) => medium,
         Err(error) => {
             let remedy = "set ssd_cache_dir to a directory or a block device";
@@ -385,6 +386,26 @@ fn look_at_device(report: &mut Report, config: &Config, medium: Medium, serves: 
         _ => report.note("io_poll", format!("{name} has no polled queues (NVMe: nvme.poll_queues=N)")),
     }
     look_at_queue(report, medium.path());
+}
+
+/// A namespace that SPDK drives: whether it is there.
+fn look_at_spdk(report: &mut Report, config: &Config, address: &Path, serves: bool) {
+    let address = address.display().to_string();
+    if serves {
+        return report.note("spdk", format!("{address}: the server has it"));
+    }
+    spdk::configure(config);
+    match spdk::controller(&address) {
+        Ok(controller) => {
+            let namespace = controller.namespace();
+            let about = format!("{}, namespace {} of {}", controller.version(), namespace.nsid, namespace.model);
+            report.ok("spdk", format!("{address}: {about}, {}", gib(namespace.bytes)));
+            if let Ok(health) = spdk::health(&address) {
+                look_at_health(report, &address, &health);
+            }
+        }
+        Err(error) => report.bad("spdk", Level::Problem, error.to_string(), "docs/DEVICES.md says what SPDK wants"),
+    }
 }
 
 fn look_at_health(report: &mut Report, name: &str, health: &Health) {

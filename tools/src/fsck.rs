@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use kvring_engine::device::spdk;
 use kvring_engine::fsck::{DirReport, Options, check};
+use kvring_ipc::config::Config;
 
 /// Arguments of `kvring fsck`.
 #[derive(Args)]
@@ -32,6 +34,10 @@ pub fn run(args: &FsckArgs) -> ExitCode {
     let options = Options { repair: args.repair, headers_only: args.headers_only };
     let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} slots, {eta} left");
     let bar = ProgressBar::no_length().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    // Where SPDK is, should one of them be its.
+    if let Ok(loaded) = Config::load(&[], None, std::env::vars()) {
+        spdk::configure(&loaded.config);
+    }
     let checked = check(&args.dirs, options, |done, total| {
         if done % 64 == 1 {
             bar.set_length(total);

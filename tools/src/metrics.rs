@@ -390,10 +390,18 @@ impl Shown {
             "write_bytes" => "Bytes of blocks written",
             "header_writes_count" => "Sectors of headers written",
             "errors_count" => "Transfers of blocks that failed or brought other bytes than were written",
+            "lost" => "1 while the device is lost: its blocks are forgotten and nothing is asked of it",
+            "health_known" => "1 if the drive says what the next ones tell (NVMe, log page 02h)",
+            "critical_warning" => "Bits of the drive's critical warnings; 0 is well",
+            "temperature_celsius" => "The drive's temperature",
+            "available_spare_percent" => "Spare blocks that the drive has left",
+            "used_percent" => "The drive's life used, as its vendor estimates; may exceed 100",
+            "media_errors_count" => "Errors that the drive could not mend, since it was made",
+            "drive_written_bytes" => "Bytes written to the drive by everybody, since it was made",
             _ => "See the documentation of this server's version",
         };
         for column in &self.server.text.names.device {
-            let is_gauge = column.ends_with("_waiting") || column.ends_with("_inflight");
+            let is_gauge = !column.ends_with("_count") && !column.ends_with("_bytes");
             let (metric, unit) = metric_name(&format!("device_{column}"));
             let value = |(at, row): (usize, &crate::observe::Row)| {
                 ([("device".to_owned(), at.to_string())], row.get(column).copied().unwrap_or(0))

@@ -20,6 +20,7 @@ use kvring_ipc::stats::{ServerState, Stats, Text};
 use kvring_spdk::SpdkError;
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
+use super::health;
 use super::verify::{Survey, Surveyed};
 use crate::cache::Cache;
 use crate::device::aio::Aio;
@@ -396,7 +397,7 @@ pub struct Engine {
     /// What the shard hands back.
     pub from_shard: Receiver<FromShard>,
     teller: Teller,
-    stop_touching: Arc<AtomicBool>,
+    stop_threads: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -439,6 +440,7 @@ impl Engine {
         let Prepared { layout, geometry, images, pool, table, table_fd, is_kept, touched, mut cache, events, stats } =
             prepared;
         let slot_bytes = layout.block_bytes;
+        let media: Vec<Medium> = opened.iter().map(|device| device.medium.clone()).collect();
         let with_disk = geometry.is_some();
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
@@ -472,6 +474,7 @@ impl Engine {
             writer_grace_ns: config.writer_grace.as_nanos() as u64,
             read_depth: config.ssd_read_depth,
             write_depth: config.ssd_write_depth,
+            write_bytes_per_day: config.ssd_write_bytes_per_day,
             checksum: config.checksum,
             verify: config.verify,
             clock: monotonic_ns,
@@ -546,9 +549,12 @@ impl Engine {
             geometry,
             from_shard,
             teller,
-            stop_touching: Arc::new(AtomicBool::new(false)),
+            stop_threads: Arc::new(AtomicBool::new(false)),
             thread,
         };
+        if let Some((stats, _)) = &engine.stats {
+            health::watch(stats.clone(), media, engine.stop_threads.clone());
+        }
         if let Some(geometry) = geometry {
             read_the_disk(engine.teller.clone(), geometry, fingerprint, to_read, config.checksum);
         }
@@ -580,7 +586,7 @@ impl Engine {
         let all = touched == self.pool.pieces_count();
         let threads = if all { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
         for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(first_piece) as usize) {
-            let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_touching.clone());
+            let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_threads.clone());
             let teller = self.teller.clone();
             let pauses = !self.devices.is_empty();
             let touch = move || {
@@ -612,7 +618,7 @@ impl Engine {
     /// Stops the shard by [`ToShard::Stop`] or [`ToShard::HandOver`]: what is being written is finished, for at
     /// most five seconds.
     pub fn stop(&mut self, how: ToShard) {
-        self.stop_touching.store(true, Ordering::Relaxed);
+        self.stop_threads.store(true, Ordering::Relaxed);
         self.tell(how);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

@@ -2,6 +2,7 @@
 //! and log; tells the shard by message and never touches what is its own.
 
 pub mod engine;
+pub mod health;
 pub mod keeper;
 pub mod verify;
 

@@ -3,8 +3,11 @@
 
 /// Failures in a row after which a device is lost.
 pub const ERRORS_IN_A_ROW: u32 = 16;
-/// A transfer that takes so long is one that nobody waits for any more. The kernel gives an NVMe command up after 30 s.
-pub const STALLED_NS: u64 = 10_000_000_000;
+/// A device that ends nothing for so long answers nothing.
+const SILENT_NS: u64 = 10_000_000_000;
+/// A transfer that takes so long, whatever else ends, is one that nobody waits for any more. The kernel gives an NVMe
+/// command up after 30 s.
+const STUCK_NS: u64 = 35_000_000_000;
 /// The first pause before a lost device is tried again; each next one is twice as long.
 const PAUSE_NS: u64 = 5_000_000_000;
 const PAUSE_NS_MAX: u64 = 300_000_000_000;
@@ -16,6 +19,8 @@ pub const FORGOTTEN_A_ROUND: u32 = 64;
 pub struct Health {
     errors_in_a_row: u32,
     lost: Option<Lost>,
+    /// When a transfer ended the last time.
+    ended_ns: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -49,8 +54,15 @@ impl Health {
         self.lost.is_some_and(|lost| lost.tries)
     }
 
+    /// Whether nobody should wait for it any more, of whose transfers the oldest has been in flight since `oldest_ns`.
+    pub fn is_stalled(&self, oldest_ns: u64, now_ns: u64) -> bool {
+        let silent = now_ns.saturating_sub(oldest_ns.max(self.ended_ns)) > SILENT_NS;
+        self.lost.is_none() && (silent || now_ns.saturating_sub(oldest_ns) > STUCK_NS)
+    }
+
     /// A transfer has ended.
     pub fn ended(&mut self, good: bool, now_ns: u64) -> Turn {
+        self.ended_ns = now_ns;
         if good {
             self.errors_in_a_row = 0;
             return if self.lost.take().is_some() { Turn::Back } else { Turn::None };
@@ -127,6 +139,21 @@ mod test {
         assert_eq!((tries[0], pauses.as_slice()), (5, [10, 20, 40, 80, 160, 300, 300, 300].as_slice()));
         assert_eq!(health.ended(true, now_ns), Turn::Back);
         assert!(!health.is_lost());
+    }
+
+    #[test]
+    fn who_ends_something_is_not_silent_and_one_transfer_is_not_waited_for_without_end() {
+        const S: u64 = 1_000_000_000;
+        let mut health = Health::default();
+        assert!(!health.is_stalled(100 * S, 109 * S) && health.is_stalled(100 * S, 111 * S));
+        health.ended(true, 108 * S);
+        assert!(!health.is_stalled(100 * S, 117 * S), "something has ended since");
+        for at in 109..140 {
+            health.ended(true, at * S);
+        }
+        assert!(health.is_stalled(100 * S, 140 * S), "and the oldest still has not");
+        health.lose(140 * S);
+        assert!(!health.is_stalled(100 * S, 200 * S), "lost once");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! allocates or logs; time is passed in. Room in a session's completion ring is taken before its
 //! submission is, so every request is answered exactly once and the answer always fits.
 
+pub mod budget;
 pub mod hasher;
 pub mod load;
 pub mod lost;
@@ -41,9 +42,10 @@ use crate::metrics::{
 use crate::planted::{self, Bug};
 use crate::tier::host::{SessionId, Writer};
 use crate::tier::piece::HeaderPiece;
+use budget::Budget;
 use hasher::{Hasher, Hashing};
 use load::{Asked, Dirty, Loads, Waiter};
-use lost::{STALLED_NS, Turn};
+use lost::Turn;
 use session::Session;
 use transfer::{Landed, Purpose, Transfers};
 
@@ -62,6 +64,8 @@ pub struct ShardOptions {
     pub read_depth: u32,
     /// Write-backs in flight on a device.
     pub write_depth: u32,
+    /// Bytes written back in a day; `None` for as many as there are.
+    pub write_bytes_per_day: Option<u64>,
     /// Whether blocks on the disk have checksums.
     pub checksum: bool,
     /// Which blocks in the pool are verified.
@@ -97,6 +101,9 @@ pub struct Shard<D> {
     /// Instances that have a session.
     instances: u32,
     dirty: VecDeque<Dirty>,
+    budget: Option<Budget>,
+    /// Write-back waits for the budget.
+    held_back: bool,
     /// Makes the checksums of write-backs; without it they are made here.
     hasher: Option<Hasher>,
     metrics: Arc<Metrics>,
@@ -110,12 +117,16 @@ pub struct Shard<D> {
     timed_since_ns: Option<u64>,
     /// No store is taken.
     draining: bool,
+    /// No session comes any more.
+    closing: bool,
     /// The next of the live sessions whose levels are shown.
     shown: usize,
     done: Vec<Done>,
     landed: Vec<Landed>,
     /// Devices that were lost or are back, for whoever tells people.
     turns: Vec<(usize, Turn)>,
+    /// Scratch: what a device is reading.
+    reads: Vec<(BlockId, u32)>,
     scratch: Box<[u8]>,
     keys: Box<[BlockKey]>,
     blocks: Box<[BlockId]>,
@@ -129,6 +140,8 @@ pub struct Shard<D> {
 
 /// Checksums made for loads in one round; what waits for one is looked at again in the next.
 const VERIFICATIONS_MAX: u32 = 2;
+/// What has become of devices that is kept for people.
+const TURNS_MAX: usize = 64;
 /// Recovered headers taken in one round.
 const RECOVERY_BUDGET: u32 = 128;
 /// verify = sampled: one block in this many, by its key.
@@ -210,10 +223,14 @@ impl<D: Device> Shard<D> {
             requests_count: 0,
             timed_since_ns: None,
             draining: false,
+            closing: false,
             shown: 0,
             done: Vec::with_capacity(DEVICE_BUDGET),
             landed: Vec::with_capacity(DEVICE_BUDGET),
-            turns: Vec::new(),
+            turns: Vec::with_capacity(TURNS_MAX),
+            reads: Vec::with_capacity(options.read_depth as usize),
+            budget: Budget::new(options.write_bytes_per_day),
+            held_back: false,
             scratch: vec![0; checksum::SCRATCH_BYTES].into_boxed_slice(),
             keys: vec![BlockKey::default(); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
             blocks: vec![BlockId(0); BATCH_BLOCKS_MAX as usize].into_boxed_slice(),
@@ -242,6 +259,7 @@ impl<D: Device> Shard<D> {
     /// Every session is told that nothing more will come, and is not polled any more. What it holds stays
     /// as it is: this process is about to end.
     pub fn close_sessions(&mut self, state: SessionState) {
+        self.closing = true;
         for at in 0..self.live.len() {
             let place = self.live[at];
             let mut from = 0;
@@ -1221,8 +1239,7 @@ impl<D: Device> Shard<D> {
     fn look_at_the_devices(&mut self, now_ns: u64) {
         for at in 0..self.devices.len() {
             let transfers = &mut self.devices[at];
-            let stalled = transfers.oldest_ns().is_some_and(|oldest_ns| now_ns.saturating_sub(oldest_ns) > STALLED_NS);
-            if stalled && !transfers.health.is_lost() {
+            if transfers.oldest_ns().is_some_and(|oldest_ns| transfers.health.is_stalled(oldest_ns, now_ns)) {
                 transfers.health.lose(now_ns);
                 self.device_is_lost(at);
             }
@@ -1246,12 +1263,14 @@ impl<D: Device> Shard<D> {
         if let Some(disk) = &mut self.cache.disk {
             disk.set_usable(at, false);
         }
-        self.turns.push((at, Turn::Lost));
+        self.turned(at, Turn::Lost);
         // Slots that it may write into yet stay taken until it says that it does not.
-        let reads: Vec<(BlockId, u32)> = self.devices[at].reads_inflight().collect();
-        for (block, host_slot) in reads {
+        let mut reads = std::mem::take(&mut self.reads);
+        reads.extend(self.devices[at].reads_inflight());
+        for (block, host_slot) in reads.drain(..) {
             self.answer_waiters(host_slot, block, false);
         }
+        self.reads = reads;
         self.give_up_waiting(at);
     }
 
@@ -1259,7 +1278,7 @@ impl<D: Device> Shard<D> {
         if let Some(disk) = &mut self.cache.disk {
             disk.set_usable(at, true);
         }
-        self.turns.push((at, Turn::Back));
+        self.turned(at, Turn::Back);
     }
 
     /// Ends what waits for a lost device, and forgets some of the blocks that lie on it. Says how many of both.
@@ -1283,6 +1302,14 @@ impl<D: Device> Shard<D> {
             count += 1;
         }
         count
+    }
+
+    /// Nobody may be asking: then the oldest are told to nobody.
+    fn turned(&mut self, at: usize, turn: Turn) {
+        if self.turns.len() == TURNS_MAX {
+            self.turns.remove(0);
+        }
+        self.turns.push((at, turn));
     }
 
     /// What has become of devices since it was asked last: they are lost, or back.
@@ -1422,6 +1449,10 @@ impl<D: Device> Shard<D> {
             self.queue_write(block, write, data_crc);
             count += 1;
         }
+        if !self.may_write_back() {
+            return count;
+        }
+        self.tell_the_loads();
         while count < 2 && looked_at < SESSION_BUDGET && !self.cache.is_recovering() {
             let hashing = self.hasher.as_ref().map_or(0, Hasher::pending_count);
             let room = self.devices.iter().any(|d| d.writes_count() + hashing < d.writes_wanted());
@@ -1449,6 +1480,29 @@ impl<D: Device> Shard<D> {
         count
     }
 
+    /// Whether the endurance budget has room. A drain, and the end, write what is left.
+    fn may_write_back(&mut self) -> bool {
+        let Some(budget) = &mut self.budget else { return true };
+        let may = self.draining || self.closing || self.dirty.is_empty() || budget.allows(self.now_ns);
+        if !may && !self.held_back {
+            self.metrics.ssd_held_back_count.add(1);
+        }
+        self.held_back = !may;
+        may
+    }
+
+    /// Says how long a new block would wait for each device: as many transfers as it has, each as long as its last ones.
+    fn tell_the_loads(&mut self) {
+        let Some(disk) = &mut self.cache.disk else { return };
+        if self.dirty.is_empty() || self.devices.len() < 2 {
+            return;
+        }
+        for (at, transfers) in self.devices.iter().enumerate() {
+            let waiting: u32 = transfers.levels().iter().sum();
+            disk.set_load(at, u64::from(waiting) * transfers.write_ns, transfers.write_ns);
+        }
+    }
+
     fn queue_write(&mut self, block: BlockId, write: WriteBack, data_crc: u64) {
         if let Some(disk) = &mut self.cache.disk {
             disk.set_data_crc(write.disk_slot, data_crc);
@@ -1462,6 +1516,9 @@ impl<D: Device> Shard<D> {
             disk.set_usable(device, false);
         }
         self.devices[device].queue_write(Purpose::Write { block }, io);
+        if let Some(budget) = &mut self.budget {
+            budget.spend(self.options.slot_bytes);
+        }
     }
 
     fn start_transfers(&mut self, at: usize) -> u32 {

@@ -78,6 +78,8 @@ pub struct Transfers<D> {
     header_inflight: bool,
     read_depth: u32,
     write_depth: u32,
+    /// How long a write takes, of late.
+    pub write_ns: u64,
     /// How it is doing.
     pub health: Health,
     /// Transfers that ended short.
@@ -103,6 +105,7 @@ impl<D: Device> Transfers<D> {
             header_inflight: false,
             read_depth,
             write_depth,
+            write_ns: 0,
             health: Health::default(),
             short_count: 0,
             now_ns: 0,
@@ -244,7 +247,11 @@ impl<D: Device> Transfers<D> {
         self.free.push(done.tag);
         match purpose {
             Purpose::Read { .. } => self.reads_inflight -= 1,
-            Purpose::Write { .. } => self.writes_inflight -= 1,
+            Purpose::Write { .. } => {
+                self.writes_inflight -= 1;
+                let took_ns = self.now_ns.saturating_sub(begun_ns);
+                self.write_ns = if self.write_ns == 0 { took_ns } else { (7 * self.write_ns + took_ns) / 8 };
+            }
             Purpose::Header { .. } => self.header_inflight = false,
         }
         Some(Landed { purpose, good: moved == rest.bytes, queued_ns, begun_ns })

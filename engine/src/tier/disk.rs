@@ -150,6 +150,8 @@ pub struct DiskSlots {
     next_device: usize,
     /// Devices whose slots may be given out.
     usable: Vec<bool>,
+    /// How long a new block would wait for each device, and how much longer the one after it: nanoseconds.
+    loads: Vec<(u64, u64)>,
     headers: Vec<Headers>,
     recovering: bool,
     /// A reset came before all was read: what was found goes as soon as it is.
@@ -184,6 +186,7 @@ impl DiskSlots {
             free,
             next_device: 0,
             usable: vec![true; geometry.devices_count as usize],
+            loads: vec![(0, 0); geometry.devices_count as usize],
             headers: headers.collect(),
             recovering: false,
             clear_when_read: false,
@@ -235,23 +238,28 @@ impl DiskSlots {
         self.free.iter().map(Vec::len).sum()
     }
 
-    /// A free slot, each device in its turn.
+    /// How long a new block would wait for a device, and how much longer the one after it.
+    pub fn set_load(&mut self, device: usize, wait_ns: u64, block_ns: u64) {
+        self.loads[device] = (wait_ns, block_ns);
+    }
+
+    /// A free slot: of the device where it is written soonest, and of equal ones each in its turn.
     pub fn acquire(&mut self) -> Option<u32> {
         if self.is_recovering() {
             return None;
         }
-        for _ in 0..self.free.len() {
-            self.next_device = (self.next_device + 1) % self.free.len();
-            if !self.usable[self.next_device] {
-                continue;
-            }
-            if let Some(slot) = self.free[self.next_device].pop() {
-                let generation = &mut self.slots[slot as usize].generation;
-                *generation = generation.checked_add(1).unwrap_or(1);
-                return Some(slot);
-            }
-        }
-        None
+        let count = self.free.len();
+        let in_turn = (1..=count).map(|turn| (self.next_device + turn) % count);
+        let device = in_turn
+            .filter(|device| self.usable[*device] && !self.free[*device].is_empty())
+            .min_by_key(|device| self.loads[*device].0)?;
+        self.next_device = device;
+        let (wait_ns, block_ns) = &mut self.loads[device];
+        *wait_ns = wait_ns.saturating_add(*block_ns);
+        let slot = self.free[device].pop()?;
+        let generation = &mut self.slots[slot as usize].generation;
+        *generation = generation.checked_add(1).unwrap_or(1);
+        Some(slot)
     }
 
     /// Whether a device's slots may be given out from now on: those of a lost one are not.
@@ -437,6 +445,30 @@ mod test {
             assert!(offset + 8192 <= geometry.file_bytes(u32::from(file)));
             assert!(file > 0 || offset >= geometry.data_offset());
         }
+    }
+
+    #[test]
+    fn a_slow_device_gets_fewer_blocks_and_a_lost_one_none() {
+        let geometry = DiskGeometry { devices_count: 3, slots_per_device: 100, slots_per_file: 100, slot_bytes: 4096 };
+        let images = geometry.header_images().unwrap();
+        let mut slots = DiskSlots::new(geometry, 1, images);
+        let take = |slots: &mut DiskSlots, count: u32| {
+            let mut got = [0; 3];
+            (0..count).for_each(|_| got[geometry.device_of(slots.acquire().unwrap())] += 1);
+            got
+        };
+        assert_eq!(take(&mut slots, 30), [10, 10, 10], "each in its turn");
+        for (device, block_ns) in [100_000, 100_000, 400_000].into_iter().enumerate() {
+            slots.set_load(device, 0, block_ns);
+        }
+        assert_eq!(take(&mut slots, 90), [40, 40, 10], "as fast as each is");
+        slots.set_load(0, 50_000_000, 100_000);
+        assert_eq!(take(&mut slots, 20)[0], 0, "who has much to do gets no more");
+        slots.set_usable(1, false);
+        assert_eq!(take(&mut slots, 20)[1], 0, "who is lost gets nothing");
+        let left = slots.free_count() as u32 - slots.free[1].len() as u32;
+        take(&mut slots, left);
+        assert_eq!(slots.acquire(), None, "its free slots are nobody's");
     }
 
     struct World {

@@ -282,6 +282,26 @@ pub fn device_table(server: &Server, sample: &Sample) -> String {
             HumanBytes(v("write_bytes")).to_string(),
             v("errors_count"),
         );
+        if v("lost") > 0 {
+            let _ = writeln!(out, "       LOST: its blocks are forgotten; it is tried again now and then");
+        }
+        if v("health_known") > 0 {
+            // What the drive was written, by whomever, for each byte of blocks that this engine process wrote.
+            let _ = writeln!(
+                out,
+                "       {} °C, {} % of its life used, {} % spare, {} media errors, {} written in its life{}",
+                v("temperature_celsius"),
+                v("used_percent"),
+                v("available_spare_percent"),
+                v("media_errors_count"),
+                HumanBytes(v("drive_written_bytes")),
+                if v("critical_warning") > 0 {
+                    format!(", CRITICAL WARNING {:#x}: replace it", v("critical_warning"))
+                } else {
+                    String::new()
+                },
+            );
+        }
     }
     out
 }
