@@ -421,7 +421,9 @@ impl Cache {
 
     fn leave_disk(&mut self, block: BlockId, cause: Cause) -> (u32, Option<u32>) {
         let b = self.index.block(block);
-        if let (Some(host_slot), 0) = (b.place(Tier::Host).ready(), b.pins) {
+        // With a copy in each tier no transfer uses the disk's: whoever holds the block has the other.
+        let may_leave = b.pins == 0 || cause == Cause::DeviceLost;
+        if let Some(host_slot) = b.place(Tier::Host).ready().filter(|_| may_leave) {
             let disk_slot = self.index.leave(Tier::Disk, block);
             if let (Some(disk), Cause::SsdChecksum) = (&mut self.disk, cause) {
                 disk.clear_header(disk_slot);

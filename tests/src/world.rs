@@ -495,12 +495,16 @@ impl World {
     /// A device dies, hangs or is well again. One that hangs is lost after ten seconds, whatever waits for it.
     fn break_a_device(&mut self) {
         let (kind, which) = (self.chance.below(5), self.chance.below(4) as usize);
+        if kind == 2 {
+            // In steps: a shard that has not run for seconds judges nobody.
+            for _ in 0..12 {
+                self.now_ns += 1_000_000_000;
+                self.poll_once();
+            }
+            return;
+        }
         let Some(device) = self.shard().devices().nth(which) else { return };
         (device.dead, device.hung) = (kind == 0, kind == 1);
-        if kind == 2 {
-            self.now_ns += 11_000_000_000;
-            self.poll_once();
-        }
     }
 
     /// Lets the shard do one round.
@@ -1107,13 +1111,15 @@ impl World {
     /// Ends every session; then nothing may be left: no lease, no slot that neither is free nor holds a
     /// block.
     fn finish(&mut self) {
-        self.shard().devices().for_each(|device| (device.dead, device.hung) = (false, false));
-        // Every request of an honest client is answered, sooner or later, without further ado.
-        for _ in 0..100_000 {
+        // Every request of an honest client is answered, sooner or later, without further ado, whatever its device does: one
+        // that answers nothing is lost after ten seconds, and of another one transfer after thirty-five.
+        let hung = self.shard().devices().any(|device| device.hung);
+        for round in 0..100_000 {
             if self.clients.iter().all(|client| client.hostile || client.asked.is_empty()) {
                 break;
             }
-            self.now_ns += 10_000;
+            let step_ns = if hung && round > 1000 && round % 1000 < 60 { 1_000_000_000 } else { 10_000 };
+            self.now_ns += step_ns;
             self.poll_once();
             for at in 0..self.clients.len() {
                 self.look_again(at);
@@ -1123,6 +1129,7 @@ impl World {
         for client in &self.clients {
             assert!(client.hostile || client.asked.is_empty(), "unanswered: {:?}", client.asked);
         }
+        self.shard().devices().for_each(|device| (device.dead, device.hung) = (false, false));
         let ids: Vec<SessionId> =
             self.clients.drain(..).map(|client| client.id).chain(self.zombies.drain(..).map(|z| z.id)).collect();
         for id in ids {

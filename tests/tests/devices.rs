@@ -34,6 +34,14 @@ fn memory() -> DeviceMemory {
     DeviceMemory { pool: mapping(POOL), headers: mapping(65536), piece_bytes: PIECE }
 }
 
+/// Memory that a device moves bytes to by itself, as PCIe does: hugepages, registered whole.
+fn dma_memory() -> DeviceMemory {
+    const HUGEPAGE: usize = 2 << 20;
+    let fd = sealed_memfd("test", HUGEPAGE as u64, Pages::Huge2M).unwrap();
+    let pool = Arc::new(Mapping::new(&fd, HUGEPAGE).unwrap());
+    DeviceMemory { pool, headers: mapping(65536), piece_bytes: HUGEPAGE }
+}
+
 /// What a device lies on while a test runs.
 struct Platter {
     media: Vec<Medium>,
@@ -195,7 +203,8 @@ fn begin_spdk() -> Option<String> {
     let addresses = std::env::var("KVRING_TEST_SPDK").ok();
     let real = std::env::var_os("KVRING_SPDK_LIBRARY").filter(|_| addresses.is_some());
     let library = real.map_or_else(kvring_fake_spdk::built, PathBuf::from);
-    kvring_spdk::set_library(kvring_spdk::EnvOptions { library, no_huge: true, ..kvring_spdk::EnvOptions::default() });
+    let no_huge = !addresses.as_ref().is_some_and(|addresses| addresses.contains("PCIe"));
+    kvring_spdk::set_library(kvring_spdk::EnvOptions { library, no_huge, ..kvring_spdk::EnvOptions::default() });
     addresses
 }
 
@@ -218,8 +227,9 @@ fn every_device(depth: u32) -> Cases {
         }
     }
     let mut by_spdk = |kind: &str, platter: Platter| {
-        let memory = self::memory();
-        let device = Spdk::new(platter.media[0].address().unwrap(), memory.clone(), depth).unwrap();
+        let memory = if kind.contains("PCIe") { dma_memory() } else { memory() };
+        let mut device = Spdk::new(platter.media[0].address().unwrap(), memory.clone(), depth).unwrap();
+        (0..memory.pool.bytes() / memory.piece_bytes).for_each(|piece| device.register_piece(piece as u32).unwrap());
         let name = format!("SPDK on {kind}");
         cases.push(Case { name, device: Box::new(device), memory, platter: Some(platter) });
     };

@@ -102,9 +102,15 @@ pub fn run(args: ServeArgs) -> Outcome {
     let signals = Signals { stop, hand_over: readable_on(&[SIGHUP])? };
     // Where the program is now: what lies there later is what an upgrade starts.
     let program = std::env::current_exe()?;
+    // Said once, and meant once: an engine process that follows another destroys nothing.
+    let may_format = std::cell::Cell::new(true);
     let command = |own_program: bool| {
+        let may_format = may_format.replace(false);
         let mut command = Command::new(if own_program { Path::new("/proc/self/exe") } else { &program });
-        command.args(std::env::args_os().skip(1).filter(|argument| argument != "--die-with-parent")).arg("--engine");
+        let is_for_it = |argument: &std::ffi::OsString| {
+            argument != "--die-with-parent" && (may_format || argument != "--force-format")
+        };
+        command.args(std::env::args_os().skip(1).filter(is_for_it)).arg("--engine");
         command
     };
     Ok(Keeper::new(loaded.config)?.run(&signals, command)?)

@@ -480,7 +480,11 @@ impl Engine {
             clock: monotonic_ns,
         };
         let mut shard = Shard::new(cache, pool.mapping.clone(), devices, shard_options, metrics.clone());
-        lost.into_iter().for_each(|device| shard.lose_device(device, monotonic_ns()));
+        for device in lost {
+            // What lies there is not known: a reset cannot promise that it is forgotten.
+            shard.disk_was_not_read(device as u32);
+            shard.lose_device(device, monotonic_ns());
+        }
         if let Some((stats, _)) = &stats {
             let text = Text {
                 names: crate::metrics::names(described.len()),

@@ -32,8 +32,9 @@ pub fn watch(stats: Stats, media: Vec<Medium>, stop: Arc<AtomicBool>) {
     let watch = move || {
         while !stop.load(Ordering::Relaxed) {
             for (at, medium) in media.iter().enumerate().take(DEVICE_ROWS) {
-                if let Some(health) = of(medium) {
-                    show(&stats, at, &health);
+                match of(medium) {
+                    Some(health) => show(&stats, at, &health),
+                    None => stats.device(at)[DeviceColumn::HealthKnown as usize].store(0, Ordering::Relaxed),
                 }
             }
             let mut left = PAUSE;

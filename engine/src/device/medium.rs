@@ -59,7 +59,7 @@ impl Medium {
         }
         let Ok(metadata) = std::fs::metadata(path) else {
             // What is to be in /dev is a device that is gone, and not a directory to be made there.
-            let is_device = path.parent() == Some(Path::new("/dev"));
+            let is_device = path.starts_with("/dev") && !path.starts_with("/dev/shm");
             let path = path.to_path_buf();
             return Ok(if is_device { Self::BlockDevice(path) } else { Self::Directory(path) });
         };

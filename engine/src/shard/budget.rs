@@ -28,7 +28,9 @@ impl Budget {
         if earned > 0 {
             let most = i128::from(self.bytes_a_day / 24);
             self.left = (self.left + earned as i128).min(most);
-            self.filled_ns = now_ns;
+            // The time that these bytes take, and not what is over of a byte.
+            let earned_ns = earned * DAY_S * NS / u128::from(self.bytes_a_day.max(1));
+            self.filled_ns += earned_ns as u64;
         }
         self.left > 0
     }
@@ -57,6 +59,21 @@ mod test {
         }
         let expected = 200 * GB + 100 * GB / 24;
         assert!(written.abs_diff(expected) < 4 * GB / 100, "{written} of {expected}");
+    }
+
+    #[test]
+    fn who_asks_often_loses_nothing() {
+        let mut budget = Budget::new(Some(100 << 30)).unwrap();
+        let mut written = 0u64;
+        // Every 1.5 microseconds for a second.
+        for turn in 1..=666_666u64 {
+            while budget.allows(turn * 1500) {
+                budget.spend(64 << 10);
+                written += 64 << 10;
+            }
+        }
+        let expected = (100u64 << 30) / 24 + (100u64 << 30) / 86_400;
+        assert!(written.abs_diff(expected) <= 128 << 10, "{written} of {expected}");
     }
 
     #[test]

@@ -40,6 +40,7 @@ use crate::metrics::{
     DeviceColumn, DeviceHistogram, Metrics, SERVICE_SAMPLE, SessionColumn, ShardHistogram, device_histogram,
 };
 use crate::planted::{self, Bug};
+use crate::tier::disk::DiskSlots;
 use crate::tier::host::{SessionId, Writer};
 use crate::tier::piece::HeaderPiece;
 use budget::Budget;
@@ -125,6 +126,9 @@ pub struct Shard<D> {
     landed: Vec<Landed>,
     /// Devices that were lost or are back, for whoever tells people.
     turns: Vec<(usize, Turn)>,
+    /// When the devices were looked at the last time, and since when they are given their time.
+    looked_ns: u64,
+    patience_from_ns: u64,
     /// Scratch: what a device is reading.
     reads: Vec<(BlockId, u32)>,
     scratch: Box<[u8]>,
@@ -140,6 +144,8 @@ pub struct Shard<D> {
 
 /// Checksums made for loads in one round; what waits for one is looked at again in the next.
 const VERIFICATIONS_MAX: u32 = 2;
+/// A shard that has not looked at its devices for so long did not run.
+const PAUSED_NS: u64 = 3_000_000_000;
 /// What has become of devices that is kept for people.
 const TURNS_MAX: usize = 64;
 /// Recovered headers taken in one round.
@@ -228,6 +234,8 @@ impl<D: Device> Shard<D> {
             done: Vec::with_capacity(DEVICE_BUDGET),
             landed: Vec::with_capacity(DEVICE_BUDGET),
             turns: Vec::with_capacity(TURNS_MAX),
+            looked_ns: 0,
+            patience_from_ns: 0,
             reads: Vec::with_capacity(options.read_depth as usize),
             budget: Budget::new(options.write_bytes_per_day),
             held_back: false,
@@ -332,7 +340,7 @@ impl<D: Device> Shard<D> {
         let is_filling = self.is_filling();
         // What an earlier process left in the pool is queued bit by bit, once it is known what the SSD has.
         let is_known = !self.cache.is_recovering() && self.requeue_from >= host.count();
-        self.cache.disk.is_some() && is_known && !is_filling && self.is_drained()
+        self.cache.disk.is_some() && is_known && !is_filling && self.dirty.is_empty() && self.is_drained()
     }
     /// Whether any instance has been granted a slot that it has not committed.
     fn is_filling(&self) -> bool {
@@ -399,8 +407,10 @@ impl<D: Device> Shard<D> {
     }
     /// Whether something is in flight that nobody would be woken for.
     pub fn must_poll(&self) -> bool {
-        let unheard =
-            |transfers: &Transfers<D>| transfers.device.inflight() > 0 && transfers.device.wake_fd().is_none();
+        let unheard = |transfers: &Transfers<D>| {
+            let waited_for = transfers.device.inflight() > 0 && !transfers.health.is_lost();
+            waited_for && transfers.device.wake_fd().is_none()
+        };
         self.devices.iter().any(unheard)
     }
     /// The sessions there are.
@@ -1195,12 +1205,14 @@ impl<D: Device> Shard<D> {
         self.done = done;
         // The device gets its next work before what it brought is checked: a checksum takes longer
         // than a submission, and meanwhile it would idle.
-        self.devices[at].start_waiting();
-        self.devices[at].device.flush();
+        if !self.devices[at].health.is_lost() {
+            self.devices[at].start_waiting();
+            self.devices[at].device.flush();
+        }
         for landed in landed.drain(..) {
             self.end_transfer(at, &landed);
             match self.devices[at].health.ended(landed.good, self.now_ns) {
-                Turn::None => {}
+                Turn::None => self.hold_back_if_lost(at),
                 Turn::Lost => self.device_is_lost(at),
                 Turn::Back => self.device_is_back(at),
             }
@@ -1237,9 +1249,15 @@ impl<D: Device> Shard<D> {
 
     /// Loses a device that answers nothing any more.
     fn look_at_the_devices(&mut self, now_ns: u64) {
+        // Who did not run for seconds has not looked at what has ended meanwhile, and judges nobody by it.
+        if now_ns.saturating_sub(self.looked_ns) > PAUSED_NS {
+            self.patience_from_ns = now_ns;
+        }
+        self.looked_ns = now_ns;
         for at in 0..self.devices.len() {
             let transfers = &mut self.devices[at];
-            if transfers.oldest_ns().is_some_and(|oldest_ns| transfers.health.is_stalled(oldest_ns, now_ns)) {
+            let oldest_ns = transfers.oldest_ns().map(|oldest_ns| oldest_ns.max(self.patience_from_ns));
+            if oldest_ns.is_some_and(|oldest_ns| transfers.health.is_stalled(oldest_ns, now_ns)) {
                 transfers.health.lose(now_ns);
                 self.device_is_lost(at);
             }
@@ -1264,17 +1282,11 @@ impl<D: Device> Shard<D> {
             disk.set_usable(at, false);
         }
         self.turned(at, Turn::Lost);
-        // Slots that it may write into yet stay taken until it says that it does not.
-        let mut reads = std::mem::take(&mut self.reads);
-        reads.extend(self.devices[at].reads_inflight());
-        for (block, host_slot) in reads.drain(..) {
-            self.answer_waiters(host_slot, block, false);
-        }
-        self.reads = reads;
         self.give_up_waiting(at);
     }
 
     fn device_is_back(&mut self, at: usize) {
+        self.requeue_from = 0;
         if let Some(disk) = &mut self.cache.disk {
             disk.set_usable(at, true);
         }
@@ -1284,6 +1296,13 @@ impl<D: Device> Shard<D> {
     /// Ends what waits for a lost device, and forgets some of the blocks that lie on it. Says how many of both.
     fn give_up_waiting(&mut self, at: usize) -> u32 {
         let mut count = 0;
+        // Slots that it may write into yet stay taken until it says that it does not; nobody waits for that.
+        let mut reads = std::mem::take(&mut self.reads);
+        reads.extend(self.devices[at].reads_inflight());
+        for (block, host_slot) in reads.drain(..) {
+            self.answer_waiters(host_slot, block, false);
+        }
+        self.reads = reads;
         let may_write = self.devices[at].health.tries();
         while let Some(landed) = self.devices[at].give_up(may_write) {
             self.end_transfer(at, &landed);
@@ -1294,14 +1313,32 @@ impl<D: Device> Shard<D> {
         else {
             return count;
         };
-        for local in self.devices[at].health.to_forget(geometry.slots_per_device) {
+        let locals = self.devices[at].health.to_forget(geometry.slots_per_device);
+        if !locals.is_empty() {
+            count += 1;
+            // What is in the pool yet is written to the devices that are left.
+            if locals.end == geometry.slots_per_device {
+                self.requeue_from = 0;
+            }
+        }
+        for local in locals {
             let slot = local * geometry.devices_count + at as u32;
             let Some((block, ..)) = self.cache.block_in(Tier::Disk, slot) else { continue };
             let forgotten = self.cache.lose_disk(block);
             self.metrics.blocks_forgotten_count.add(u64::from(forgotten));
-            count += 1;
         }
         count
+    }
+
+    /// A lost device that is not being tried gets no blocks.
+    fn hold_back_if_lost(&mut self, at: usize) {
+        let health = self.devices[at].health;
+        if health.is_lost()
+            && !health.tries()
+            && let Some(disk) = &mut self.cache.disk
+        {
+            disk.set_usable(at, false);
+        }
     }
 
     /// Nobody may be asking: then the oldest are told to nobody.
@@ -1449,16 +1486,20 @@ impl<D: Device> Shard<D> {
             self.queue_write(block, write, data_crc);
             count += 1;
         }
-        if !self.may_write_back() {
+        // Without a device that takes it, what is dirty waits for one.
+        let is_usable = self.cache.disk.as_ref().is_some_and(DiskSlots::is_usable);
+        if !is_usable || !self.may_write_back() {
             return count;
         }
         self.tell_the_loads();
         while count < 2 && looked_at < SESSION_BUDGET && !self.cache.is_recovering() {
             let hashing = self.hasher.as_ref().map_or(0, Hasher::pending_count);
-            let room = self.devices.iter().any(|d| d.writes_count() + hashing < d.writes_wanted());
+            let takes = |d: &Transfers<D>| !d.health.is_lost() || d.health.tries();
+            let room = self.devices.iter().any(|d| takes(d) && d.writes_count() + hashing < d.writes_wanted());
             let Some(Dirty { grant, block }) = (if room { self.dirty.pop_front() } else { None }) else { break };
             looked_at += 1;
             let Some(write) = self.cache.begin_write(grant, block) else { continue };
+            self.try_once(write.disk_slot);
             let data_crc = match self.cache.host.crc(write.host_slot) {
                 _ if !self.options.checksum => 0,
                 // Made with the commit, or by an earlier process: should the bytes have changed since, the
@@ -1478,6 +1519,16 @@ impl<D: Device> Shard<D> {
             count += 1;
         }
         count
+    }
+
+    /// One write is enough to see whether a lost device is back.
+    fn try_once(&mut self, disk_slot: u32) {
+        let device = self.device_of(disk_slot);
+        if self.devices[device].health.is_lost()
+            && let Some(disk) = &mut self.cache.disk
+        {
+            disk.set_usable(device, false);
+        }
     }
 
     /// Whether the endurance budget has room. A drain, and the end, write what is left.
@@ -1509,12 +1560,6 @@ impl<D: Device> Shard<D> {
         }
         let io = self.io(Direction::Write, write.host_slot, write.disk_slot);
         let device = self.device_of(write.disk_slot);
-        if self.devices[device].health.is_lost()
-            && let Some(disk) = &mut self.cache.disk
-        {
-            // One is enough to see whether it is back.
-            disk.set_usable(device, false);
-        }
         self.devices[device].queue_write(Purpose::Write { block }, io);
         if let Some(budget) = &mut self.budget {
             budget.spend(self.options.slot_bytes);
@@ -1624,11 +1669,12 @@ impl<D: Device> Shard<D> {
 
     /// Whether no transfer waits or is in flight and nothing is to be written.
     pub fn is_drained(&self) -> bool {
+        let is_usable = self.cache.disk.as_ref().is_none_or(DiskSlots::is_usable);
         let headers = |at| self.cache.disk.as_ref().is_some_and(|disk| disk.has_header_to_write(at));
         self.loads.is_empty()
-            && (self.dirty.is_empty() || self.cache.is_recovering())
+            && (self.dirty.is_empty() || self.cache.is_recovering() || !is_usable)
             && self.hasher.as_ref().is_none_or(|hasher| hasher.pending_count() == 0)
-            && self.devices.iter().enumerate().all(|(at, d)| d.is_idle() && (d.health.is_lost() || !headers(at)))
+            && self.devices.iter().enumerate().all(|(at, d)| d.health.is_lost() || d.is_idle() && !headers(at))
     }
 
     /// Announces sleep to every session. Poll once more before sleeping: if that does any work, stay

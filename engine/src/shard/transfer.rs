@@ -62,6 +62,9 @@ pub struct Landed {
     pub begun_ns: u64,
 }
 
+/// How long a write takes before one has ended, and at most.
+const WRITE_NS_FIRST: u64 = 1_000_000;
+const WRITE_NS_MAX: u64 = 10_000_000_000;
 /// Write-backs that wait with their checksum made.
 const WRITES_AHEAD: u32 = 4;
 
@@ -105,7 +108,7 @@ impl<D: Device> Transfers<D> {
             header_inflight: false,
             read_depth,
             write_depth,
-            write_ns: 0,
+            write_ns: WRITE_NS_FIRST,
             health: Health::default(),
             short_count: 0,
             now_ns: 0,
@@ -250,7 +253,10 @@ impl<D: Device> Transfers<D> {
             Purpose::Write { .. } => {
                 self.writes_inflight -= 1;
                 let took_ns = self.now_ns.saturating_sub(begun_ns);
-                self.write_ns = if self.write_ns == 0 { took_ns } else { (7 * self.write_ns + took_ns) / 8 };
+                // One that fails fast is not fast.
+                let good = moved == rest.bytes;
+                self.write_ns = if good { (7 * self.write_ns + took_ns) / 8 } else { 2 * self.write_ns.max(1) };
+                self.write_ns = self.write_ns.min(WRITE_NS_MAX);
             }
             Purpose::Header { .. } => self.header_inflight = false,
         }

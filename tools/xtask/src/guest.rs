@@ -23,6 +23,23 @@ pub fn guest() -> Outcome {
     boot(&kernel, &initrd)
 }
 
+/// In the order in which they are needed.
+const MODULES: [&str; 8] = [
+    "fs/configfs/configfs.ko",
+    "drivers/block/null_blk/null_blk.ko",
+    "virt/lib/irqbypass.ko",
+    "drivers/vfio/vfio.ko",
+    "drivers/vfio/vfio_iommu_type1.ko",
+    "drivers/vfio/pci/vfio-pci-core.ko",
+    "drivers/vfio/pci/vfio-pci.ko",
+    "drivers/uio/uio.ko",
+];
+
+/// SPDK, where somebody has made it (`cargo xtask spdk`): then it drives a controller as well.
+fn spdk() -> Option<PathBuf> {
+    Some(root().join("target/spdk/libkvring_spdk.so")).filter(|library| library.is_file())
+}
+
 fn place() -> PathBuf {
     root().join("target/guest")
 }
@@ -129,7 +146,7 @@ fn initrd(modules: &Path, suite: &Path) -> Outcome<PathBuf> {
     for name in ["init", "stories"] {
         copy(&root().join("tests/guest").join(name), name)?;
     }
-    for module in ["fs/configfs/configfs.ko", "drivers/block/null_blk/null_blk.ko"] {
+    for module in MODULES {
         let module = modules.join(module);
         let to = tree.join("modules").join(module.file_name().unwrap_or_default());
         let packed = module.with_extension("ko.xz");
@@ -140,7 +157,15 @@ fn initrd(modules: &Path, suite: &Path) -> Outcome<PathBuf> {
             io(&module, fs::copy(&module, &to).map(drop))?;
         }
     }
-    for (program, name) in [(root().join("target/release/kvring"), "kvring"), (suite.to_path_buf(), "devices")] {
+    let mut programs = vec![(root().join("target/release/kvring"), "kvring"), (suite.to_path_buf(), "devices")];
+    let fake = suite.with_file_name("libkvring_fake_spdk.so");
+    let fake =
+        if fake.is_file() { fake } else { suite.ancestors().nth(2).unwrap_or(suite).join("libkvring_fake_spdk.so") };
+    programs.push((fake, "libkvring_fake_spdk.so"));
+    if let Some(library) = spdk() {
+        programs.push((library, "libkvring_spdk.so"));
+    }
+    for (program, name) in programs {
         let to = tree.join("bin").join(name);
         told(Command::new("strip").arg("-o").arg(&to).arg(&program))?;
         // "name => /path (address)", and the loader by its path alone.
@@ -163,18 +188,38 @@ fn initrd(modules: &Path, suite: &Path) -> Outcome<PathBuf> {
 
 /// Boots, shows what is said, and believes it only if all was well.
 fn boot(kernel: &Path, initrd: &Path) -> Outcome {
-    const DRIVES: [(&str, u64, &str); 3] = [
+    const DRIVES: [(&str, u64, &str); 4] = [
         ("nv0", 512 << 20, "serial=nv0,drive=nv0"),
         ("nv1", 512 << 20, "serial=nv1,drive=nv1,mdts=4,logical_block_size=4096,physical_block_size=4096"),
-        ("nv2", 64 << 20, "serial=nv2,drive=nv2"),
+        ("nv2", 256 << 20, "serial=nv2,drive=nv2"),
+        ("nv3", 320 << 20, "serial=nv3,drive=nv3,addr=10.0"),
     ];
     let mut qemu = Command::new("qemu-system-x86_64");
     // QEMU 7.2's CMPXCHG16B is not what the allocator of newer kernels takes it for: seven of eight boots of 6.12 ended in
     // a corrupted list, and with it off none of eight.
-    qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,cx16=off", "-smp", "2", "-m", "2G"]);
+    qemu.args([
+        "-machine",
+        "q35,kernel-irqchip=split",
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max,cx16=off",
+        "-smp",
+        "2",
+        "-m",
+        "2G",
+    ]);
     qemu.args(["-no-reboot", "-nodefaults", "-display", "none", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-    qemu.args(["-append", "console=ttyS0 panic=-1 quiet nvme.poll_queues=1"]);
+    let mut words = "console=ttyS0 panic=-1 quiet nvme.poll_queues=1".to_owned();
+    if spdk().is_some() {
+        // With fewer bits of address than 48 vfio maps nothing.
+        qemu.args(["-device", "intel-iommu,intremap=on,caching-mode=on,aw-bits=48"]);
+        words += " intel_iommu=on iommu=pt";
+    } else {
+        println!("skipped: SPDK over PCIe: there is no target/spdk/libkvring_spdk.so (cargo xtask spdk)");
+    }
+    qemu.args(["-append", &words]);
     for (name, bytes, device) in DRIVES {
         let path = place().join(format!("{name}.img"));
         let _ = fs::remove_file(&path);
