@@ -18,13 +18,25 @@ struct flight {
 
 struct kvring_spdk_controller {
 	struct spdk_nvme_ctrlr *ctrlr;
+	/* The host moves the bytes: what is cut off moves nothing any more. */
+	int is_tcp;
+};
+
+/* A log page that is waited for. On the heap: its command may end after the wait. */
+struct page {
+	void *memory;
+	/* 0: under way; 1: there; negative: failed. */
+	int state;
+	int abandoned;
 };
 
 struct kvring_spdk_qpair {
 	struct spdk_nvme_ctrlr *ctrlr;
 	struct spdk_nvme_ns *ns;
-	/* NULL: it has failed. */
+	/* NULL: it was cut off. */
 	struct spdk_nvme_qpair *qpair;
+	int is_tcp;
+	int failed;
 	struct flight *flights;
 	struct flight *free;
 	/* What is over and not said yet: a ring of `depth`. */
@@ -90,6 +102,8 @@ int32_t kvring_spdk_env_init(const struct kvring_spdk_env *env)
 
 int32_t kvring_spdk_memory_register(void *memory, uint64_t bytes, int32_t fd, uint64_t offset)
 {
+	if (fd < 0)
+		return spdk_mem_register(memory, bytes);
 	for (int i = 0; i < REGIONS_MAX; i++) {
 		if (regions[i].memory != NULL)
 			continue;
@@ -136,9 +150,12 @@ int32_t kvring_spdk_connect(const char *transport_id, struct kvring_spdk_control
 		return -EINVAL;
 	spdk_nvme_ctrlr_get_default_ctrlr_opts(&opts, sizeof(opts));
 	opts.keep_alive_timeout_ms = 30000;
+	/* 2^14 ms without an acknowledgement, and the connection is gone. */
+	opts.transport_ack_timeout = 14;
 	struct kvring_spdk_controller *made = calloc(1, sizeof(*made));
 	if (made == NULL)
 		return -ENOMEM;
+	made->is_tcp = id.trtype == SPDK_NVME_TRANSPORT_TCP;
 	made->ctrlr = spdk_nvme_connect(&id, &opts, sizeof(opts));
 	if (made->ctrlr == NULL) {
 		free(made);
@@ -202,27 +219,47 @@ int32_t kvring_spdk_namespace(struct kvring_spdk_controller *controller, uint32_
 
 static void log_done(void *arg, const struct spdk_nvme_cpl *cpl)
 {
-	*(int *)arg = spdk_nvme_cpl_is_error(cpl) ? -EIO : 1;
+	struct page *page = arg;
+
+	page->state = spdk_nvme_cpl_is_error(cpl) ? -EIO : 1;
+	if (page->abandoned) {
+		spdk_free(page->memory);
+		free(page);
+	}
 }
 
-int32_t kvring_spdk_health(struct kvring_spdk_controller *controller, void *page)
-{
-	void *memory = spdk_zmalloc(512, 4096, NULL, SPDK_ENV_SOCKET_ID_ANY, SPDK_MALLOC_DMA);
-	volatile int state = 0;
-	int rc;
+#define HEALTH_SECONDS 5
 
-	if (memory == NULL)
-		return -ENOMEM;
-	rc = spdk_nvme_ctrlr_cmd_get_log_page(controller->ctrlr, SPDK_NVME_LOG_HEALTH_INFORMATION,
-					      SPDK_NVME_GLOBAL_NS_TAG, memory, 512, 0, log_done, (void *)&state);
-	while (rc >= 0 && state == 0)
+int32_t kvring_spdk_health(struct kvring_spdk_controller *controller, void *out)
+{
+	struct page *page = calloc(1, sizeof(*page));
+	uint64_t until = spdk_get_ticks() + HEALTH_SECONDS * spdk_get_ticks_hz();
+	int rc = -ENOMEM, state;
+
+	if (page != NULL)
+		page->memory = spdk_zmalloc(512, 4096, NULL, SPDK_ENV_SOCKET_ID_ANY, SPDK_MALLOC_DMA);
+	if (page != NULL && page->memory != NULL)
+		rc = spdk_nvme_ctrlr_cmd_get_log_page(controller->ctrlr, SPDK_NVME_LOG_HEALTH_INFORMATION,
+						      SPDK_NVME_GLOBAL_NS_TAG, page->memory, 512, 0, log_done,
+						      page);
+	if (rc != 0) {
+		if (page != NULL)
+			spdk_free(page->memory);
+		free(page);
+		return rc;
+	}
+	while (rc >= 0 && page->state == 0 && spdk_get_ticks() < until)
 		rc = spdk_nvme_ctrlr_process_admin_completions(controller->ctrlr);
-	if (state == 0)
-		/* Failed with the command under way: its memory stays. */
-		return rc < 0 ? rc : -EIO;
+	if (page->state == 0) {
+		/* Its end, whenever that comes, frees it. */
+		page->abandoned = 1;
+		return rc < 0 ? rc : -ETIMEDOUT;
+	}
+	state = page->state;
 	if (state == 1)
-		memcpy(page, memory, 512);
-	spdk_free(memory);
+		memcpy(out, page->memory, 512);
+	spdk_free(page->memory);
+	free(page);
 	return state == 1 ? 0 : state;
 }
 
@@ -235,6 +272,7 @@ int32_t kvring_spdk_qpair_new(struct kvring_spdk_controller *controller, uint32_
 	if (made == NULL)
 		return -ENOMEM;
 	made->ctrlr = controller->ctrlr;
+	made->is_tcp = controller->is_tcp;
 	made->depth = depth;
 	made->ns = namespace_of(controller->ctrlr, nsid);
 	made->flights = calloc(depth, sizeof(*made->flights));
@@ -345,7 +383,7 @@ int32_t kvring_spdk_submit(struct kvring_spdk_qpair *qpair, int32_t write, void 
 	struct flight *flight;
 	int rc;
 
-	if (qpair->qpair == NULL)
+	if (qpair->qpair == NULL || qpair->failed)
 		return -ENXIO;
 	flight = take_flight(qpair, tag);
 	if (flight == NULL)
@@ -361,7 +399,7 @@ int32_t kvring_spdk_flush(struct kvring_spdk_qpair *qpair, uint64_t tag)
 {
 	struct flight *flight;
 
-	if (qpair->qpair == NULL)
+	if (qpair->qpair == NULL || qpair->failed)
 		return -ENXIO;
 	flight = take_flight(qpair, tag);
 	if (flight == NULL)
@@ -374,8 +412,11 @@ int32_t kvring_spdk_poll(struct kvring_spdk_qpair *qpair, struct kvring_spdk_don
 	uint32_t count = 0;
 
 	/* Submissions wait for this call too (delay_cmd_submit). */
-	if (qpair->qpair != NULL && spdk_nvme_qpair_process_completions(qpair->qpair, 0) < 0) {
-		give_up(qpair);
+	if (qpair->qpair != NULL && spdk_nvme_qpair_process_completions(qpair->qpair, 0) < 0 && !qpair->failed) {
+		qpair->failed = 1;
+		/* A device that moves bytes by itself may go on: what it has begun is never said to be over. */
+		if (qpair->is_tcp)
+			give_up(qpair);
 		return -ENXIO;
 	}
 	while (count < max && qpair->done_count > 0) {

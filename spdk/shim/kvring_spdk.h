@@ -78,7 +78,8 @@ void kvring_spdk_qpair_free(struct kvring_spdk_qpair *qpair);
 int32_t kvring_spdk_submit(struct kvring_spdk_qpair *qpair, int32_t write, void *memory, uint64_t sector,
 			   uint32_t sectors, uint64_t tag);
 int32_t kvring_spdk_flush(struct kvring_spdk_qpair *qpair, uint64_t tag);
-/* Says what is over, at most `max` of it. Negative: the pair has failed; what was in flight is said by further calls. */
+/* Says what is over, at most `max` of it. Negative: the pair has failed; what was in flight is said by further calls,
+ * unless the device moves bytes by itself and may be doing so yet: then it is never said. */
 int32_t kvring_spdk_poll(struct kvring_spdk_qpair *qpair, struct kvring_spdk_done *done, uint32_t max);
 
 #endif

@@ -72,7 +72,6 @@ api! {
     version = b"kvring_spdk_version": fn() -> *const c_char;
     env_init = b"kvring_spdk_env_init": fn(*const EnvArgs) -> i32;
     memory_register = b"kvring_spdk_memory_register": fn(*mut c_void, u64, i32, u64) -> i32;
-    memory_unregister = b"kvring_spdk_memory_unregister": fn(*mut c_void, u64) -> i32;
     dma_alloc = b"kvring_spdk_dma_alloc": fn(u64) -> *mut c_void;
     dma_free = b"kvring_spdk_dma_free": fn(*mut c_void);
     connect = b"kvring_spdk_connect": fn(*const c_char, *mut *mut RawController) -> i32;

@@ -56,6 +56,10 @@ unsafe impl Sync for Raw {}
 /// How often the connection is kept alive, and what is over is looked for.
 const ADMIN_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a controller may take to be let go of: two seconds.
+const DETACH_TRIES: u32 = 400;
+const DETACH_PAUSE: Duration = Duration::from_millis(5);
+
 static CONTROLLERS: Mutex<Option<HashMap<String, Weak<Controller>>>> = Mutex::new(None);
 
 impl Controller {
@@ -67,11 +71,16 @@ impl Controller {
     pub fn open(address: &str) -> Result<Arc<Self>, SpdkError> {
         let mut controllers = CONTROLLERS.lock().unwrap_or_else(PoisonError::into_inner);
         let controllers = controllers.get_or_insert_default();
-        if let Some(controller) = controllers.get(address).and_then(Weak::upgrade).filter(|found| !found.has_failed()) {
-            return Ok(controller);
+        let key = normalised(address);
+        if let Some(controller) = controllers.get(&key).and_then(Weak::upgrade) {
+            // SPDK would hand out the failed one again as long as anybody has it.
+            return match controller.has_failed() {
+                false => Ok(controller),
+                true => Err(SpdkError::Connect { address: address.into(), errno: Errno::NOTCONN }),
+            };
         }
         let controller = Arc::new(Self::connect(address)?);
-        controllers.insert(address.to_owned(), Arc::downgrade(&controller));
+        controllers.insert(key, Arc::downgrade(&controller));
         Ok(controller)
     }
 
@@ -175,6 +184,17 @@ impl Controller {
     }
 }
 
+/// One spelling of an address: its words in order, in small letters where case says nothing.
+pub fn normalised(address: &str) -> String {
+    let lower = |word: &str| match word.split_once(':') {
+        Some((name, value)) if name.eq_ignore_ascii_case("subnqn") => format!("subnqn:{value}"),
+        _ => word.to_ascii_lowercase(),
+    };
+    let mut words: Vec<String> = address.split_whitespace().map(lower).collect();
+    words.sort_unstable();
+    words.join(" ")
+}
+
 fn namespace_of(api: &Api, raw: *mut RawController, nsid: u32) -> Result<Namespace, Errno> {
     let mut info = NamespaceInfo {
         bytes: 0,
@@ -211,7 +231,24 @@ impl Drop for Controller {
             keeper.thread().unpark();
             let _ = keeper.join();
         }
-        // SAFETY: every pair of queues held this controller, so there is none; the keeper has ended.
-        unsafe { (self.api.detach)(self.raw.0) };
+        // A target that answers nothing is not waited for: the process ends without it.
+        let (api, raw) = (self.api, self.raw);
+        let detached = Arc::new(AtomicBool::new(false));
+        let told = detached.clone();
+        let detach = move || {
+            let raw = raw;
+            // SAFETY: every pair of queues held this controller, so there is none; the keeper has ended.
+            unsafe { (api.detach)(raw.0) };
+            told.store(true, Ordering::Relaxed);
+        };
+        if std::thread::Builder::new().spawn(detach).is_err() {
+            return;
+        }
+        for _ in 0..DETACH_TRIES {
+            if detached.load(Ordering::Relaxed) {
+                return;
+            }
+            std::thread::sleep(DETACH_PAUSE);
+        }
     }
 }

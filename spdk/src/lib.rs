@@ -12,7 +12,7 @@ mod env;
 mod memory;
 mod qpair;
 
-pub use controller::{Controller, Namespace};
+pub use controller::{Controller, Namespace, normalised};
 pub use env::{EnvOptions, set_library};
 pub use memory::{Dma, Memory};
 pub use qpair::{Done, Qpair};

@@ -1,8 +1,7 @@
 //! Memory that devices move bytes to and from.
 
-use std::ffi::c_void;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::api::Api;
 use crate::{SpdkError, checked, env};
@@ -85,45 +84,50 @@ unsafe impl Memory for Dma {
     }
 }
 
-/// Memory of somebody else's, which devices know from now on.
-pub(crate) struct Registered {
-    api: &'static Api,
-    base: *mut c_void,
-    bytes: u64,
-    /// Unregistered before it goes.
-    _memory: Arc<dyn Memory>,
-}
-
-// SAFETY: only an address and a length, used once more to take the registration back.
-unsafe impl Send for Registered {}
-
 /// SPDK knows memory by pages of so many bytes.
 const PAGE_BYTES: usize = 2 << 20;
 
-impl Registered {
-    /// A part of some memory, as it is mapped from `fd` at `offset`. Only whole pages of 2 MiB can be.
-    pub fn new(
-        memory: &Arc<dyn Memory>,
-        at: usize,
-        bytes: usize,
-        fd: i32,
-        offset: u64,
-    ) -> Result<Self, rustix::io::Errno> {
-        let api = env::env().map_err(|_| rustix::io::Errno::INVAL)?;
-        let base = memory.base().wrapping_add(at);
-        let whole = base.addr().is_multiple_of(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES);
-        if !whole || at > memory.bytes() || bytes > memory.bytes() - at {
-            return Err(rustix::io::Errno::INVAL);
-        }
-        // SAFETY: mapped as long as `memory`, which self holds until this is taken back.
-        checked(unsafe { (api.memory_register)(base.cast(), bytes as u64, fd, offset) })?;
-        Ok(Self { api, base: base.cast(), bytes: bytes as u64, _memory: memory.clone() })
-    }
+/// What was registered of somebody else's memory: by page, for all devices of the process, for as long as the process
+/// lives. The memory stays as long: a device that nobody hears of any more may be moving bytes yet.
+struct Known {
+    from: usize,
+    to: usize,
+    _memory: Arc<dyn Memory>,
 }
 
-impl Drop for Registered {
-    fn drop(&mut self) {
-        // SAFETY: what was registered; whoever moves bytes holds the memory's owner and is dropped first.
-        unsafe { (self.api.memory_unregister)(self.base, self.bytes) };
+static KNOWN: Mutex<Vec<Known>> = Mutex::new(Vec::new());
+
+/// Devices that move bytes by themselves know the pages around a part of a memory from now on, which is mapped from `fd`
+/// at `offset` if that is known.
+pub(crate) fn register(
+    memory: &Arc<dyn Memory>,
+    at: usize,
+    bytes: usize,
+    fd: i32,
+    offset: u64,
+) -> Result<(), rustix::io::Errno> {
+    let api = env::env().map_err(|_| rustix::io::Errno::INVAL)?;
+    let base = memory.base().addr();
+    let fits = at <= memory.bytes() && bytes <= memory.bytes() - at;
+    if !fits || !base.is_multiple_of(PAGE_BYTES) || !memory.bytes().is_multiple_of(PAGE_BYTES) {
+        return Err(rustix::io::Errno::INVAL);
     }
+    let (mut page, end) = (at - at % PAGE_BYTES, (at + bytes).next_multiple_of(PAGE_BYTES));
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    while page < end {
+        let is_known = |page: usize| known.iter().any(|known| (known.from..known.to).contains(&(base + page)));
+        if is_known(page) {
+            page += PAGE_BYTES;
+            continue;
+        }
+        let from = page;
+        while page < end && !is_known(page) {
+            page += PAGE_BYTES;
+        }
+        let (first, length) = (memory.base().wrapping_add(from), (page - from) as u64);
+        // SAFETY: mapped as long as `memory`, which is kept for ever from now on.
+        checked(unsafe { (api.memory_register)(first.cast(), length, fd, offset + from as u64) })?;
+        known.push(Known { from: base + from, to: base + page, _memory: memory.clone() });
+    }
+    Ok(())
 }

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use crate::api::{DoneWord, RawQpair};
 use crate::controller::Controller;
-use crate::memory::{Memory, Registered};
+use crate::memory::{self, Memory};
 use crate::{SpdkError, checked};
 
 /// What is over.
@@ -29,8 +29,7 @@ pub struct Done {
 /// ```
 pub struct Qpair {
     raw: *mut RawQpair,
-    // Dropped after the pair, in this order: what was registered, the memory, the controller.
-    registered: Vec<Registered>,
+    // Dropped after the pair: the memory, then the controller.
     memory: Vec<Arc<dyn Memory>>,
     controller: Arc<Controller>,
     done: Box<[DoneWord]>,
@@ -53,7 +52,7 @@ impl Qpair {
         let made = checked(unsafe { (controller.api.qpair_new)(controller.raw(), nsid, depth, &raw mut raw) });
         made.map_err(|errno| SpdkError::Io { address: controller.address().into(), what: "a pair of queues", errno })?;
         let done = vec![DoneWord::default(); depth as usize].into_boxed_slice();
-        Ok(Self { raw, registered: Vec::new(), memory, controller, done, inflight: 0, depth })
+        Ok(Self { raw, memory, controller, done, inflight: 0, depth })
     }
 
     /// Its controller.
@@ -69,10 +68,11 @@ impl Qpair {
         self.inflight
     }
 
-    /// Devices that move bytes by themselves know a part of a memory from now on, which is mapped from `fd` at `offset`.
+    /// Devices that move bytes by themselves know the pages around a part of a memory from now on, which as a whole is
+    /// mapped from `fd` at `offset`. It stays as long as the process.
     ///
     /// # Errors
-    /// It is not whole pages of 2 MiB, or the device cannot be told.
+    /// The memory is not whole pages of 2 MiB, or the device cannot be told.
     pub fn register(
         &mut self,
         memory: usize,
@@ -82,8 +82,7 @@ impl Qpair {
         offset: u64,
     ) -> Result<(), Errno> {
         let fd = fd.map_or(-1, |fd| fd.as_raw_fd());
-        self.registered.push(Registered::new(&self.memory[memory], at, bytes, fd, offset)?);
-        Ok(())
+        memory::register(&self.memory[memory], at, bytes, fd, offset)
     }
 
     /// Begins to move `bytes`, between place `at` of one of its memories and sector `sector`.

@@ -228,7 +228,8 @@ fn every_device(depth: u32) -> Cases {
     }
     let mut by_spdk = |kind: &str, platter: Platter| {
         let memory = if kind.contains("PCIe") { dma_memory() } else { memory() };
-        let mut device = Spdk::new(platter.media[0].address().unwrap(), memory.clone(), depth).unwrap();
+        let mut device =
+            Spdk::new(platter.media[0].address().unwrap(), memory.clone(), kind.contains("PCIe"), depth).unwrap();
         (0..memory.pool.bytes() / memory.piece_bytes).for_each(|piece| device.register_piece(piece as u32).unwrap());
         let name = format!("SPDK on {kind}");
         cases.push(Case { name, device: Box::new(device), memory, platter: Some(platter) });
@@ -476,7 +477,7 @@ fn a_failed_namespace_fails_its_transfers() {
         return println!("skipped: a real SPDK does not fail by order");
     }
     let platter = Platter::fake_spdk("fail_after:3");
-    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), 8).unwrap();
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), false, 8).unwrap();
     for round in 0..3 {
         for tag in 0..8 {
             device.submit(io(tag, Direction::Write, 0, u64::from(tag) * 4096, tag as usize * 4096, SECTOR)).unwrap();
@@ -487,7 +488,7 @@ fn a_failed_namespace_fails_its_transfers() {
         assert_eq!(device.inflight(), 0);
     }
     let platter = Platter::fake_spdk("error_every:2");
-    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), 8).unwrap();
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), false, 8).unwrap();
     for tag in 0..4 {
         device.submit(io(tag, Direction::Read, 0, 0, 0, SECTOR)).unwrap();
     }
@@ -495,7 +496,7 @@ fn a_failed_namespace_fails_its_transfers() {
     assert_eq!(good, 2);
     // One that hangs is given up with its pair: nothing moves afterwards, or the fake would say so.
     let platter = Platter::fake_spdk("hang_after:1");
-    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), 8).unwrap();
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), false, 8).unwrap();
     for tag in 0..4 {
         device.submit(io(tag, Direction::Read, 0, 0, tag as usize * 4096, SECTOR)).unwrap();
     }
@@ -511,7 +512,8 @@ fn what_spdk_cannot_do_is_said_in_words() {
     if begin_spdk().is_some() {
         return println!("skipped: a real SPDK is not told what to be");
     }
-    let why = |address: &str| Spdk::new(address, memory(), 4).err().map_or(String::new(), |error| error.to_string());
+    let why =
+        |address: &str| Spdk::new(address, memory(), false, 4).err().map_or(String::new(), |error| error.to_string());
     assert!(why("trtype:TCP adrfam:IPv4 traddr:/nowhere trsvcid:4420 subnqn:x").contains("is the target there"));
     let platter = Platter::fake_spdk("");
     let address = platter.media[0].address().unwrap();

@@ -61,6 +61,10 @@ pub enum BuildError {
     Uring(#[from] UringError),
     #[error(transparent)]
     Spdk(#[from] SpdkError),
+    #[error(
+        "checksum = off with an address of SPDK in ssd_cache_dir: what a dead server has sent there may arrive late, and only a checksum tells: set checksum = on"
+    )]
+    SpdkWithoutChecksum,
     #[error("io_engine = aio: {0}: raise sysctl fs.aio-max-nr or lower iouring_entries")]
     Aio(rustix::io::Errno),
     #[error(
@@ -222,6 +226,10 @@ impl Kept {
 /// How `ssd_cache_gb` becomes slots, if there is any, and whether the index has room for them.
 fn geometry_of(config: &Config, layout: &Layout, held: u64) -> Result<Option<DiskGeometry>, BuildError> {
     spdk::configure(config);
+    let by_spdk = |dir: &PathBuf| dir.to_str().is_some_and(|text| text.starts_with(spdk::PREFIX));
+    if !config.checksum && config.ssd_cache_bytes > 0 && config.ssd_cache_dirs.iter().any(by_spdk) {
+        return Err(BuildError::SpdkWithoutChecksum);
+    }
     layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
     let dirs = config.ssd_cache_dirs.len();
     let of_disk = || files::geometry(dirs, config.ssd_cache_bytes, layout.block_bytes, config.max_file_bytes);
@@ -810,6 +818,7 @@ fn open_devices(
     }
     let mut devices = Vec::new();
     let (mut locks, mut lost) = (Vec::new(), Vec::new());
+    let several = opened.len() > 1;
     for (device, headers) in opened.into_iter().zip(images) {
         let memory = DeviceMemory { pool: pool.mapping.clone(), headers, piece_bytes: pool.piece_bytes as usize };
         let name = device.medium.path().display().to_string();
@@ -821,7 +830,14 @@ fn open_devices(
             lost.push(devices.len());
             Box::new(Gone::new(config.iouring_entries))
         } else if let Some(address) = device.medium.address() {
-            Box::new(Spdk::new(address, memory, config.iouring_entries)?)
+            match Spdk::new(address, memory, pool.pages != Pages::Small, config.iouring_entries) {
+                Err(error @ (SpdkError::Connect { .. } | SpdkError::Io { .. })) if several => {
+                    tracing::error!("{name} is gone ({error}): its blocks are forgotten");
+                    lost.push(devices.len());
+                    Box::new(Gone::new(config.iouring_entries))
+                }
+                opened => Box::new(opened?),
+            }
         } else if use_uring {
             let lock = device.lock.as_ref();
             drive_by_uring(config, &device.medium, device.files, lock, memory, &mut left_out)?
@@ -864,7 +880,17 @@ fn drive_by_uring(
         left_out.push(format!("io_poll = on: {why}"));
         options.io_poll = false;
     }
-    Ok(Box::new(Uring::new(files, lock.map(AsFd::as_fd), memory, options, Finds::AnyWay)?))
+    let lock = lock.map(AsFd::as_fd);
+    if options.sq_poll {
+        let again = || files.iter().map(OwnedFd::try_clone).collect::<Result<Vec<_>, _>>();
+        let opened = again().map_err(|errno| UringError { what: "dup", errno });
+        match opened.and_then(|files| Uring::new(files, lock, memory.clone(), options, Finds::AnyWay)) {
+            Ok(device) => return Ok(Box::new(device)),
+            Err(error) => left_out.push(format!("sq_poll = on: {error}")),
+        }
+        options.sq_poll = false;
+    }
+    Ok(Box::new(Uring::new(files, lock, memory, options, Finds::AnyWay)?))
 }
 
 /// The index is in memory and grows with the number of blocks: small blocks in a big cache are refused

@@ -160,8 +160,10 @@ fn is_gone(medium: &Medium, error: &FilesError) -> bool {
         return false;
     };
     let errno = Errno::from_io_error(error);
-    let gone = [Errno::NOENT, Errno::NXIO, Errno::NODEV, Errno::IO, Errno::NOMEDIUM].map(Some);
-    let by_spdk = medium.address().is_some() && error.get_ref().is_some_and(|inner| inner.is::<SpdkError>());
+    let gone = [Errno::NOENT, Errno::NXIO, Errno::NODEV, Errno::IO, Errno::NOMEDIUM, Errno::CANCELED, Errno::TIMEDOUT]
+        .map(Some);
+    let spdk_error = error.get_ref().and_then(|inner| inner.downcast_ref::<SpdkError>());
+    let by_spdk = spdk_error.is_some_and(|error| matches!(error, SpdkError::Connect { .. } | SpdkError::Io { .. }));
     medium.is_whole_device() && (gone.contains(&errno) || by_spdk)
 }
 

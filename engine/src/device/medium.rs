@@ -2,7 +2,6 @@
 //! nothing else, or a namespace that SPDK drives. May block: never a shard's.
 
 use std::fs::{File, OpenOptions};
-use std::hash::{Hash, Hasher};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -176,21 +175,21 @@ impl Medium {
                 .map_err(|errno| self.not_locked(errno))?;
                 Ok(file)
             }
-            // Of this machine's servers one: a name that goes with its process. What others do at the address is theirs
-            // to agree on.
+            // Of this machine's servers one: a file where nobody else may write. What other machines do at the address is
+            // theirs to agree on.
             Self::Spdk(path) => {
-                let mut hash = std::hash::DefaultHasher::new();
-                path.hash(&mut hash);
-                let name = format!("kvring-spdk-{:016x}", hash.finish());
-                let bind = || {
-                    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-                    let socket =
-                        rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-                    rustix::net::bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
-                    Ok(socket)
-                };
-                let socket = again_while_taken(tries, Errno::ADDRINUSE, bind);
-                Ok(File::from(socket.map_err(|errno| self.not_locked(errno))?))
+                let dir = lock_dir().map_err(cannot)?;
+                let address = kvring_spdk::normalised(path.to_str().unwrap_or_default());
+                let name = format!("spdk-{:016x}.lock", crate::checksum::of_bytes(address.as_bytes()));
+                let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
+                let mut options = OpenOptions::new();
+                options.create(true).truncate(false).write(true).mode(0o600).custom_flags(flags);
+                let file = options.open(dir.join(name)).and_then(regular).map_err(cannot)?;
+                again_while_taken(tries, Errno::WOULDBLOCK, || {
+                    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+                })
+                .map_err(|errno| self.not_locked(errno))?;
+                Ok(file)
             }
             // The kernel's own claim (O_EXCL of a block device): no file system, no RAID and no other server has it, or
             // gets it while we do.
@@ -207,7 +206,7 @@ impl Medium {
     fn not_locked(&self, errno: Errno) -> FilesError {
         match (self, errno) {
             (Self::Directory(_), Errno::WOULDBLOCK) => FilesError::InUse { file: self.name() },
-            (Self::Spdk(_), Errno::ADDRINUSE) => FilesError::InUse { file: self.name() },
+            (Self::Spdk(_), Errno::WOULDBLOCK) => FilesError::InUse { file: self.name() },
             (Self::BlockDevice(_), Errno::BUSY) => FilesError::Claimed { device: self.name() },
             (_, errno) => FilesError::Directory { dir: self.path().display().to_string(), error: errno.into() },
         }
@@ -224,7 +223,8 @@ impl Medium {
             return Ok(bytes - bytes % SECTOR_BYTES);
         }
         let bytes = File::open(self.path())?.seek(SeekFrom::End(0))?;
-        Ok(bytes - bytes % SECTOR_BYTES)
+        // One that has died may have lost its size.
+        if bytes == 0 { Err(Errno::NXIO.into()) } else { Ok(bytes - bytes % SECTOR_BYTES) }
     }
 
     /// Where sysfs tells of the queue of the block device that it lies on, if there is one.
@@ -236,6 +236,20 @@ impl Medium {
         let places = [format!("{device}/queue"), format!("{device}/../queue")];
         places.into_iter().map(PathBuf::from).find(|place| place.is_dir())
     }
+}
+
+/// Where locks of things without a file lie: root's in /run, another user's in a directory of his own.
+fn lock_dir() -> std::io::Result<PathBuf> {
+    use std::os::unix::fs::DirBuilderExt;
+    let uid = rustix::process::geteuid();
+    let dir = if uid.is_root() { "/run/kvring".into() } else { PathBuf::from(format!("/tmp/kvring-{}", uid.as_raw())) };
+    match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = std::fs::symlink_metadata(&dir)?;
+    let ours = found.is_dir() && found.uid() == uid.as_raw() && found.mode() & 0o022 == 0;
+    if ours { Ok(dir) } else { Err(std::io::Error::other(format!("{} is not this user's alone", dir.display()))) }
 }
 
 fn again_while_taken<T>(tries: u32, taken: Errno, mut take: impl FnMut() -> rustix::io::Result<T>) -> Result<T, Errno> {

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError};
 
+use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::config::Config;
 use kvring_ipc::mapping::Mapping;
 use kvring_spdk::{Controller, Dma, EnvOptions, Memory, Namespace, Qpair, SpdkError};
@@ -82,16 +83,16 @@ pub struct Spdk {
 }
 
 impl Spdk {
-    /// Over the namespace at an address, with room for `depth` transfers.
+    /// Over the namespace at an address, with room for `depth` transfers, of a pool that is `on_hugepages` or not.
     ///
     /// # Errors
     /// [`SpdkError`].
-    pub fn new(address: &str, memory: DeviceMemory, depth: u32) -> Result<Self, SpdkError> {
+    pub fn new(address: &str, memory: DeviceMemory, on_hugepages: bool, depth: u32) -> Result<Self, SpdkError> {
         let controller = controller(address)?;
         let bounce = Dma::new(depth as usize * SECTOR_BYTES as usize)?;
         // Over TCP the driver copies: any memory will do.
         let registers = !address.to_ascii_lowercase().contains("trtype:tcp");
-        if registers && !memory.pool.address(0, 1).addr().is_multiple_of(2 << 20) {
+        if registers && !on_hugepages {
             let why = "a device that moves bytes by itself wants the pool on hugepages: set hugepages = require";
             return Err(SpdkError::Address { address: address.into(), why });
         }
@@ -145,6 +146,8 @@ impl Spdk {
                 }
                 Err(errno) => {
                     self.waiting.pop_front();
+                    // Nothing is in flight that could make room: not to be tried again at once.
+                    let errno = if errno == Errno::AGAIN { Errno::NOMEM } else { errno };
                     let done = self.end(at, Err(errno));
                     self.refused.extend(done);
                 }
@@ -231,7 +234,7 @@ impl Device for Spdk {
 }
 
 #[expect(clippy::disallowed_types, reason = "readers of the control plane share a pair of queues; no shard has one")]
-type Shared = std::sync::Mutex<Qpair>;
+type Shared = std::sync::Mutex<Option<Qpair>>;
 
 /// A namespace for the control plane: one transfer after the other, through memory of SPDK's own.
 pub(super) struct Blocking {
@@ -239,6 +242,8 @@ pub(super) struct Blocking {
     bounce: Arc<Dma>,
 }
 
+/// As the kernel waits for an NVMe command.
+const WAIT_NS: u64 = 30_000_000_000;
 /// At once at most so much.
 const BOUNCE_BYTES: usize = 1 << 20;
 
@@ -252,14 +257,18 @@ impl Blocking {
     pub fn open(address: &str) -> Result<Self, SpdkError> {
         let bounce = Dma::new(BOUNCE_BYTES)?;
         let pair = Qpair::new(controller(address)?, 2, vec![bounce.clone()])?;
-        Ok(Self { pair: Shared::new(pair), bounce })
+        Ok(Self { pair: Shared::new(Some(pair)), bounce })
     }
 
-    /// Begins something, and waits for its end: a controller ends each command, or is lost.
+    /// Begins something, and waits for its end, but not for ever: SPDK gives up no command by itself.
     fn wait(pair: &mut Qpair, begin: impl FnOnce(&mut Qpair) -> Result<(), Errno>) -> Result<(), Errno> {
         begin(pair)?;
         let (mut result, mut failures) = (None, 0);
+        let until_ns = monotonic_ns() + WAIT_NS;
         while result.is_none() {
+            if monotonic_ns() > until_ns {
+                return Err(Errno::TIMEDOUT);
+            }
             let polled = pair.poll(1, |done| result = Some(done.result));
             failures += u32::from(polled.is_err());
             if failures > 2 {
@@ -278,13 +287,25 @@ impl Blocking {
         at: u64,
         mut each: impl FnMut(&mut Qpair, u64, std::ops::Range<usize>) -> Result<(), Errno>,
     ) -> std::io::Result<()> {
-        let mut pair = self.pair.lock().unwrap_or_else(PoisonError::into_inner);
-        let sector = u64::from(pair.controller().namespace().sector_bytes);
         for from in (0..length).step_by(BOUNCE_BYTES) {
             let part = from..length.min(from + BOUNCE_BYTES);
-            each(&mut pair, (at + from as u64) / sector, part)?;
+            self.with(|pair| {
+                let sector = u64::from(pair.controller().namespace().sector_bytes);
+                each(pair, (at + from as u64) / sector, part)
+            })?;
         }
         Ok(())
+    }
+
+    /// A pair on which something did not end is cut off: its memory is used no more.
+    fn with(&self, each: impl FnOnce(&mut Qpair) -> Result<(), Errno>) -> std::io::Result<()> {
+        let mut place = self.pair.lock().unwrap_or_else(PoisonError::into_inner);
+        let pair = place.as_mut().ok_or(Errno::NODEV)?;
+        let done = each(pair);
+        if done.is_err() && pair.inflight() > 0 {
+            *place = None;
+        }
+        Ok(done?)
     }
 
     /// Whole sectors.
@@ -305,7 +326,6 @@ impl Blocking {
     }
 
     pub fn sync(&self) -> std::io::Result<()> {
-        let mut pair = self.pair.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Self::wait(&mut pair, |pair| pair.flush(0))?)
+        self.with(|pair| Self::wait(pair, |pair| pair.flush(0)))
     }
 }

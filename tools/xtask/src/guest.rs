@@ -176,6 +176,12 @@ fn initrd(modules: &Path, suite: &Path) -> Outcome<PathBuf> {
             io(library, fs::copy(library, &to).map(drop))?;
         }
     }
+    // SPDK's OpenSSL does not begin without its configuration.
+    let openssl = Path::new("/usr/lib/ssl/openssl.cnf");
+    if spdk().is_some() && openssl.is_file() {
+        io(&tree, fs::create_dir_all(tree.join("usr/lib/ssl")))?;
+        copy(openssl, "usr/lib/ssl/openssl.cnf")?;
+    }
     let scratch = suite.ancestors().nth(3).unwrap_or(Path::new("/")).join("tmp");
     io(&tree, fs::write(tree.join("tmpdir"), scratch.display().to_string()))?;
     io(&tree, fs::set_permissions(tree.join("init"), fs::Permissions::from_mode(0o755)))?;
