@@ -1,0 +1,22 @@
+#!/bin/sh
+# Instructions that kvring's benchmark and fio take in user space for each 4 KiB read of a block device, by callgrind: a
+# count, which other work on the machine does not change. The difference of a long and a short run, so that start and
+# report do not count. Needs fio and valgrind, and root for a device in memory: tests/fio/instructions.sh [DEVICE]
+set -eu
+kvring=${KVRING:-target/release/kvring}
+device=${1:-}
+if [ -z "$device" ]; then
+    device=$(zramctl --find --size 64M)
+    trap 'zramctl --reset "$device"' EXIT
+    dd if=/dev/urandom of="$device" bs=1M count=64 2>/dev/null
+fi
+count() {
+    valgrind --tool=callgrind --callgrind-out-file=/dev/null "$@" 2>&1 >/dev/null | sed -n 's/.*Collected : //p'
+}
+for depth in 1 32; do
+    ours="$kvring bench device --filename $device --rw randread --bs 4k --iodepth $depth --iodepth_batch $depth"
+    theirs="fio --name=x --filename=$device --rw=randread --bs=4k --iodepth=$depth --iodepth_batch=$depth --ioengine=io_uring --direct=1 --thread --fixedbufs=1 --registerfiles=1"
+    a=$(($(count $ours --size 40m) - $(count $ours --size 8m)))
+    b=$(($(count $theirs --size=40m) - $(count $theirs --size=8m)))
+    echo "io_uring, $depth in flight: kvring $((a / 8192)), fio $((b / 8192)) instructions per 4 KiB read"
+done
