@@ -131,6 +131,7 @@ impl World {
             write_depth: 2,
             checksum: true,
             verify: Verify::Sampled,
+            write_bytes_per_day: None,
             clock: || 0,
         };
         let mut shard = Shard::new(cache, pool.clone(), devices, options, Arc::default());

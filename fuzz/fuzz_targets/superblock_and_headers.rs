@@ -11,7 +11,7 @@ use std::sync::{LazyLock, Mutex};
 
 use bytemuck::Zeroable;
 use kvring_engine::cache::Cache;
-use kvring_engine::device::files;
+use kvring_engine::device::{files, medium::Medium};
 use kvring_engine::index::{IndexOptions, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
@@ -93,18 +93,20 @@ fn open(geometry: &DiskGeometry, how: u8, found: &Superblock, zones: &[Vec<u8>])
             && superblock.device == device << 32 | u64::from(geometry.devices_count)
     };
     let on_mismatch = if how & 4 != 0 { OnMismatch::Reset } else { OnMismatch::Refuse };
-    let opened = files::open(&dirs, geometry, &OPAQUE, on_mismatch);
+    let media: Vec<_> = dirs.into_iter().map(Medium::Directory).collect();
+    let opened = files::open(&media, geometry, &OPAQUE, on_mismatch);
     match opened {
         Ok(devices) => {
             // What the devices before this one are of: a cache, or a new one, which has an id that nobody has.
             let mut cache: Option<Option<u64>> = None;
             for ((device, opened), (superblock, bytes)) in (0..).zip(&devices).zip(&written) {
                 let found = Mutex::new(Vec::new());
-                if let Some(path) = &opened.reused {
+                if opened.reused {
                     // A file that is shorter than its header zone was made longer: it is zeros there.
                     let add =
                         |piece: HeaderPiece| found.lock().expect("nobody panics").extend(piece.headers().to_vec());
-                    files::read_headers(path, geometry, *FINGERPRINT, device as u32, add).expect("it can be read");
+                    files::read_headers(&opened.medium, geometry, *FINGERPRINT, device as u32, add)
+                        .expect("it can be read");
                 }
                 let found = found.into_inner().expect("nobody panics");
                 let whole = *bytes >= size_of::<Superblock>();
@@ -120,7 +122,7 @@ fn open(geometry: &DiskGeometry, how: u8, found: &Superblock, zones: &[Vec<u8>])
                 } else {
                     let nothing = !whole || *superblock == Superblock::zeroed();
                     assert!(nothing || on_mismatch == OnMismatch::Reset, "taken for ours: {superblock:?}");
-                    assert!(opened.reused.is_none(), "a new cache has no headers");
+                    assert!(!opened.reused, "a new cache has no headers");
                 }
             }
         }

@@ -57,7 +57,7 @@ pub struct UringError {
 pub enum Finds {
     /// By polling and by sleeping, on whichever thread.
     AnyWay,
-    /// By [`Ring::wait`] alone, on the thread that makes it: the kernel then does its part of a completion when it is
+    /// By `Ring::wait` alone, on the thread that makes it: the kernel then does its part of a completion when it is
     /// waited for, and interrupts nobody (IORING_SETUP_DEFER_TASKRUN, Linux 6.1; before, a ring as any other).
     ByWaiting,
 }
