@@ -127,6 +127,28 @@ fn a_stopped_server_costs_a_bounded_wait_and_is_forgiven() {
 }
 
 #[test]
+fn a_server_that_takes_its_time_to_die_is_waited_for() {
+    let mut place = Place::new();
+    let engine = place.serve(&["--block-kib", "64"]);
+    let keys = chain("a", 5);
+    let mut agent = place.agent(0, &[]);
+    eventually("stored", || store(&mut agent, &keys) == 5 || load(&mut agent, &keys) == 5);
+    // Its keeper is dead, and it answers nothing any more: so is a process that the kernel is about to end.
+    halt(engine);
+    signal(place.children[0].id(), Signal::KILL);
+    place.children[0].wait().unwrap();
+    let arguments = ["serve", "--block-kib", "64"];
+    let next = place.kvring(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    place.children.push(next);
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(place.children[1].try_wait().unwrap().is_none(), "it does not give up");
+    signal(engine, Signal::KILL);
+    place.wait_for_server();
+    assert_ne!(place.server_pid(), engine);
+    eventually("served by the next", || store(&mut agent, &keys) == 5 || load(&mut agent, &keys) == 5);
+}
+
+#[test]
 fn another_configuration_is_refused_with_both_values_and_nobody_else_notices() {
     let mut place = Place::new();
     place.serve(&[]);

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use kvring_ipc::config::Config;
 use kvring_ipc::epoch::EpochWriter;
-use kvring_ipc::handshake::{Channel, ChannelError, bind};
+use kvring_ipc::handshake::{Channel, ChannelError, Request, ask, bind};
 use kvring_ipc::launch::{beside_socket, try_lock};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -164,6 +164,8 @@ impl Inheritance {
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 /// How long an engine process may take until it serves.
 const START_PATIENCE: Duration = Duration::from_secs(120);
+/// How long the kernel may take to end a server that was killed: it unpins its pool, and gives it back.
+const DEATH_MAX: Duration = Duration::from_secs(30);
 /// Statuses of a process that died of itself: a panic, a data plane that failed. Others say that it cannot start.
 const DEATHS: [i32; 2] = [101, 70];
 /// Between the deaths of engine processes and their successors, where they follow one another fast.
@@ -285,11 +287,7 @@ impl Keeper {
             move |error| ServeError::Socket { what, path, error }
         };
         let lock_path = beside_socket(&path, "lock");
-        let Some(mut lock) = try_lock(&lock_path).map_err(socket_error("cannot lock"))? else {
-            let mut pid = String::new();
-            let _ = File::open(&lock_path).and_then(|mut file| file.read_to_string(&mut pid));
-            return Err(ServeError::AlreadyServed { socket: name, pid: pid.trim().to_owned() });
-        };
+        let mut lock = lock_socket(&path, &lock_path)?;
         let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
         remove_stale_socket(&path)?;
         let bound = bind(&path, &config.allowed_groups);
@@ -623,6 +621,44 @@ fn id_of(path: &Path) -> (u64, u64) {
 pub fn remove_socket(path: &Path, id: (u64, u64)) {
     if id_of(path) == id {
         let _ = std::fs::remove_file(path);
+    }
+}
+
+/// The lock beside the socket. A server that was killed holds it until the kernel has unpinned and given back its memory,
+/// which takes seconds for a large pool: that is waited for.
+fn lock_socket(path: &Path, lock_path: &Path) -> Result<File, ServeError> {
+    let deadline = Instant::now() + DEATH_MAX;
+    let mut is_told = false;
+    loop {
+        let lock = try_lock(lock_path).map_err(|error| ServeError::Socket {
+            what: "cannot lock",
+            path: path.display().to_string(),
+            error,
+        })?;
+        if let Some(lock) = lock {
+            return Ok(lock);
+        }
+        let pid = std::fs::read_to_string(lock_path).unwrap_or_default();
+        // Its keeper may have died alone; then its engine process answers.
+        let lives = || !is_dead(pid.trim()) || ask(path, &Request::Stats, Duration::from_secs(1)).is_ok();
+        if Instant::now() >= deadline || lives() {
+            return Err(ServeError::AlreadyServed { socket: path.display().to_string(), pid: pid.trim().to_owned() });
+        }
+        if !std::mem::replace(&mut is_told, true) {
+            tracing::info!("waiting up to {} s for the server before (pid {}) to end", DEATH_MAX.as_secs(), pid.trim());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether a process has ended, be it that nobody has asked how yet.
+fn is_dead(pid: &str) -> bool {
+    if pid.parse::<u32>().is_err() {
+        return false;
+    }
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X'])),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
     }
 }
 
