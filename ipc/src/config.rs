@@ -416,7 +416,7 @@ pub const SETTINGS: &[Setting] = &[
         None,
         "libkvring_spdk.so",
         "a path, or a name that the dynamic loader finds",
-        "The shared object with SPDK in it (`cargo xtask spdk` makes it), loaded if ssd_cache_dir names an address of SPDK.",
+        "The shared object with SPDK in it (`cargo xtask spdk` makes it), loaded if ssd_cache_dir names an address of SPDK. A server that was built with the feature `spdk` has it in itself, unless another is named.",
         |c, v| {
             c.spdk_library = v.into();
             Some(())

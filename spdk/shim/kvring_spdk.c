@@ -95,6 +95,8 @@ int32_t kvring_spdk_env_init(const struct kvring_spdk_env *env)
 	opts.core_mask = core_mask;
 	opts.shm_id = -1;
 	opts.no_huge = env->no_huge != 0;
+	/* A controller in another process maps our memory file by file. */
+	opts.hugepage_single_segments = env->no_huge == 0;
 	opts.no_pci = env->no_pci != 0;
 	opts.mem_size = (int)env->memory_mib;
 	return spdk_env_init(&opts) < 0 ? -EIO : 0;
@@ -104,6 +106,18 @@ int32_t kvring_spdk_memory_register(void *memory, uint64_t bytes, int32_t fd, ui
 {
 	if (fd < 0)
 		return spdk_mem_register(memory, bytes);
+	for (int i = 0; i < REGIONS_MAX; i++) {
+		/* The next part of what is known. */
+		if (regions[i].memory != NULL && regions[i].fd == fd &&
+		    regions[i].memory + regions[i].bytes == (char *)memory &&
+		    regions[i].offset + regions[i].bytes == offset) {
+			regions[i].bytes += bytes;
+			int rc = spdk_mem_register(memory, bytes);
+			if (rc != 0)
+				regions[i].bytes -= bytes;
+			return rc;
+		}
+	}
 	for (int i = 0; i < REGIONS_MAX; i++) {
 		if (regions[i].memory != NULL)
 			continue;
@@ -117,17 +131,6 @@ int32_t kvring_spdk_memory_register(void *memory, uint64_t bytes, int32_t fd, ui
 		return rc;
 	}
 	return -ENOMEM;
-}
-
-int32_t kvring_spdk_memory_unregister(void *memory, uint64_t bytes)
-{
-	int rc = spdk_mem_unregister(memory, bytes);
-
-	for (int i = 0; i < REGIONS_MAX; i++) {
-		if (regions[i].memory == memory)
-			regions[i].memory = NULL;
-	}
-	return rc;
 }
 
 void *kvring_spdk_dma_alloc(uint64_t bytes)

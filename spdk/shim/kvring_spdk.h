@@ -50,9 +50,9 @@ const char *kvring_spdk_version(void);
 /* Once in a process, from a thread of its own (it is pinned). */
 int32_t kvring_spdk_env_init(const struct kvring_spdk_env *env);
 
-/* Memory that a device may move bytes to and from: 2 MiB aligned, `fd` at `offset` is what is mapped there. */
+/* Memory that a device may move bytes to and from, for as long as the process lives: 2 MiB aligned, `fd` at `offset` is
+ * what is mapped there. */
 int32_t kvring_spdk_memory_register(void *memory, uint64_t bytes, int32_t fd, uint64_t offset);
-int32_t kvring_spdk_memory_unregister(void *memory, uint64_t bytes);
 /* Memory that any device takes; NULL if there is none. */
 void *kvring_spdk_dma_alloc(uint64_t bytes);
 void kvring_spdk_dma_free(void *memory);

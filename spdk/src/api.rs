@@ -56,11 +56,25 @@ macro_rules! api {
             $(pub $field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
         }
 
+        #[cfg(feature = "link")]
+        mod linked {
+            use super::{DoneWord, EnvArgs, NamespaceInfo, RawController, RawQpair, c_char, c_void};
+            unsafe extern "C" {
+                $(#[link_name = $symbol] pub fn $field($(_: $argument),*) $(-> $result)?;)*
+            }
+        }
+
         impl Api {
+            /// The shim that is part of this program.
+            #[cfg(feature = "link")]
+            pub fn linked() -> Self {
+                Self { $($field: linked::$field,)* }
+            }
+
             fn of(library: &Library) -> Result<Self, libloading::Error> {
                 Ok(Self {
                     // SAFETY: the symbol is the shim's, whose header says this type.
-                    $($field: unsafe { *library.get($symbol)? },)*
+                    $($field: unsafe { *library.get($symbol.as_bytes())? },)*
                 })
             }
         }
@@ -68,22 +82,22 @@ macro_rules! api {
 }
 
 api! {
-    abi = b"kvring_spdk_abi": fn() -> u32;
-    version = b"kvring_spdk_version": fn() -> *const c_char;
-    env_init = b"kvring_spdk_env_init": fn(*const EnvArgs) -> i32;
-    memory_register = b"kvring_spdk_memory_register": fn(*mut c_void, u64, i32, u64) -> i32;
-    dma_alloc = b"kvring_spdk_dma_alloc": fn(u64) -> *mut c_void;
-    dma_free = b"kvring_spdk_dma_free": fn(*mut c_void);
-    connect = b"kvring_spdk_connect": fn(*const c_char, *mut *mut RawController) -> i32;
-    poll_admin = b"kvring_spdk_poll_admin": fn(*mut RawController) -> i32;
-    detach = b"kvring_spdk_detach": fn(*mut RawController);
-    namespace = b"kvring_spdk_namespace": fn(*mut RawController, u32, *mut NamespaceInfo) -> i32;
-    health = b"kvring_spdk_health": fn(*mut RawController, *mut c_void) -> i32;
-    qpair_new = b"kvring_spdk_qpair_new": fn(*mut RawController, u32, u32, *mut *mut RawQpair) -> i32;
-    qpair_free = b"kvring_spdk_qpair_free": fn(*mut RawQpair);
-    submit = b"kvring_spdk_submit": fn(*mut RawQpair, i32, *mut c_void, u64, u32, u64) -> i32;
-    flush = b"kvring_spdk_flush": fn(*mut RawQpair, u64) -> i32;
-    poll = b"kvring_spdk_poll": fn(*mut RawQpair, *mut DoneWord, u32) -> i32;
+    abi = "kvring_spdk_abi": fn() -> u32;
+    version = "kvring_spdk_version": fn() -> *const c_char;
+    env_init = "kvring_spdk_env_init": fn(*const EnvArgs) -> i32;
+    memory_register = "kvring_spdk_memory_register": fn(*mut c_void, u64, i32, u64) -> i32;
+    dma_alloc = "kvring_spdk_dma_alloc": fn(u64) -> *mut c_void;
+    dma_free = "kvring_spdk_dma_free": fn(*mut c_void);
+    connect = "kvring_spdk_connect": fn(*const c_char, *mut *mut RawController) -> i32;
+    poll_admin = "kvring_spdk_poll_admin": fn(*mut RawController) -> i32;
+    detach = "kvring_spdk_detach": fn(*mut RawController);
+    namespace = "kvring_spdk_namespace": fn(*mut RawController, u32, *mut NamespaceInfo) -> i32;
+    health = "kvring_spdk_health": fn(*mut RawController, *mut c_void) -> i32;
+    qpair_new = "kvring_spdk_qpair_new": fn(*mut RawController, u32, u32, *mut *mut RawQpair) -> i32;
+    qpair_free = "kvring_spdk_qpair_free": fn(*mut RawQpair);
+    submit = "kvring_spdk_submit": fn(*mut RawQpair, i32, *mut c_void, u64, u32, u64) -> i32;
+    flush = "kvring_spdk_flush": fn(*mut RawQpair, u64) -> i32;
+    poll = "kvring_spdk_poll": fn(*mut RawQpair, *mut DoneWord, u32) -> i32;
 }
 
 impl Api {

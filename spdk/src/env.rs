@@ -11,7 +11,8 @@ use crate::{SpdkError, checked};
 /// What the environment is begun with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnvOptions {
-    /// The shared object with SPDK in it.
+    /// The shared object with SPDK in it; by default `libkvring_spdk.so`, or with the feature `link` what is part of this
+    /// program.
     pub library: PathBuf,
     /// Do without hugepages: enough for TCP.
     pub no_huge: bool,
@@ -33,6 +34,14 @@ pub fn set_library(options: EnvOptions) {
     *OPTIONS.lock().unwrap_or_else(PoisonError::into_inner) = Some(options);
 }
 
+fn api(options: &EnvOptions) -> Result<Api, SpdkError> {
+    #[cfg(feature = "link")]
+    if options.library == EnvOptions::default().library {
+        return Ok(Api::linked());
+    }
+    Api::load(&options.library)
+}
+
 /// The environment, begun if it is not yet. One that could not be begun may be tried again.
 pub(crate) fn env() -> Result<&'static Api, SpdkError> {
     let options = OPTIONS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -40,7 +49,7 @@ pub(crate) fn env() -> Result<&'static Api, SpdkError> {
         return Ok(api);
     }
     let options = options.clone().unwrap_or_default();
-    let api = Api::load(&options.library)?;
+    let api = api(&options)?;
     let cpu = rustix::thread::sched_getcpu() as u32;
     let args = EnvArgs {
         no_huge: u32::from(options.no_huge),

@@ -1,5 +1,6 @@
 //! Memory that devices move bytes to and from.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,6 +16,10 @@ pub unsafe trait Memory: Send + Sync {
     fn base(&self) -> *mut u8;
     /// How long it is.
     fn bytes(&self) -> usize;
+    /// The file that is mapped there from its beginning on: for a controller in another process, which maps it too.
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Memory of SPDK's own, which every device takes.
@@ -97,15 +102,8 @@ struct Known {
 
 static KNOWN: Mutex<Vec<Known>> = Mutex::new(Vec::new());
 
-/// Devices that move bytes by themselves know the pages around a part of a memory from now on, which is mapped from `fd`
-/// at `offset` if that is known.
-pub(crate) fn register(
-    memory: &Arc<dyn Memory>,
-    at: usize,
-    bytes: usize,
-    fd: i32,
-    offset: u64,
-) -> Result<(), rustix::io::Errno> {
+/// Devices that move bytes by themselves know the pages around a part of a memory from now on.
+pub(crate) fn register(memory: &Arc<dyn Memory>, at: usize, bytes: usize) -> Result<(), rustix::io::Errno> {
     let api = env::env().map_err(|_| rustix::io::Errno::INVAL)?;
     let base = memory.base().addr();
     let fits = at <= memory.bytes() && bytes <= memory.bytes() - at;
@@ -113,6 +111,7 @@ pub(crate) fn register(
         return Err(rustix::io::Errno::INVAL);
     }
     let (mut page, end) = (at - at % PAGE_BYTES, (at + bytes).next_multiple_of(PAGE_BYTES));
+    let file = memory.file().map_or(-1, |file| file.as_raw_fd());
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     while page < end {
         let is_known = |page: usize| known.iter().any(|known| (known.from..known.to).contains(&(base + page)));
@@ -125,8 +124,8 @@ pub(crate) fn register(
             page += PAGE_BYTES;
         }
         let (first, length) = (memory.base().wrapping_add(from), (page - from) as u64);
-        // SAFETY: mapped as long as `memory`, which is kept for ever from now on.
-        checked(unsafe { (api.memory_register)(first.cast(), length, fd, offset + from as u64) })?;
+        // SAFETY: mapped as long as `memory`, which is kept for ever from now on, and its file with it.
+        checked(unsafe { (api.memory_register)(first.cast(), length, file, from as u64) })?;
         known.push(Known { from: base + from, to: base + page, _memory: memory.clone() });
     }
     Ok(())

@@ -1,6 +1,5 @@
 //! A pair of queues: one thread's at a time, by `&mut self`.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -68,21 +67,13 @@ impl Qpair {
         self.inflight
     }
 
-    /// Devices that move bytes by themselves know the pages around a part of a memory from now on, which as a whole is
-    /// mapped from `fd` at `offset`. It stays as long as the process.
+    /// Devices that move bytes by themselves know the pages around a part of a memory from now on. It stays as long as
+    /// the process.
     ///
     /// # Errors
     /// The memory is not whole pages of 2 MiB, or the device cannot be told.
-    pub fn register(
-        &mut self,
-        memory: usize,
-        at: usize,
-        bytes: usize,
-        fd: Option<BorrowedFd<'_>>,
-        offset: u64,
-    ) -> Result<(), Errno> {
-        let fd = fd.map_or(-1, |fd| fd.as_raw_fd());
-        memory::register(&self.memory[memory], at, bytes, fd, offset)
+    pub fn register(&mut self, memory: usize, at: usize, bytes: usize) -> Result<(), Errno> {
+        memory::register(&self.memory[memory], at, bytes)
     }
 
     /// Begins to move `bytes`, between place `at` of one of its memories and sector `sector`.

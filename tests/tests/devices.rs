@@ -35,11 +35,11 @@ fn memory() -> DeviceMemory {
 }
 
 /// Memory that a device moves bytes to by itself, as PCIe does: hugepages, registered whole.
-fn dma_memory() -> DeviceMemory {
+fn dma_memory() -> (DeviceMemory, Option<OwnedFd>) {
     const HUGEPAGE: usize = 2 << 20;
     let fd = sealed_memfd("test", HUGEPAGE as u64, Pages::Huge2M).unwrap();
     let pool = Arc::new(Mapping::new(&fd, HUGEPAGE).unwrap());
-    DeviceMemory { pool, headers: mapping(65536), piece_bytes: HUGEPAGE }
+    (DeviceMemory { pool, headers: mapping(65536), piece_bytes: HUGEPAGE }, Some(fd))
 }
 
 /// What a device lies on while a test runs.
@@ -227,9 +227,10 @@ fn every_device(depth: u32) -> Cases {
         }
     }
     let mut by_spdk = |kind: &str, platter: Platter| {
-        let memory = if kind.contains("PCIe") { dma_memory() } else { memory() };
-        let mut device =
-            Spdk::new(platter.media[0].address().unwrap(), memory.clone(), kind.contains("PCIe"), depth).unwrap();
+        let moves_by_itself = kind.contains("PCIe") || kind.contains("VFIOUSER");
+        let (memory, hugepages) = if moves_by_itself { dma_memory() } else { (memory(), None) };
+        let address = platter.media[0].address().unwrap();
+        let mut device = Spdk::new(address, memory.clone(), hugepages, depth).unwrap();
         (0..memory.pool.bytes() / memory.piece_bytes).for_each(|piece| device.register_piece(piece as u32).unwrap());
         let name = format!("SPDK on {kind}");
         cases.push(Case { name, device: Box::new(device), memory, platter: Some(platter) });
@@ -477,7 +478,7 @@ fn a_failed_namespace_fails_its_transfers() {
         return println!("skipped: a real SPDK does not fail by order");
     }
     let platter = Platter::fake_spdk("fail_after:3");
-    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), false, 8).unwrap();
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), None, 8).unwrap();
     for round in 0..3 {
         for tag in 0..8 {
             device.submit(io(tag, Direction::Write, 0, u64::from(tag) * 4096, tag as usize * 4096, SECTOR)).unwrap();
@@ -488,7 +489,7 @@ fn a_failed_namespace_fails_its_transfers() {
         assert_eq!(device.inflight(), 0);
     }
     let platter = Platter::fake_spdk("error_every:2");
-    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), false, 8).unwrap();
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), None, 8).unwrap();
     for tag in 0..4 {
         device.submit(io(tag, Direction::Read, 0, 0, 0, SECTOR)).unwrap();
     }
@@ -496,7 +497,7 @@ fn a_failed_namespace_fails_its_transfers() {
     assert_eq!(good, 2);
     // One that hangs is given up with its pair: nothing moves afterwards, or the fake would say so.
     let platter = Platter::fake_spdk("hang_after:1");
-    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), false, 8).unwrap();
+    let mut device = Spdk::new(platter.media[0].address().unwrap(), memory(), None, 8).unwrap();
     for tag in 0..4 {
         device.submit(io(tag, Direction::Read, 0, 0, tag as usize * 4096, SECTOR)).unwrap();
     }
@@ -513,7 +514,7 @@ fn what_spdk_cannot_do_is_said_in_words() {
         return println!("skipped: a real SPDK is not told what to be");
     }
     let why =
-        |address: &str| Spdk::new(address, memory(), false, 4).err().map_or(String::new(), |error| error.to_string());
+        |address: &str| Spdk::new(address, memory(), None, 4).err().map_or(String::new(), |error| error.to_string());
     assert!(why("trtype:TCP adrfam:IPv4 traddr:/nowhere trsvcid:4420 subnqn:x").contains("is the target there"));
     let platter = Platter::fake_spdk("");
     let address = platter.media[0].address().unwrap();

@@ -830,7 +830,11 @@ fn open_devices(
             lost.push(devices.len());
             Box::new(Gone::new(config.iouring_entries))
         } else if let Some(address) = device.medium.address() {
-            match Spdk::new(address, memory, pool.pages != Pages::Small, config.iouring_entries) {
+            let hugepages = (pool.pages != Pages::Small).then(|| pool.fd.try_clone());
+            let hugepages = hugepages
+                .transpose()
+                .map_err(|error| BuildError::System { what: "duplicate the pool's file", errno: error })?;
+            match Spdk::new(address, memory, hugepages, config.iouring_entries) {
                 Err(error @ (SpdkError::Connect { .. } | SpdkError::Io { .. })) if several => {
                     tracing::error!("{name} is gone ({error}): its blocks are forgotten");
                     lost.push(devices.len());

@@ -1,7 +1,7 @@
 //! A namespace that SPDK drives: no kernel in the way, completions only by polling (decision 16).
 
 use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 
 use kvring_ipc::client::monotonic_ns;
@@ -27,15 +27,21 @@ pub fn configure(config: &Config) {
 }
 
 /// The pool, where a device moves bytes.
-struct Pool(Arc<Mapping>);
+struct Pool {
+    mapping: Arc<Mapping>,
+    file: Option<OwnedFd>,
+}
 
 // SAFETY: mapped as long as the Arc, and never referenced: clients write it at any time.
 unsafe impl Memory for Pool {
     fn base(&self) -> *mut u8 {
-        self.0.address(0, self.0.bytes())
+        self.mapping.address(0, self.mapping.bytes())
     }
     fn bytes(&self) -> usize {
-        self.0.bytes()
+        self.mapping.bytes()
+    }
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
     }
 }
 
@@ -83,20 +89,20 @@ pub struct Spdk {
 }
 
 impl Spdk {
-    /// Over the namespace at an address, with room for `depth` transfers, of a pool that is `on_hugepages` or not.
+    /// Over the namespace at an address, with room for `depth` transfers of a pool: with its file, if that lies on hugepages.
     ///
     /// # Errors
     /// [`SpdkError`].
-    pub fn new(address: &str, memory: DeviceMemory, on_hugepages: bool, depth: u32) -> Result<Self, SpdkError> {
+    pub fn new(address: &str, memory: DeviceMemory, hugepages: Option<OwnedFd>, depth: u32) -> Result<Self, SpdkError> {
         let controller = controller(address)?;
         let bounce = Dma::new(depth as usize * SECTOR_BYTES as usize)?;
         // Over TCP the driver copies: any memory will do.
         let registers = !address.to_ascii_lowercase().contains("trtype:tcp");
-        if registers && !on_hugepages {
+        if registers && hugepages.is_none() {
             let why = "a device that moves bytes by itself wants the pool on hugepages: set hugepages = require";
             return Err(SpdkError::Address { address: address.into(), why });
         }
-        let pool: Arc<dyn Memory> = Arc::new(Pool(memory.pool.clone()));
+        let pool: Arc<dyn Memory> = Arc::new(Pool { mapping: memory.pool.clone(), file: hugepages });
         let qpair = Qpair::new(controller, depth, vec![pool, bounce.clone()])?;
         Ok(Self {
             qpair,
@@ -229,7 +235,7 @@ impl Device for Spdk {
         }
         let at = piece as usize * self.memory.piece_bytes;
         let bytes = self.memory.piece_bytes.min(self.memory.pool.bytes() - at);
-        self.qpair.register(POOL, at, bytes, None, 0)
+        self.qpair.register(POOL, at, bytes)
     }
 }
 

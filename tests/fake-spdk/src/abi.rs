@@ -104,12 +104,6 @@ pub extern "C" fn kvring_spdk_memory_register(memory: *mut c_void, bytes: u64, _
     memory::with(|all| all.register(memory.expose_provenance(), bytes as usize))
 }
 
-/// `-EINVAL` if no region begins and ends there.
-#[unsafe(no_mangle)]
-pub extern "C" fn kvring_spdk_memory_unregister(memory: *mut c_void, bytes: u64) -> i32 {
-    memory::with(|all| all.unregister(memory.addr(), bytes as usize))
-}
-
 /// Aligned to 4096, and full of bytes that are not zero.
 #[unsafe(no_mangle)]
 pub extern "C" fn kvring_spdk_dma_alloc(bytes: u64) -> *mut c_void {

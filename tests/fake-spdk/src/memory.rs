@@ -45,17 +45,6 @@ impl Memory {
         0
     }
 
-    pub fn unregister(&mut self, start: usize, bytes: usize) -> i32 {
-        if self.is_moving(start, bytes) {
-            die("memory is unregistered while a command in flight lies in it");
-        }
-        if self.registered.get(&start) != Some(&bytes) {
-            return -libc::EINVAL;
-        }
-        self.registered.remove(&start);
-        0
-    }
-
     /// Memory of `dma_alloc`: 0 if there is none.
     pub fn allocate(&mut self, bytes: usize) -> usize {
         let Ok(layout) = Layout::from_size_align(bytes, DMA_ALIGNMENT) else { return 0 };

@@ -23,7 +23,8 @@ cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
 cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
 cargo xtask fuzz        fuzz every target; [TARGET] [--seconds 20] [--seed N]; TARGET FILE replays an input
-cargo xtask guest       the device paths and a cache on emulated NVMe controllers, in QEMU
+cargo xtask guest [stories|vfio|uio]
+                        the device paths and a cache on emulated NVMe controllers, in QEMU
 cargo xtask spdk        make target/spdk/libkvring_spdk.so of the SPDK that pkg-config finds
 cargo xtask docs        write docs/CONFIG.md anew from the code
 cargo xtask ptx         compile gpu/src/kernels/copy.cu anew, with NVRTC from PyPI";
@@ -46,7 +47,8 @@ fn main() -> ExitCode {
         ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
         ["spdk"] => spdk(),
-        ["guest"] => guest::guest(),
+        ["guest"] => guest::guest(None),
+        ["guest", stories @ ("stories" | "vfio" | "uio")] => guest::guest(Some(stories)),
         ["ptx"] => python::ptx(),
         _ => usage(),
     };
@@ -102,7 +104,7 @@ fn ci() -> Outcome {
     simulate_for(Duration::from_secs(30))?;
     step("planted bugs", &mut with_bugs())?;
     fuzz::fuzz(&["--seconds", "10"])?;
-    guest::guest()?;
+    guest::guest(None)?;
     // The real trace, wherever it is beside the project; else the generator.
     let trace = root().join("../shared/data/mooncake_conversation_trace.jsonl");
     let kvring = root().join("target/release/kvring");
