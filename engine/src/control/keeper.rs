@@ -626,6 +626,7 @@ pub fn remove_socket(path: &Path, id: (u64, u64)) {
 
 /// The lock beside the socket. A server that was killed holds it until the kernel has unpinned and given back its memory,
 /// which takes seconds for a large pool: that is waited for.
+#[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
 fn lock_socket(path: &Path, lock_path: &Path) -> Result<File, ServeError> {
     let deadline = Instant::now() + DEATH_MAX;
     let mut is_told = false;
