@@ -1,6 +1,7 @@
 //! Copies through a back end over memory of our own: checked byte by byte, and timed. What `kvring bench
 //! copy` and `kvring selftest` are made of.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -104,6 +105,8 @@ pub enum Who {
 enum Memory {
     Host(Mapping),
     Device(DeviceMemory),
+    /// It was freed ([`Trial::free_memory`]).
+    Gone,
 }
 
 /// How a copy went.
@@ -124,7 +127,9 @@ pub struct Trial {
     pool: Pool,
     pool_file: OwnedFd,
     pages: Pages,
+    words: Option<OwnedFd>,
     shape: Shape,
+    slots: Range<usize>,
     next: u64,
     random: u64,
 }
@@ -167,7 +172,7 @@ impl Trial {
         // SAFETY: the memory is this value's and dropped after the back end has been closed; it is read and
         // written here only while nothing is in flight.
         let tensors = unsafe { Tensors::new(&shape.map(address)) }?;
-        let (mut calibration, mut described) = (None, "the processor".to_string());
+        let (mut calibration, mut described, mut words) = (None, "the processor".to_string(), None);
         let backend: Box<dyn CopyBackend> = match who {
             Who::Cpu { threads, non_temporal_from_bytes } => {
                 let memory = HostTensors::with_non_temporal_from(tensors, *non_temporal_from_bytes);
@@ -177,12 +182,57 @@ impl Trial {
                 let backend = CudaBackend::new(tensors, options.clone())?;
                 calibration = Some(backend.calibration());
                 described = backend.describe();
+                words = Some(backend.words_file().try_clone()?);
                 Box::new(backend)
             }
         };
         drop(context);
-        let shape = shape.clone();
-        Ok(Self { backend, calibration, described, memory, pool, pool_file, pages, shape, next: 0, random: 1 })
+        let (shape, slots) = (shape.clone(), 0..shape.pages_count());
+        let (next, random) = (0, 1);
+        Ok(Self { backend, calibration, described, memory, pool, pool_file, pages, words, shape, slots, next, random })
+    }
+
+    /// Leaves slots to others that have the same pool: of two parts this one.
+    pub fn take_half(&mut self, half: usize) {
+        let slots = self.shape.blocks_count;
+        self.slots = half * slots..(half + 1) * slots;
+    }
+
+    /// The memory of a device's completion words ([`CudaBackend::words_file`]).
+    pub fn words(&self) -> Option<&OwnedFd> {
+        self.words.as_ref()
+    }
+
+    /// Fills the memory that is copied with a byte. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn fill(&self, byte: u8) -> Done {
+        self.write(0, &vec![byte; self.shape.memory_bytes()])
+    }
+
+    /// Fills the memory that is copied with random bytes. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn fill_with_noise(&self, seed: u64) -> Done {
+        self.write(0, &noise(seed, self.shape.memory_bytes()))
+    }
+
+    /// Frees the memory that is copied, under the back end's feet, as an engine with a bug does.
+    pub fn free_memory(&mut self) {
+        self.memory = Memory::Gone;
+    }
+
+    /// A kernel in the same context touches memory that is not there, as an engine with a bug does: the context is lost.
+    ///
+    /// # Errors
+    /// There is no device, or it does not take the kernel.
+    pub fn go_astray(&self) -> Done {
+        match &self.memory {
+            Memory::Device(memory) => Ok(memory.go_astray()?),
+            Memory::Host(_) | Memory::Gone => Err("there is no device".into()),
+        }
     }
 
     /// What the back end has measured, if it has.
@@ -213,7 +263,7 @@ impl Trial {
     /// Slots and pages for one copy: the slots as a pool hands them out, the pages as an engine does.
     pub fn choose(&mut self, scatter: Scatter) -> Vec<(u32, u32)> {
         let (count, run) = (self.shape.blocks_count, if let Scatter::Runs(run) = scatter { run.max(1) } else { 1 });
-        let first_slot = self.draw(self.shape.pages_count() - count + 1);
+        let first_slot = self.slots.start + self.draw(self.slots.len() - count + 1);
         let mut starts: Vec<usize> = (0..self.shape.pages_count() / run).map(|at| at * run).collect();
         for i in (1..starts.len()).rev() {
             let other = self.draw(i + 1);
@@ -293,6 +343,7 @@ impl Trial {
         match &self.memory {
             Memory::Host(mapping) => mapping.copy_in(offset, bytes),
             Memory::Device(memory) => memory.write(offset, bytes)?,
+            Memory::Gone => return Err("its memory was freed".into()),
         }
         Ok(())
     }
@@ -301,6 +352,7 @@ impl Trial {
         match &self.memory {
             Memory::Host(mapping) => mapping.copy_out(offset, bytes),
             Memory::Device(memory) => memory.read(offset, bytes)?,
+            Memory::Gone => return Err("its memory was freed".into()),
         }
         Ok(())
     }
@@ -311,25 +363,19 @@ impl Trial {
     /// The first difference, or what kept the copy from being made.
     pub fn check(&mut self, direction: Direction, scatter: Scatter, seed: u64) -> Done {
         self.random = seed | 1;
-        let noise = |seed: u64, bytes: usize| -> Vec<u8> {
-            let mut random = seed | 1;
-            let word = || {
-                random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (random >> 29) as u32
-            };
-            std::iter::repeat_with(word).flat_map(u32::to_le_bytes).take(bytes).collect()
-        };
         let bytes = self.shape.memory_bytes();
-        let (memory, pool) = (noise(seed, bytes), noise(!seed, bytes));
+        // Of the pool its slots: the others may be somebody else's.
+        let pool_at = self.slots.start * self.shape.block_bytes();
+        let (memory, pool) = (noise(seed, bytes), noise(!seed, self.slots.len() * self.shape.block_bytes()));
         self.write(0, &memory)?;
-        self.pool.mapping().copy_in(0, &pool);
+        self.pool.mapping().copy_in(pool_at, &pool);
         let blocks = self.choose(scatter);
         self.copy(&[(direction, &blocks)])?;
         let (mut expected_memory, mut expected_pool) = (memory, pool);
         for (slot, page) in &blocks {
             for layer in 0..self.shape.layers {
                 let in_memory = self.shape.page_at(layer, *page as usize);
-                let in_pool = *slot as usize * self.shape.block_bytes() + layer * self.shape.page_bytes;
+                let in_pool = *slot as usize * self.shape.block_bytes() + layer * self.shape.page_bytes - pool_at;
                 let bytes = self.shape.page_bytes;
                 match direction {
                     Direction::Load => {
@@ -341,11 +387,12 @@ impl Trial {
                 }
             }
         }
-        let (mut memory, mut pool) = (vec![0; bytes], vec![0; bytes]);
+        let (mut memory, mut pool) = (vec![0; bytes], vec![0; expected_pool.len()]);
         self.read(0, &mut memory)?;
-        self.pool.mapping().copy_out(0, &mut pool);
+        self.pool.mapping().copy_out(pool_at, &mut pool);
         for (what, is, expected) in [("memory", memory, expected_memory), ("pool", pool, expected_pool)] {
-            if let Some(at) = is.iter().zip(&expected).position(|(is, expected)| is != expected) {
+            if is != expected {
+                let at = is.iter().zip(&expected).take_while(|(is, expected)| is == expected).count();
                 return Err(
                     format!("byte {at} of the {what} is wrong: seed {seed}, {direction:?}, {:?}", self.shape).into()
                 );
@@ -387,6 +434,7 @@ impl Trial {
                 // Not the pool: the back end has pinned it already, or will, piece by piece.
                 Ok(memory.ceiling(bytes, way, seconds)?)
             }
+            Memory::Gone => Err("its memory was freed".into()),
         }
     }
 
@@ -400,6 +448,43 @@ impl Drop for Trial {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    let (mut random, mut noise) = (seed | 1, vec![0; bytes]);
+    for word in noise.chunks_mut(4) {
+        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        word.copy_from_slice(&((random >> 29) as u32).to_le_bytes()[..word.len()]);
+    }
+    noise
+}
+
+/// How long a device's driver takes to pin so many bytes, and to let them go.
+///
+/// # Errors
+/// What the driver says, or the kernel.
+pub fn pinning(options: &Options, bytes: usize, pages: Pages) -> Done<[Duration; 2]> {
+    let context = Context::retain(DriverApi::load(options.driver.as_deref())?, options.device)?;
+    let length = (bytes as u64).next_multiple_of(pages.bytes());
+    let mapping = Mapping::new(sealed_memfd("kvring-trial", length, pages)?, length as usize)?;
+    mapping.populate(0, length as usize)?;
+    let address = mapping.address(0, length as usize);
+    let mut took = [Duration::ZERO; 2];
+    let timed = context.within(|| {
+        let began = Instant::now();
+        // SAFETY: mapped until it has been unregistered: if that fails it is kept for ever, below.
+        unsafe { context.register(address, length as usize) }?;
+        took[0] = began.elapsed();
+        context.unregister(address)?;
+        took[1] = began.elapsed() - took[0];
+        Ok(())
+    });
+    if let Err(error) = timed {
+        std::mem::forget(mapping);
+        return Err(error.into());
+    }
+    context.release();
+    Ok(took)
 }
 
 /// A pool of so many bytes, on hugepages if there are enough.

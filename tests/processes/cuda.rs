@@ -1,6 +1,8 @@
 //! Instances with a GPU, as far as a machine without one can tell: the agent, the loader and the back end
 //! are the real ones, the driver is `tests/fake-cuda`.
 
+use std::collections::BTreeMap;
+
 use super::*;
 use kvring_fake_cuda::Fake;
 use kvring_gpu::agent::{Agent, Finished, Load, Patience, Refused, Store, Watch};
@@ -181,6 +183,51 @@ fn every_way_is_checked_and_measured_by_the_benchmark() {
     let output =
         place.kvring(&["bench", "copy", "--device", "0", "--cuda-driver", "/no/libcuda.so.1"]).output().unwrap();
     assert!(!output.status.success() && text(&output).contains("install the NVIDIA driver"), "{}", text(&output));
+}
+
+/// What `kvring selftest` says of each of these cases: how it ended, and why if not well.
+fn selftest(arguments: &[&str], behaviour: &str) -> (bool, BTreeMap<String, (String, String)>) {
+    let place = Place::new();
+    let mut command = place.kvring(&["selftest", "--size-mb", "1"]);
+    let output = command.args(arguments).env("KVRING_FAKE_CUDA", behaviour).output().unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let case = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let word = |name: &str| line[name].as_str().unwrap_or_default().to_string();
+        (word("case"), (word("end"), word("why")))
+    };
+    (output.status.success(), lines.lines().map(case).collect())
+}
+
+#[test]
+fn the_selftest_passes_what_is_right_and_goes_on_after_what_hangs() {
+    let (well, cases) = selftest(&["--only", "as shipped", "--only", "two processes", "--without", "2 threads"], "");
+    assert!(well && cases.values().all(|(end, _)| end == "passed"), "{cases:?}");
+    assert_eq!(cases.len(), 2 + 7, "{cases:?}");
+
+    let fake = Fake::new();
+    let over = ["--device", "0", "--cuda-driver", fake.path().to_str().unwrap()];
+    let with = |more: &[&'static str], behaviour: &str| selftest(&[&over[..], more].concat(), behaviour);
+    let parts = ["probe", "right: staged", "fifty", "two", "fault", "completion", "pinning", "speed: 18 KiB"];
+    let parts: Vec<&str> = parts.iter().flat_map(|part| ["--only", part]).collect();
+    let (well, cases) = with(&parts, "");
+    assert!(well && cases.values().all(|(end, _)| end == "passed"), "{cases:?}");
+    assert_eq!(cases.len(), 9 + 6, "{cases:?}");
+
+    let (well, cases) = with(&["--only", "killed"], "dma_process=true,linger_ms=6000,slice_us=200");
+    let (end, why) = &cases["fault: killed while it stores"];
+    assert!(!well && end == "failed" && why.contains("set writer_grace_ms above"), "{cases:?}");
+
+    let (well, cases) = with(&["--only", "right: batches"], "fail=cuMemcpyBatchAsync:3:700");
+    let (end, why) = &cases["right: batches"];
+    assert!(!well && end == "failed" && why.contains("700 (illegal address)"), "{cases:?}");
+
+    let (well, cases) = with(&["--only", "pro", "--limit", "2"], "stall=true");
+    assert!(!well, "{cases:?}");
+    assert_eq!(cases["probe"].0, "hung", "{cases:?}");
+    assert_eq!(cases["right: two processes, one pool"].0, "hung", "it goes on: {cases:?}");
+    let children = || processes_of(fake.path().parent().unwrap());
+    eventually("nothing is left of them", || children().is_empty());
 }
 
 #[test]

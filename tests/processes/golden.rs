@@ -25,6 +25,7 @@ fn help_texts() {
         "",
         "serve",
         "replay",
+        "selftest",
         "bench",
         "bench device",
         "bench cache",

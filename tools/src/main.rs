@@ -8,6 +8,7 @@ mod metrics;
 mod observe;
 mod replay;
 mod report;
+mod selftest;
 mod serve;
 mod settings;
 
@@ -65,6 +66,9 @@ enum Command {
     Fsck(fsck::FsckArgs),
     /// Say whether this machine is fit for the cache that is configured, and what mends it.
     Doctor(doctor::DoctorArgs),
+    /// Try this machine's device, or its processor: whether copies are right, what becomes of them when something dies, how
+    /// fast they are.
+    Selftest(selftest::SelftestArgs),
     #[command(hide = true)]
     LeaseHolder(bench::crash::HolderArgs),
     #[command(hide = true)]
@@ -97,6 +101,7 @@ fn main() -> std::process::ExitCode {
         Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),
         Command::Upgrade(args) => admin::upgrade(&args),
+        Command::Selftest(args) => selftest::run(&args),
         Command::LeaseHolder(args) => bench::crash::hold(&args),
         Command::ReplayInstance(args) => replay::worker::run(&args),
     };

@@ -32,7 +32,19 @@ pub struct Behaviour {
 }
 
 impl Default for Behaviour {
+    /// As `KVRING_FAKE_CUDA` says ("linger_ms=10,stall=true"), for processes of which no test has hold.
     fn default() -> Self {
+        let mut behaviour = Self::meek();
+        for word in std::env::var("KVRING_FAKE_CUDA").unwrap_or_default().split(',').filter(|word| !word.is_empty()) {
+            let set = word.split_once('=').and_then(|(what, value)| behaviour.set(what, value));
+            assert!(set.is_some(), "KVRING_FAKE_CUDA: {word:?} is not understood");
+        }
+        behaviour
+    }
+}
+
+impl Behaviour {
+    fn meek() -> Self {
         Self {
             version: 13000,
             devices: 1,

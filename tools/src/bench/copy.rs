@@ -1,6 +1,7 @@
 //! `kvring bench copy`: copies between a pool and an instance's memory, by every way there is, beside plain
 //! copies of as many bytes in the same run. With a device, its copy engines; without one, the processor.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -26,7 +27,7 @@ pub struct CopyArgs {
     device: Option<i32>,
     /// The CUDA driver's library, where it is not found by itself.
     #[arg(long, value_name = "PATH")]
-    cuda_driver: Option<std::path::PathBuf>,
+    cuda_driver: Option<PathBuf>,
     /// MiB of one copy, about.
     #[arg(long, default_value_t = 128)]
     size_mb: usize,
@@ -52,9 +53,18 @@ const SHAPES: &[(&str, usize, usize, bool)] = &[
     ("640 KiB blocks (70B TP8, block first)", 80, 8 * KIB, true),
 ];
 
+/// The shapes, for copies of about so many MiB; of eight blocks at least.
+pub fn shapes(size_mb: usize) -> Vec<Shape> {
+    let shape = |(name, layers, page_bytes, is_block_first): &(&'static str, usize, usize, bool)| {
+        let blocks_count = ((size_mb << 20) / (layers * page_bytes)).max(8);
+        Shape { name, layers: *layers, page_bytes: *page_bytes, is_block_first: *is_block_first, blocks_count }
+    };
+    SHAPES.iter().map(shape).collect()
+}
+
 /// The ways of one who copies.
-fn ways(args: &CopyArgs) -> Vec<(&'static str, Who)> {
-    let Some(device) = args.device else {
+pub fn ways(device: Option<i32>, driver: Option<&Path>) -> Vec<(&'static str, Who)> {
+    let Some(device) = device else {
         let cpu = |threads, non_temporal_from_bytes| Who::Cpu { threads, non_temporal_from_bytes };
         return vec![
             ("memcpy", cpu(0, usize::MAX)),
@@ -63,7 +73,7 @@ fn ways(args: &CopyArgs) -> Vec<(&'static str, Who)> {
             ("as shipped, 2 threads", cpu(2, kvring_gpu::backend::tensors::NON_TEMPORAL_FROM_BYTES)),
         ];
     };
-    let options = Options { device, driver: args.cuda_driver.clone(), ..Options::default() };
+    let options = Options { device, driver: driver.map(Path::to_path_buf), ..Options::default() };
     let with = |calibration| Who::Cuda(Options { calibration, ..options.clone() });
     let batched = Calibration { is_batched: true, ..Calibration::default() };
     vec![
@@ -80,14 +90,13 @@ fn ways(args: &CopyArgs) -> Vec<(&'static str, Who)> {
 pub fn measure(run: &mut Run, args: &CopyArgs) -> Measured {
     let (mut rows, mut notes): (Vec<Value>, Vec<String>) = (Vec::new(), Vec::new());
     let mut described = String::new();
-    for (name, layers, page_bytes, is_block_first) in SHAPES {
+    let seconds = (run.time.as_secs_f64() / args.rounds as f64 / 4.0).max(0.01);
+    for shape in shapes(args.size_mb) {
+        let name = shape.name;
         if args.shape.as_ref().is_some_and(|part| !name.contains(part.as_str())) {
             continue;
         }
-        let blocks_count = ((args.size_mb << 20) / (layers * page_bytes)).max(4);
-        let shape =
-            Shape { name, layers: *layers, page_bytes: *page_bytes, is_block_first: *is_block_first, blocks_count };
-        for (way, who) in ways(args) {
+        for (way, who) in ways(args.device, args.cuda_driver.as_deref()) {
             check(way, &who, &shape)?;
             let mut trial = Trial::new(&who, &shape)?;
             if trial.pool().2.bytes() == 4096 {
@@ -99,7 +108,7 @@ pub fn measure(run: &mut Run, args: &CopyArgs) -> Measured {
             described = trial.describe().to_owned();
             let both = args.device.is_some().then_some(None);
             for direction in [Some(Direction::Load), Some(Direction::Store)].into_iter().chain(both) {
-                rows.push(row(run, args, &mut trial, &shape, way, direction)?);
+                rows.push(row(seconds, args.rounds, &mut trial, &shape, way, direction)?);
             }
             notes.extend(trial.trouble());
             if way == "as shipped"
@@ -131,17 +140,16 @@ fn check(way: &str, who: &Who, shape: &Shape) -> Result<(), Box<dyn std::error::
 }
 
 /// One way of copying one shape in one direction, beside plain copies, alternating.
-fn row(
-    run: &Run,
-    args: &CopyArgs,
+pub fn row(
+    seconds: f64,
+    rounds: usize,
     trial: &mut Trial,
     shape: &Shape,
     way: &str,
     direction: Option<Direction>,
 ) -> Measured {
-    let seconds = (run.time.as_secs_f64() / args.rounds as f64 / 4.0).max(0.01);
     let (mut rates, mut ceilings, mut submitting) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..=args.rounds {
+    for round in 0..=rounds {
         let ceiling = trial.ceiling(direction, seconds)? / 1e9;
         let (began, mut bytes, mut in_calls) = (Instant::now(), 0usize, Duration::ZERO);
         let mut copying = Duration::ZERO;

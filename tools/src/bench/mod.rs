@@ -1,7 +1,7 @@
 //! `kvring bench`: each number beside a floor or a ceiling from the same run, alternating, medians and
 //! ratios; and what may be wrong with it.
 
-mod copy;
+pub mod copy;
 pub mod crash;
 mod device;
 mod dram;
@@ -284,7 +284,7 @@ fn rounded(value: f64, digits: i32) -> f64 {
     (value * scale).round() / scale
 }
 
-fn percentiles(histogram: &Histogram<u64>, per: f64) -> Value {
+pub fn percentiles(histogram: &Histogram<u64>, per: f64) -> Value {
     let at = |q: f64| rounded(histogram.value_at_quantile(q) as f64 / per, 1);
     json!({"p50": at(0.5), "p99": at(0.99)})
 }
