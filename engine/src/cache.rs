@@ -24,6 +24,15 @@ pub enum Reserve {
     Dropped,
 }
 
+/// What comes before a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parent {
+    /// Nothing: it begins a chain of the namespace with this id, zeros for none.
+    Namespace(BlockKey),
+    /// This block.
+    Block(BlockId),
+}
+
 /// The block before the first is not resident: what follows it has no place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NoParent;
@@ -125,7 +134,7 @@ impl Cache {
         expires_at_ns: u64,
     ) -> Result<Option<(LeaseId, u32)>, Status> {
         let Some((leaf, count)) = self.index.match_chain(count, key_at) else { return Ok(None) };
-        self.index.touch(leaf);
+        self.index.hit(leaf, count);
         let lease = self.leases.grant(&mut self.index, session, instance, Cover { leaf, count }, expires_at_ns)?;
         Ok(Some((lease, count)))
     }
@@ -198,6 +207,35 @@ impl Cache {
             && !planted::has(Bug::ResetKeepsHeaders)
         {
             disk.clear_headers();
+        }
+        count
+    }
+
+    /// Forgets a namespace, as [`Cache::reset`] forgets everything. Says how many blocks.
+    pub fn reset_namespace(&mut self, id: BlockKey) -> u32 {
+        let count = match self.index.namespaces.find(id) {
+            None => 0,
+            Some(number) => {
+                let recorder = std::mem::take(&mut self.index.recorder);
+                let count = self.index.detach_namespace(number);
+                self.index.recorder = recorder;
+                count
+            }
+        };
+        self.index.recorder.block(What::Reset, id, 0, count);
+        // What is held yet: nobody finds it after a crash either.
+        for block in self.index.detached() {
+            if let Some(slot) = block.place(Tier::Host).ready()
+                && !planted::has(Bug::NamespaceKeepsTable)
+            {
+                self.host.forget(slot);
+            }
+        }
+        self.collect();
+        if let Some(disk) = &mut self.disk
+            && !planted::has(Bug::NamespaceKeepsHeaders)
+        {
+            disk.rewrite_headers();
         }
         count
     }
@@ -286,7 +324,7 @@ impl Cache {
     pub fn reserve(
         &mut self,
         key: BlockKey,
-        parent: Option<BlockId>,
+        parent: Parent,
         depth: u32,
         writer: Writer,
         may_take: bool,
@@ -306,12 +344,17 @@ impl Cache {
             return (Reserve::Dropped, None);
         }
         // Eviction must not take the parent from under us.
-        if parent.is_some_and(|parent| !self.index.pin(parent)) {
+        if let Parent::Block(parent) = parent
+            && !self.index.pin(parent)
+        {
             return (Reserve::Dropped, None);
         }
         let slot = self.acquire_host();
-        let id = slot.and_then(|_| self.index.insert(key, parent, depth));
-        if let Some(parent) = parent {
+        let id = slot.and_then(|_| match parent {
+            Parent::Namespace(namespace) => self.index.begin_chain(key, namespace),
+            Parent::Block(parent) => self.index.insert(key, Some(parent), depth),
+        });
+        if let Parent::Block(parent) = parent {
             self.index.unpin(parent);
         }
         match (slot, id) {
@@ -335,12 +378,12 @@ impl Cache {
     ///
     /// # Errors
     /// Nothing of the kind is resident.
-    pub fn parent(&self, parent: BlockKey, depth: u32) -> Result<Option<BlockId>, NoParent> {
+    pub fn parent(&self, parent: BlockKey, depth: u32) -> Result<Parent, NoParent> {
         if depth == 0 {
-            return Ok(None);
+            return Ok(Parent::Namespace(parent));
         }
         let id = self.index.find(parent).ok_or(NoParent)?;
-        if self.index.block(id).depth + 1 == depth { Ok(Some(id)) } else { Err(NoParent) }
+        if self.index.block(id).depth + 1 == depth { Ok(Parent::Block(id)) } else { Err(NoParent) }
     }
 
     /// A rank has filled its part of a slot. `Err` if the grant is not its own and current;
@@ -376,8 +419,7 @@ impl Cache {
     /// The next engine process finds the block in this slot.
     fn describe(&mut self, slot: u32, block: BlockId) {
         let b = self.index.block(block);
-        let parent = b.parent().map(|parent| self.index.block(parent).key).unwrap_or_default();
-        self.host.describe(slot, b.key, parent, b.depth);
+        self.host.describe(slot, b.key, self.index.parent_key(block), b.depth);
     }
 
     /// The checksum of what a host slot holds was made.
@@ -576,7 +618,7 @@ impl Cache {
         };
         if good {
             let b = self.index.block(block);
-            let parent = b.parent().map(|parent| self.index.block(parent).key).unwrap_or_default();
+            let parent = self.index.parent_key(block);
             if let Some(disk) = &mut self.disk
                 && !b.is_detached()
             {

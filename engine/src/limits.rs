@@ -15,6 +15,8 @@ pub const SESSIONS_PER_PEER_MAX: usize = 66;
 pub const ASKERS_PER_PEER_MAX: usize = 16;
 /// Slots that an instance may fill or have on loan at once, however many share the pool: else its part of it.
 pub const SHARE_SLOTS_MIN: u32 = 64;
+/// Namespaces that are counted apart at once.
+pub const NAMESPACES_MAX: usize = 1024;
 /// Loads in flight at once, over all sessions; each costs about 1.2 KiB.
 pub const LOADS_MAX: usize = 512;
 /// Loads in flight of one session: four full batches fill the completion ring.

@@ -29,6 +29,8 @@ bugs! {
     WaiterForgotten: "a load that waits for another's read is not answered",
     DetachedServed: "a forgotten block is served to those who hold a lease",
     ResetKeepsHeaders: "a reset leaves the headers on the SSD",
+    NamespaceKeepsHeaders: "a reset of a namespace leaves its headers on the SSD",
+    NamespaceKeepsTable: "a reset of a namespace leaves in the slot table what somebody holds",
     ResetKeepsTable: "a reset leaves the slot table",
     TableKeepsHeader: "a slot's header stays in the table while the slot is filled anew",
     TableBeforeBytes: "a slot's header is in the table before its block is committed",

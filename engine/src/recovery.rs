@@ -256,14 +256,16 @@ impl Cache {
                 id
             }
             None => {
-                let parent = match header.depth {
-                    0 => None,
+                let id = match header.depth {
+                    0 => self.index.begin_chain(header.key, header.parent),
                     depth => match self.index.find(header.parent) {
-                        Some(id) if self.index.block(id).depth + 1 == depth => Some(id),
+                        Some(id) if self.index.block(id).depth + 1 == depth => {
+                            self.index.insert(header.key, Some(id), depth)
+                        }
                         _ => return Adopted::NoParent,
                     },
                 };
-                let Some(id) = self.index.insert(header.key, parent, header.depth) else { return Adopted::No };
+                let Some(id) = id else { return Adopted::No };
                 id
             }
         };

@@ -42,6 +42,16 @@ pub enum Request {
     StatsSegment,
     /// Forget every block, on the SSD too.
     Reset,
+    /// Forget the blocks of a namespace, on the SSD too.
+    ResetNamespace {
+        /// Its id: 32 hexadecimal digits; zeros for blocks that name none.
+        namespace: String,
+    },
+    /// The namespaces that are known, from this number on.
+    Namespaces {
+        /// Where to go on: 0, or what the last answer said.
+        from: u32,
+    },
     /// Stop the server: sessions are closed, writes in flight finish.
     Stop,
     /// Read what the cache holds and compare it with its checksums; `Stats` says how it goes.
@@ -113,7 +123,7 @@ pub enum Reply {
     Stats(serde_json::Value),
     /// Answer to `StatsSegment`: its descriptor comes beside it.
     StatsSegment,
-    /// Answer to `Reset`.
+    /// Answer to `Reset` and `ResetNamespace`.
     Reset {
         /// How many blocks were forgotten.
         blocks: u64,

@@ -153,11 +153,24 @@ pub fn random_token() -> String {
 /// # Errors
 /// As [`Instance::reset`].
 pub fn reset(socket: &Path) -> Result<u64, String> {
-    match ask(socket, &Request::Reset, Duration::from_secs(8)) {
+    reset_by(socket, &Request::Reset)
+}
+
+/// Forgets the blocks of a namespace, by its id ([`crate::key::Namespace::id`]).
+///
+/// # Errors
+/// As [`Instance::reset`], and while the SSD is being read after a start.
+pub fn reset_namespace(socket: &Path, id: BlockKey) -> Result<u64, String> {
+    reset_by(socket, &Request::ResetNamespace { namespace: id.to_string() })
+}
+
+fn reset_by(socket: &Path, request: &Request) -> Result<u64, String> {
+    match ask(socket, request, Duration::from_secs(8)) {
         Ok(Reply::Reset { blocks, durable: true }) => Ok(blocks),
         Ok(Reply::Reset { .. }) => {
             Err("the SSD's headers could not be cleared in time: a restart may find blocks again".into())
         }
+        Ok(Reply::Refused { reason, .. }) => Err(reason),
         Ok(reply) => Err(format!("an unexpected answer: {reply:?}")),
         Err(error) => Err(error.to_string()),
     }
@@ -622,7 +635,8 @@ impl Instance {
         loaded
     }
 
-    /// Reserves slots for consecutive blocks after `parent`, the first at depth `first`.
+    /// Reserves slots for consecutive blocks after `parent`, the first at depth `first`; at depth 0 `parent` is the
+    /// namespace's id, or zeros.
     pub fn reserve(&mut self, parent: BlockKey, first: u32, keys: &[BlockKey]) -> Vec<Reserved> {
         let mut reserved = vec![Reserved::Dropped; keys.len()];
         let mut parent = parent;

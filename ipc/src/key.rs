@@ -94,6 +94,11 @@ impl Namespace {
         first_128_bits(&hasher)
     }
 
+    /// What the server knows it by.
+    pub fn id(&self) -> BlockKey {
+        id_of_root(self.root())
+    }
+
     /// Keys of all full blocks of `tokens`; a partial last block has none.
     ///
     /// # Panics
@@ -108,6 +113,15 @@ impl Namespace {
             })
             .collect()
     }
+}
+
+/// What a server knows a namespace by, and what a store of a chain's first block names as its parent. It tells nobody the
+/// root, from which keys are made.
+pub fn id_of_root(root: BlockKey) -> BlockKey {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"kvring namespace id");
+    hasher.update(bytemuck::bytes_of(&root));
+    first_128_bits(&hasher)
 }
 
 /// The key of the block with these tokens after `parent`. `extra` holds what else the block's bytes
@@ -140,6 +154,7 @@ mod test {
         let keys = Namespace::default().model("m").keys(&[1, 2, 3, 4, 5], 2);
         let text: Vec<_> = keys.iter().map(ToString::to_string).collect();
         assert_eq!(text, ["b780f111d0edcf0126a5f3469ff5bf4c", "5a5b6b1d40035c00e93b47c2afa854fc"]);
+        assert_eq!(Namespace::default().model("m").id().to_string(), "ce63f668fc1b725f5aa8c91ad9dc8eff");
     }
 
     #[test]

@@ -17,7 +17,7 @@ tensors: it loads leased blocks into them and stores new ones, on a thread of it
     if lease:                                            # blocks 0..blocks, into pages 0..blocks
         agent.load(1, lease, first=0, keys=chain.slice(0, blocks), pages=list(range(blocks)))
     missing = chain.slice(blocks, len(chain))            # after they have been computed into their pages
-    agent.store(2, chain.parent(blocks), blocks, missing, pages=list(range(blocks, len(chain))))
+    agent.store(2, chain.before(blocks), blocks, missing, pages=list(range(blocks, len(chain))))
     while agent.wait(at_most_ms=100):
         for ended in agent.poll():                       # in the order in which they ended
             print(ended.ticket, ended.missed)
@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from kvring import _native
-from kvring._native import Lease, Watch, namespace_root, next_keys
+from kvring._native import Lease, Watch, namespace_id, namespace_root, next_keys
 
 __all__ = [
     "KEY_BYTES",
@@ -61,6 +61,7 @@ __all__ = [
     "Memory",
     "Watch",
     "load_config",
+    "namespace_id",
     "namespace_root",
     "new_token",
     "next_keys",
@@ -298,6 +299,11 @@ class KeyChain:
         """The key of the block before, empty at depth 0."""
         return self.key(depth - 1) if depth else b""
 
+    def before(self, depth: int) -> bytes:
+        """What a store from this depth on names as its parent: the block before; at depth 0 the namespace, so that it
+        can be counted and forgotten by itself."""
+        return self.key(depth - 1) if depth else namespace_id(self._root)
+
 
 class Instance:
     """What an instance's scheduler holds. A call waits `client_wait_ms` at the most, and a server that is gone
@@ -445,7 +451,7 @@ class Agent:
         epoch: int | None = None,
         stream: int | None = None,
     ) -> Watch:
-        """Stores blocks, the first at depth `first` after the block `parent` (empty at depth 0)."""
+        """Stores blocks, the first at depth `first` after the block `parent`: `KeyChain.before(first)`."""
         return self._native.store(ticket, parent, first, keys, pages, epoch, self._stream(stream))
 
     def cancel(self, tickets: Iterable[int]) -> None:

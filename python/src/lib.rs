@@ -479,6 +479,12 @@ fn namespace_root<'py>(py: Python<'py>, parts: Vec<(String, String)>) -> PyResul
     Ok(PyBytes::new(py, &to_bytes(&[namespace.root()])))
 }
 
+/// What a store of a chain's first block names as its parent, of the chain's root.
+#[pyfunction]
+fn namespace_id<'py>(py: Python<'py>, root: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+    Ok(PyBytes::new(py, &to_bytes(&[key::id_of_root(one_key(root)?)])))
+}
+
 /// Keys of the full blocks of `tokens` after `parent`. `extras`: for a block's index, what else its
 /// bytes depend on.
 #[pyfunction]
@@ -527,6 +533,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Agent>()?;
     module.add_class::<Watch>()?;
     module.add_function(wrap_pyfunction!(namespace_root, module)?)?;
+    module.add_function(wrap_pyfunction!(namespace_id, module)?)?;
     module.add_function(wrap_pyfunction!(next_keys, module)?)?;
     module.add_function(wrap_pyfunction!(load_config, module)?)?;
     Ok(())

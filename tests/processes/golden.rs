@@ -37,6 +37,7 @@ fn help_texts() {
         "explain",
         "trace",
         "blocks",
+        "namespaces",
         "drain",
         "evict",
         "reset",

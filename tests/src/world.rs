@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvring_engine::cache::Cache;
 use kvring_engine::device::DeviceMemory;
 use kvring_engine::device::sim::{Chance, Faults, Platter, Sim};
-use kvring_engine::index::{Block, IndexOptions, Tier};
+use kvring_engine::index::{Block, Index, IndexOptions, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::metrics::Metrics;
 use kvring_engine::shard::session::Session as ServerSession;
@@ -210,6 +210,8 @@ pub struct World {
     clients: Vec<Client>,
     zombies: Vec<Zombie>,
     chains: Vec<Vec<BlockKey>>,
+    /// Of each chain, the namespace.
+    namespaces: Vec<BlockKey>,
     committed: HashSet<BlockKey>,
     next_id: u32,
     /// Called before every poll of the shard that does not begin with a recovery under way.
@@ -275,6 +277,7 @@ impl World {
             clients: Vec::new(),
             zombies: Vec::new(),
             chains: Vec::new(),
+            namespaces: Vec::new(),
             committed: HashSet::new(),
             next_id: 1,
             before_poll: None,
@@ -321,7 +324,11 @@ impl World {
             }
             tokens.push(these);
         }
-        self.chains = tokens.iter().map(|tokens| Namespace::default().keys(tokens, 1)).collect();
+        // Chains that begin alike are of one namespace.
+        let namespace =
+            |tokens: &[u32]| Namespace::default().tenant(if tokens[0] / 1000 % 2 == 0 { "even" } else { "odd" });
+        self.chains = tokens.iter().map(|tokens| namespace(tokens).keys(tokens, 1)).collect();
+        self.namespaces = tokens.iter().map(|tokens| namespace(tokens).id()).collect();
     }
 
     /// Starts a shard over what the disks hold.
@@ -464,7 +471,8 @@ impl World {
             3..5 if self.shape.may_lie => self.lie(at),
             5..6 if self.shape.may_crash && self.chance.happens(500) => self.crash(),
             5..6 if self.shape.may_crash => self.take_over(),
-            6..7 => self.reset(),
+            6..7 if self.chance.happens(500) => self.reset(),
+            6..7 => self.reset_namespace(),
             7..100 => self.now_ns += self.chance.below(400_000),
             100..300 => self.post_match(at),
             300..480 => self.post_load(at),
@@ -576,7 +584,7 @@ impl World {
 
     /// The first `blocks` blocks of a chain are reserved for a client; says which slots it was granted.
     pub fn reserve(&mut self, at: usize, chain: usize, blocks: usize) -> Vec<Grant> {
-        let posted = self.clients[at].session.post_reserve(BlockKey::default(), 0, &self.chains[chain][..blocks]);
+        let posted = self.clients[at].session.post_reserve(self.namespaces[chain], 0, &self.chains[chain][..blocks]);
         self.post(at, posted, Self::asked(Op::Reserve, chain, 0, blocks));
         self.answers(at)
             .iter()
@@ -759,7 +767,7 @@ impl World {
         let (chain, end) = self.chain_below(self.shape.chain_blocks);
         // Mostly from the root, as a store after a miss is; sometimes from anywhere.
         let first = if self.chance.happens(600) { 0 } else { self.chance.below(end as u64) as usize };
-        let parent = if first == 0 { BlockKey::default() } else { self.chains[chain][first - 1] };
+        let parent = if first == 0 { self.namespaces[chain] } else { self.chains[chain][first - 1] };
         let (instance, rank) = (self.clients[at].instance, self.clients[at].rank);
         // With tensor parallelism every rank of the instance stores the same blocks.
         let ranks: Vec<usize> = (0..self.clients.len()).filter(|i| self.clients[*i].instance == instance).collect();
@@ -1106,6 +1114,43 @@ impl World {
         }
         // A disk that refuses to write cannot forget: nobody is told that it did.
         self.committed.extend(before);
+    }
+
+    /// Forgets a namespace, as [`World::reset`] forgets everything. The others notice nothing.
+    fn reset_namespace(&mut self) {
+        let faults = self.shape.faults;
+        if faults.lost_write_permille + faults.misdirected_permille > 0 || self.shard().cache().is_recovering() {
+            return;
+        }
+        for at in 0..self.clients.len() {
+            self.collect(at);
+        }
+        self.tally.resets += 1;
+        let id = self.namespaces[self.chance.below(self.namespaces.len() as u64) as usize];
+        let index = &self.shard.as_ref().expect("it runs").cache().index;
+        let of = |key: BlockKey| index.find(key).map(|at| index.namespaces.of(index.block(at).namespace).id);
+        // Of whoever lies about its namespace nothing is promised.
+        let is_its = |chain: &usize| self.namespaces[*chain] == id;
+        let its: HashSet<BlockKey> = (0..self.chains.len())
+            .filter(is_its)
+            .flat_map(|chain| &self.chains[chain])
+            .filter(|key| of(**key).is_none_or(|of| of == id))
+            .copied()
+            .collect();
+        let others = |index: &Index| index.blocks().filter(|(_, b)| index.namespaces.of(b.namespace).id != id).count();
+        let before = (self.committed.clone(), others(index));
+        self.committed.retain(|key| !its.contains(key));
+        self.shard().reset_namespace(id);
+        self.shard().cache().check();
+        assert_eq!(others(&self.shard().cache().index), before.1, "others are forgotten with namespace {id}");
+        for _ in 0..2_000 {
+            if self.shard().is_reset() {
+                return;
+            }
+            self.now_ns += 10_000;
+            self.poll_once();
+        }
+        self.committed.extend(before.0);
     }
 
     /// Ends every session; then nothing may be left: no lease, no slot that neither is free nor holds a

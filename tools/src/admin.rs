@@ -6,7 +6,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvring_ipc::config::CLIENT_SETTINGS;
 use kvring_ipc::handshake::{ChannelError, Reply, Request, ask};
-use kvring_ipc::key::BlockKey;
+use kvring_ipc::key::{BlockKey, Namespace};
 use serde_json::{Value, json};
 
 use crate::Outcome;
@@ -103,6 +103,9 @@ pub struct BlocksArgs {
     /// Only those in this tier: dram or ssd
     #[arg(long, value_parser = ["dram", "ssd"])]
     tier: Option<String>,
+    /// Only those of this namespace: its id, or its parts (model=, lora=, cache_salt=, tenant=), each with a flag of its own
+    #[arg(long, value_name = "ID|PART=TEXT")]
+    namespace: Vec<String>,
     /// At most this many
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true)]
     limit: usize,
@@ -118,6 +121,7 @@ pub fn blocks(args: &BlocksArgs) -> Outcome {
     use std::io::Write;
     let socket = args.settings.load()?.config.socket;
     let key = args.key.map(|key| key.to_string());
+    let namespace = namespace_of(&args.namespace)?.map(|id| id.to_string());
     let (mut from, mut left) = (0, args.limit);
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     if !args.json {
@@ -130,7 +134,8 @@ pub fn blocks(args: &BlocksArgs) -> Outcome {
     loop {
         let mut answer = administer(&socket, &Request::Blocks { from, key: key.clone() })?;
         for block in answer["blocks"].as_array_mut().into_iter().flatten() {
-            if left == 0 || args.tier.as_ref().is_some_and(|tier| block[tier].is_null()) {
+            let is_other = namespace.as_ref().is_some_and(|id| block["namespace"] != id.as_str());
+            if left == 0 || is_other || args.tier.as_ref().is_some_and(|tier| block[tier].is_null()) {
                 continue;
             }
             left -= 1;
@@ -161,6 +166,91 @@ pub fn blocks(args: &BlocksArgs) -> Outcome {
     out.flush()?;
     if left == args.limit && args.key.is_some() {
         return Err("there is no such block: `kvring explain --key` says what became of it".into());
+    }
+    Ok(())
+}
+
+/// The id of a namespace, as it is, or of what it is made.
+fn namespace_of(words: &[String]) -> Result<Option<BlockKey>, String> {
+    if let [id] = words
+        && let Some(id) = BlockKey::from_hex(id)
+    {
+        return Ok(Some(id));
+    }
+    let mut namespace = Namespace::default();
+    for word in words {
+        namespace = match word.split_once('=') {
+            Some(("model", text)) => namespace.model(text),
+            Some(("lora", text)) => namespace.lora(text),
+            Some(("cache_salt", text)) => namespace.cache_salt(text),
+            Some(("tenant", text)) => namespace.tenant(text),
+            _ => {
+                return Err(format!(
+                    "--namespace {word:?}: expected an id of 32 hexadecimal digits (`kvring namespaces` lists them), or model=, lora=, cache_salt= or tenant= and a text"
+                ));
+            }
+        };
+    }
+    Ok((!words.is_empty()).then(|| namespace.id()))
+}
+
+/// Arguments of `kvring namespaces`.
+#[derive(Args)]
+#[command(after_help = "\
+A namespace is what separates keys that must never meet: model, LoRA adapter, cache salt, tenant. Its id is a hash of these. \
+Zeros: blocks of instances that name none, and of namespaces beyond the first 1,023.")]
+pub struct NamespacesArgs {
+    /// Only this one: its id, or its parts (model=, lora=, cache_salt=, tenant=), each with a flag of its own
+    #[arg(long, value_name = "ID|PART=TEXT")]
+    namespace: Vec<String>,
+    /// Print JSON: one object a line
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// All namespaces that a server knows, those with the most blocks first.
+pub fn namespaces_of(socket: &std::path::Path) -> Result<Vec<Value>, String> {
+    let (mut all, mut from) = (Vec::new(), 0);
+    loop {
+        let mut answer = administer(socket, &Request::Namespaces { from })?;
+        all.append(answer["namespaces"].as_array_mut().unwrap_or(&mut Vec::new()));
+        match answer["next"].as_u64() {
+            Some(next) => from = next as u32,
+            None => break,
+        }
+    }
+    all.sort_by_key(|namespace| std::cmp::Reverse(namespace["blocks"].as_u64()));
+    Ok(all)
+}
+
+/// Lists namespaces.
+pub fn namespaces(args: &NamespacesArgs) -> Outcome {
+    let socket = args.settings.load()?.config.socket;
+    let chosen = namespace_of(&args.namespace)?.map(|id| id.to_string());
+    let all = namespaces_of(&socket)?;
+    let mut shown: Vec<_> =
+        all.iter().filter(|one| chosen.as_ref().is_none_or(|id| one["namespace"] == id.as_str())).collect();
+    if let (Some(id), true) = (&chosen, shown.is_empty()) {
+        return Err(format!("nothing is known of namespace {id}").into());
+    }
+    // Everybody's who names none, which mostly is nobody.
+    shown.retain(|one| chosen.is_some() || ["blocks", "hit_blocks", "evicted_blocks"].iter().any(|of| one[of] != 0));
+    if !args.json {
+        println!("{:<32}  {:>10}  {:>14}  {:>14}", "namespace", "blocks", "blocks found", "blocks evicted");
+    }
+    for one in shown {
+        match args.json {
+            true => println!("{one}"),
+            false => println!(
+                "{:<32}  {:>10}  {:>14}  {:>14}",
+                one["namespace"].as_str().unwrap_or_default(),
+                one["blocks"],
+                one["hit_blocks"],
+                one["evicted_blocks"]
+            ),
+        }
     }
     Ok(())
 }
@@ -268,16 +358,25 @@ pub struct ResetArgs {
     /// Yes: every instance's blocks
     #[arg(long)]
     all: bool,
+    /// The blocks of this namespace: its id, or its parts (model=, lora=, cache_salt=, tenant=), each with a flag of its own
+    #[arg(long, value_name = "ID|PART=TEXT", conflicts_with = "all")]
+    namespace: Vec<String>,
     #[command(flatten)]
     settings: Settings,
 }
 
-/// Forgets everything.
+/// Forgets everything, or a namespace.
 pub fn reset(args: &ResetArgs) -> Outcome {
-    if !args.all {
-        return Err("a reset forgets the blocks of every instance: say --all if that is meant".into());
+    let namespace = namespace_of(&args.namespace)?;
+    if !args.all && namespace.is_none() {
+        return Err("a reset forgets the blocks of every instance: say --all if that is meant, or --namespace".into());
     }
     let socket = args.settings.load()?.config.socket;
+    if let Some(id) = namespace {
+        let blocks = kvring_ipc::instance::reset_namespace(&socket, id)?;
+        println!("{blocks} blocks of namespace {id} forgotten, on the SSD too");
+        return Ok(());
+    }
     stats(&socket)?;
     let blocks = kvring_ipc::instance::reset(&socket)?;
     println!("{blocks} blocks forgotten, on the SSD too");

@@ -50,11 +50,13 @@ enum Command {
     Config(admin::ConfigArgs),
     /// List the blocks that are known, or say where one is.
     Blocks(admin::BlocksArgs),
+    /// List the namespaces: how many blocks each has, and how many were found.
+    Namespaces(admin::NamespacesArgs),
     /// Take no more stores and write what is not on the SSD yet, before a stop or a move.
     Drain(admin::DrainArgs),
     /// Have blocks leave a tier, those that the policy would take next; or one block and all that continues it.
     Evict(admin::EvictArgs),
-    /// Forget every block, on the SSD too.
+    /// Forget every block, or those of a namespace, on the SSD too.
     Reset(admin::ResetArgs),
     /// Stop a running server: what is being written is finished.
     Stop(admin::AdminArgs),
@@ -95,6 +97,7 @@ fn main() -> std::process::ExitCode {
         Command::Trace(args) => observe::trace::trace(&args),
         Command::Config(args) => admin::config(&args),
         Command::Blocks(args) => admin::blocks(&args),
+        Command::Namespaces(args) => admin::namespaces(&args),
         Command::Drain(args) => admin::drain(&args),
         Command::Evict(args) => admin::evict(&args),
         Command::Reset(args) => admin::reset(&args),

@@ -32,6 +32,7 @@ use crate::device::spdk::{self, Spdk};
 use crate::device::uring::{self, Finds, RingOptions, Uring, UringError};
 use crate::device::{Device, DeviceMemory};
 use crate::dma::{self, PoolError, PoolMemory};
+use crate::index::namespaces::Namespace;
 use crate::index::{Block, IndexOptions, Place, Tier};
 use crate::limits::{SECTOR_BYTES, SESSIONS_MAX};
 use crate::metrics::Metrics;
@@ -91,6 +92,8 @@ pub enum ToShard {
     Bear(u32, std::ops::Range<u32>),
     /// Forget every block; the number names whoever asked.
     Reset(u64),
+    /// Forget every block of the namespace with this id; the number names whoever asked.
+    ResetNamespace(u64, BlockKey),
     /// Slots of the SSD that have sound headers.
     FoundOnDisk(HeaderPiece),
     /// Not all headers of a device could be read: what they say is not known.
@@ -126,6 +129,11 @@ pub enum AdminOp {
     Block {
         /// Its key.
         key: BlockKey,
+    },
+    /// Some namespaces, from this number on.
+    Namespaces {
+        /// Where.
+        from: u32,
     },
     /// Have blocks leave a tier.
     Evict {
@@ -372,6 +380,8 @@ pub enum FromShard {
     },
     /// What an operator has asked for is done.
     Admin(u64, serde_json::Value),
+    /// It cannot be done now, and why.
+    Refused(u64, &'static str),
     /// What the SSD held is known.
     Recovered(Recovered),
     /// A piece of the pool could not be registered: its slots are not used.
@@ -982,6 +992,11 @@ struct Runner {
     _locks: Vec<std::fs::File>,
 }
 
+fn describe_namespace(namespace: &Namespace) -> serde_json::Value {
+    let Namespace { id, blocks, hits, evicted } = namespace;
+    serde_json::json!({"namespace": id.to_string(), "blocks": blocks, "hit_blocks": hits, "evicted_blocks": evicted})
+}
+
 /// How long a reset waits for the devices.
 const RESET_NS_MAX: u64 = 5_000_000_000;
 
@@ -1055,6 +1070,15 @@ impl Runner {
                 let blocks = self.shard.reset();
                 self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
             }
+            ToShard::ResetNamespace(asked_by, _) if self.shard.cache().is_recovering() => {
+                let why =
+                    "what the last server left on the SSD is being read: ask again when `kvring stat` says that it was";
+                let _ = self.to_control.send(FromShard::Refused(asked_by, why));
+            }
+            ToShard::ResetNamespace(asked_by, id) => {
+                let blocks = self.shard.reset_namespace(id);
+                self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
+            }
             ToShard::FoundOnDisk(piece) => self.shard.found_on_disk(piece),
             ToShard::DiskUnread(device) => self.shard.disk_was_not_read(device),
             ToShard::DiskRead => self.shard.disk_was_read(),
@@ -1101,6 +1125,14 @@ impl Runner {
                 let found = index.find(key).map(|id| self.describe(index.block(id)));
                 serde_json::json!({"blocks": found.into_iter().collect::<Vec<_>>(), "next": null})
             }
+            AdminOp::Namespaces { from } => {
+                let all = self.shard.cache().index.namespaces.all();
+                let some = all.iter().skip(from as usize).take(PLACES_PER_ANSWER as usize);
+                let some: Vec<_> = some.map(describe_namespace).collect();
+                let next = from.saturating_add(PLACES_PER_ANSWER);
+                let next = ((next as usize) < all.len()).then_some(next);
+                serde_json::json!({"namespaces": some, "next": next})
+            }
             AdminOp::Evict { tier, count } => {
                 let asked = count.min(EVICTIONS_PER_ANSWER);
                 let evicted = self.shard.evict(tier, asked);
@@ -1127,6 +1159,7 @@ impl Runner {
         serde_json::json!({
             "key": block.key.to_string(),
             "parent": parent,
+            "namespace": self.shard.cache().index.namespaces.of(block.namespace).id.to_string(),
             "depth": block.depth,
             "dram": place(Tier::Host),
             "ssd": place(Tier::Disk),

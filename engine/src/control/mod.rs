@@ -571,7 +571,12 @@ impl Server {
                 self.reply(number, &refusal.into_reply());
                 self.drop_if_no_session(number);
             }
-            Request::Blocks { .. } | Request::Evict { .. } | Request::Forget { .. } | Request::Drain { .. } => {
+            Request::Blocks { .. }
+            | Request::Namespaces { .. }
+            | Request::ResetNamespace { .. }
+            | Request::Evict { .. }
+            | Request::Forget { .. }
+            | Request::Drain { .. } => {
                 if let Err(refusal) = self.administer(number, &request) {
                     self.reply(number, &refusal.into_reply());
                     self.drop_if_no_session(number);
@@ -653,6 +658,15 @@ impl Server {
         let op = match request {
             Request::Blocks { key: Some(text), .. } => AdminOp::Block { key: key(text)? },
             Request::Blocks { from, .. } => AdminOp::Blocks { from: *from },
+            Request::Namespaces { from } => AdminOp::Namespaces { from: *from },
+            Request::ResetNamespace { namespace } => {
+                let id = key(namespace)?;
+                return self.tell_shard(
+                    number,
+                    ToShard::ResetNamespace(number, id),
+                    Some(format!("reset of namespace {id}")),
+                );
+            }
             Request::Evict { tier, blocks } => AdminOp::Evict {
                 tier: match tier.as_str() {
                     "dram" => Tier::Host,
@@ -665,21 +679,24 @@ impl Server {
             Request::Drain { on } => AdminOp::Drain { on: *on },
             _ => return Ok(()),
         };
+        let is_question = matches!(op, AdminOp::Blocks { .. } | AdminOp::Block { .. } | AdminOp::Namespaces { .. });
+        // Asking again how far a drain has come is no news.
+        let is_known = matches!(op, AdminOp::Drain { on } if self.engine.is_some() && std::mem::replace(&mut self.draining, on) == on);
+        let news = (!is_question && !is_known).then(|| format!("{op:?}"));
+        self.tell_shard(number, ToShard::Admin(number, op), news)
+    }
+
+    /// The shard answers later; what changes anything is logged.
+    fn tell_shard(&mut self, number: u64, message: ToShard, news: Option<String>) -> Result<(), Refusal> {
         let Some(engine) = &self.engine else {
             return Err(Refusal::for_now("there is nothing yet: no worker has attached".into()));
         };
-        engine.tell(ToShard::Admin(number, op));
+        engine.tell(message);
         if let Some(connection) = self.connections.get_mut(&number) {
             connection.awaits_shard = true;
-            // Asking again how far a drain has come is no news.
-            let is_news = !matches!(op, AdminOp::Blocks { .. } | AdminOp::Block { .. })
-                && !matches!(op, AdminOp::Drain { on } if std::mem::replace(&mut self.draining, on) == on);
-            if is_news {
-                tracing::info!(
-                    "process {} (user {}) asks: {op:?}",
-                    connection.peer.pid.as_raw_nonzero(),
-                    connection.peer.uid
-                );
+            if let Some(news) = news {
+                let (pid, uid) = (connection.peer.pid.as_raw_nonzero(), connection.peer.uid);
+                tracing::info!("process {pid} (user {uid}) asks: {news}");
             }
         }
         Ok(())
@@ -946,6 +963,13 @@ impl Server {
                         Turn::Back => tracing::info!("back: {name}"),
                         Turn::None => {}
                     }
+                }
+                FromShard::Refused(asked_by, why) => {
+                    self.reply(asked_by, &Refusal::for_now(why.into()).into_reply());
+                    if let Some(connection) = self.connections.get_mut(&asked_by) {
+                        connection.awaits_shard = false;
+                    }
+                    self.drop_if_no_session(asked_by);
                 }
                 FromShard::Admin(asked_by, done) => {
                     self.reply(asked_by, &Reply::Admin(done));

@@ -10,6 +10,7 @@
 //! each goes as soon as nothing holds it.
 
 pub mod evict;
+pub mod namespaces;
 pub mod table;
 
 use kvring_ipc::events::{Event, EventLog};
@@ -18,6 +19,7 @@ use kvring_ipc::recorder::{Recorder, What};
 
 use crate::planted::{self, Bug};
 use evict::Evict;
+use namespaces::Namespaces;
 use table::Table;
 
 /// A place in the block table.
@@ -79,6 +81,8 @@ pub struct Block {
     pub depth: u32,
     slots: [u32; 2],
     presence: [Presence; 2],
+    /// Its number: see [`Namespaces`].
+    pub namespace: u16,
     /// Children that are ready in each tier.
     children: [u32; 2],
     /// Leases that end at this block.
@@ -132,6 +136,7 @@ const VACANT: Block = Block {
     depth: 0,
     slots: [0; 2],
     presence: [Presence::Absent; 2],
+    namespace: 0,
     children: [0; 2],
     leases: 0,
     pins: 0,
@@ -153,6 +158,8 @@ pub struct Index {
     pub next_slot: u32,
     /// Slots of blocks that were let go, for their owners to take back.
     pub dropped_slots: Vec<(Tier, u32)>,
+    /// Which blocks belong together.
+    pub namespaces: Namespaces,
     /// Tells whoever listens what can be matched.
     pub log: Option<EventLog>,
     /// Remembers what became of blocks, for whoever asks why one is not there.
@@ -188,6 +195,7 @@ impl Index {
             evict: [evict(options.host_slots), evict(options.disk_slots)],
             next_slot: 0,
             dropped_slots: Vec::with_capacity(options.host_slots as usize + options.disk_slots as usize),
+            namespaces: Namespaces::new(),
             log: None,
             recorder: Recorder::default(),
         }
@@ -241,8 +249,20 @@ impl Index {
         found.map(|id| (id, low))
     }
 
-    /// A match ended at this block.
-    pub fn touch(&mut self, id: BlockId) {
+    /// The key that the block's header has as its parent: at depth 0 the namespace's id.
+    pub fn parent_key(&self, id: BlockId) -> BlockKey {
+        let block = self.block(id);
+        block.parent().map_or_else(|| self.namespaces.of(block.namespace).id, |parent| self.block(parent).key)
+    }
+
+    /// A match of so many blocks ended at this block.
+    pub fn hit(&mut self, id: BlockId, count: u32) {
+        let namespace = self.block(id).namespace;
+        self.namespaces.of_mut(namespace).hits += u64::from(count);
+        self.touch(id);
+    }
+
+    fn touch(&mut self, id: BlockId) {
         for tier in [Tier::Host, Tier::Disk] {
             if self.block(id).place(tier).ready().is_some() {
                 self.evict[tier as usize].touch(id);
@@ -267,10 +287,22 @@ impl Index {
         self.blocks.len() as u32
     }
 
+    /// Adds the first block of a chain, of a namespace. `None` if the table is full.
+    pub fn begin_chain(&mut self, key: BlockKey, namespace: BlockKey) -> Option<BlockId> {
+        let id = self.insert(key, None, 0)?;
+        let number = self.namespaces.number_of(namespace);
+        self.namespaces.of_mut(0).blocks -= 1;
+        self.namespaces.of_mut(number).blocks += 1;
+        self.block_mut(id).namespace = number;
+        Some(id)
+    }
+
     /// Adds a block that no key finds yet, after `parent`. `None` if the table is full.
     pub fn insert(&mut self, key: BlockKey, parent: Option<BlockId>, depth: u32) -> Option<BlockId> {
         let id = BlockId(self.free.pop()?);
-        let mut block = Block { key, depth, in_use: true, ..VACANT };
+        let namespace = parent.map_or(0, |parent| self.block(parent).namespace);
+        self.namespaces.of_mut(namespace).blocks += 1;
+        let mut block = Block { key, depth, namespace, in_use: true, ..VACANT };
         if let Some(parent) = parent {
             let sibling = self.block(parent).first_child;
             (block.parent, block.next_sibling) = (parent.0, sibling);
@@ -384,6 +416,19 @@ impl Index {
             .fold(0, |count, id| count + if is_root(&self.blocks[id as usize]) { self.detach(BlockId(id)) } else { 0 })
     }
 
+    /// Forgets a namespace. Says how many blocks no key finds any more.
+    pub fn detach_namespace(&mut self, number: u16) -> u32 {
+        let is_root =
+            |block: &Block| block.in_use && !block.detached && block.parent == NONE && block.namespace == number;
+        (0..self.blocks.len() as u32)
+            .fold(0, |count, id| count + if is_root(&self.blocks[id as usize]) { self.detach(BlockId(id)) } else { 0 })
+    }
+
+    /// Blocks that are forgotten, and that somebody holds yet.
+    pub fn detached(&self) -> impl Iterator<Item = &Block> {
+        self.blocks.iter().filter(|block| block.in_use && block.detached)
+    }
+
     fn is_complete(&self, id: BlockId) -> bool {
         let block = self.block(id);
         !block.detached && (block.is_ready(0) || block.is_ready(1))
@@ -454,7 +499,8 @@ impl Index {
     }
 
     fn free_block(&mut self, id: BlockId) {
-        let Block { parent, prev_sibling, next_sibling, .. } = *self.block(id);
+        let Block { parent, prev_sibling, next_sibling, namespace, .. } = *self.block(id);
+        self.namespaces.of_mut(namespace).blocks -= 1;
         match prev_sibling {
             NONE if parent != NONE => self.blocks[parent as usize].first_child = next_sibling,
             NONE => {}
@@ -537,7 +583,8 @@ impl Index {
         let block = self.block(id);
         if is_gone {
             // A leaf without lease or pin, by `may_leave`: it goes at once.
-            let Block { key, detached, visible, .. } = *block;
+            let Block { key, detached, visible, namespace, .. } = *block;
+            self.namespaces.of_mut(namespace).evicted += 1;
             if !detached {
                 self.table.remove(key, id);
             }
@@ -613,10 +660,11 @@ impl Index {
     /// # Panics
     /// If one is broken.
     pub fn check(&self) {
-        let mut in_use = 0;
+        let (mut in_use, mut namespaces) = (0, vec![0; self.namespaces.all().len()]);
         for (at, block) in self.blocks.iter().enumerate().filter(|(_, block)| block.in_use) {
             let id = BlockId(at as u32);
             in_use += 1;
+            namespaces[usize::from(block.namespace)] += 1;
             let mut children = [0, 0];
             let mut child = block.first_child;
             while child != NONE {
@@ -629,6 +677,7 @@ impl Index {
             }
             assert_eq!(children, block.children, "counted children are the children");
             if let Some(parent) = block.parent() {
+                assert_eq!(block.namespace, self.block(parent).namespace, "a chain is of one namespace");
                 assert!(!block.visible || self.block(parent).visible, "a visible block has a visible parent");
                 assert!(block.detached || !self.block(parent).detached, "what continues a detached block is detached");
             }
@@ -648,6 +697,8 @@ impl Index {
             );
         }
         assert_eq!(in_use, self.count());
+        let counted: Vec<u32> = self.namespaces.all().iter().map(|namespace| namespace.blocks).collect();
+        assert_eq!(namespaces, counted, "blocks of each namespace");
     }
 }
 

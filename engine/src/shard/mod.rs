@@ -27,7 +27,7 @@ use kvring_ipc::wire::{
     BATCH_BLOCKS_MAX, Completion, GRANTS_PER_ENTRY, Grant, LeaseId, Op, Span, Status, Submission, Tag,
 };
 
-use crate::cache::{Cache, Found, NoParent, Reserve, WriteBack};
+use crate::cache::{Cache, Found, NoParent, Parent, Reserve, WriteBack};
 use crate::checksum;
 use crate::control::verify::{Survey, Surveyed};
 use crate::device::{Device, Direction, Done, Io, Region};
@@ -371,6 +371,13 @@ impl<D: Device> Shard<D> {
     pub fn reset(&mut self) -> u32 {
         self.cache.index.recorder.serves = (OPERATOR, 0);
         let count = self.cache.reset();
+        self.metrics.blocks_forgotten_count.add(u64::from(count));
+        count
+    }
+    /// Forgets the blocks of a namespace. Says how many.
+    pub fn reset_namespace(&mut self, id: BlockKey) -> u32 {
+        self.cache.index.recorder.serves = (OPERATOR, 0);
+        let count = self.cache.reset_namespace(id);
         self.metrics.blocks_forgotten_count.add(u64::from(count));
         count
     }
@@ -1096,7 +1103,7 @@ impl<D: Device> Shard<D> {
                 self.cache.index.recorder.block(What::Dropped, key, why as u8, 0);
             }
             // What follows a block that is not there has no parent.
-            parent = block.map(Some).ok_or(NoParent);
+            parent = block.map(Parent::Block).ok_or(NoParent);
             let (status, grant) = match reserve {
                 Reserve::Slot(grant) => (Status::Ok, Some(grant)),
                 Reserve::Present => (Status::Present, None),

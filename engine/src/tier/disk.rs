@@ -339,8 +339,7 @@ impl DiskSlots {
             if block.is_detached() || block.place(Tier::Disk) != Place::Ready(slot) {
                 continue;
             }
-            let parent = block.parent().map(|parent| index.block(parent).key).unwrap_or_default();
-            let header = self.header(slot, block.key, parent, block.depth);
+            let header = self.header(slot, block.key, index.parent_key(id), block.depth);
             let offset = u64::from(local) * HEADER_BYTES;
             self.headers[device].image.copy_in(offset as usize, bytemuck::bytes_of(&header));
         }
@@ -354,6 +353,12 @@ impl DiskSlots {
             self.clear_when_read = true;
             return;
         }
+        self.rewrite_headers();
+    }
+
+    /// Writes every header anew, of what the index has then: a restart finds nothing else, once
+    /// [`DiskSlots::is_cleared`]. Not while the devices are read.
+    pub fn rewrite_headers(&mut self) {
         for device in &mut self.headers {
             for index in 0..device.sectors.len() {
                 // What is empty there stays so, unless something is on its way.
@@ -361,9 +366,8 @@ impl DiskSlots {
                 if !held && device.sectors[index] == Sector::Clean && !device.uncleared[index] {
                     continue;
                 }
-                if device.made[index] {
-                    device.image.copy_in(index * SECTOR_BYTES as usize, &NOTHING);
-                }
+                device.image.copy_in(index * SECTOR_BYTES as usize, &NOTHING);
+                device.made[index] = false;
                 device.uncleared_count += u32::from(!std::mem::replace(&mut device.uncleared[index], true));
                 device.queue(index as u32);
             }

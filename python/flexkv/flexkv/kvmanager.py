@@ -306,7 +306,7 @@ class KVManager:
         if task.is_get:
             message["lease"] = [task.lease.id, task.lease.expires_at_ns]
         else:
-            message["parent"] = task.keys.parent(task.first).hex()
+            message["parent"] = task.keys.before(task.first).hex()
         told = self._hub.tell(message) if self._hub else set()
         for rank in self._ranks - told:
             self._heard_of(rank, task_id, range(blocks))

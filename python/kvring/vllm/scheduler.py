@@ -245,7 +245,7 @@ class SchedulerSide:
             self._events.are_offered(tracked.request, tracked.keys, first, blocks)
         ticket, keys = next(self._tickets), tracked.keys
         request_id = tracked.request.request_id
-        step.stores.append(StoreSpec(request_id, ticket, keys.parent(first), first, keys.slice(first, blocks), pages))
+        step.stores.append(StoreSpec(request_id, ticket, keys.before(first), first, keys.slice(first, blocks), pages))
         self._last_store = time.monotonic()
         if not self.saves_end_with_step:
             tracked.tickets[ticket] = self._ranks

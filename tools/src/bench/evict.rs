@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use kvring_engine::cache::{Cache, Reserve};
+use kvring_engine::cache::{Cache, Parent, Reserve};
 use kvring_engine::device::sim::Chance;
 use kvring_engine::index::IndexOptions;
 use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
@@ -48,14 +48,15 @@ fn one(run: &Run, size: u32, policy: kvring_ipc::config::EvictionPolicy) -> f64 
         let key = |depth: u32| {
             BlockKey::from_words([number << 20 | u64::from(depth), number.wrapping_mul(0x9e37_79b9_7f4a_7c15)])
         };
-        let mut parent = None;
+        let mut parent = Parent::Namespace(BlockKey::default());
         for depth in 0..CHAIN {
             cache.index.prefetch(key(depth + 1));
             let (reserve, block) = cache.reserve(key(depth), parent, depth, writer, true);
             if let Reserve::Slot(grant) = reserve {
                 let _ = cache.commit(grant, writer);
             }
-            parent = block;
+            let Some(block) = block else { break };
+            parent = Parent::Block(block);
         }
     };
     let mut touch = |cache: &mut Cache, below: u64| {

@@ -90,9 +90,14 @@ pub fn read(path: &Path, limit: usize) -> Result<Vec<TraceRequest>, TraceError> 
     Ok(requests)
 }
 
+/// Where replays keep their blocks.
+pub fn namespace() -> Namespace {
+    Namespace::default().model("replay")
+}
+
 /// The keys of a request's blocks: its hash ids taken as the blocks' tokens.
 pub fn keys(request: &TraceRequest) -> Vec<BlockKey> {
-    let mut parent = Namespace::default().model("replay").root();
+    let mut parent = namespace().root();
     let key = |id: &u64| {
         parent = next_key(parent, &[*id as u32, (*id >> 32) as u32], &[]);
         parent

@@ -269,7 +269,7 @@ impl Replay {
     }
 
     fn store(&mut self, keys: &[BlockKey], from: usize) {
-        let mut parent = if from == 0 { BlockKey::default() } else { keys[from - 1] };
+        let mut parent = if from == 0 { super::trace::namespace().id() } else { keys[from - 1] };
         for (chunk, first) in keys[from..].chunks(CHUNK).zip((from..).step_by(CHUNK)) {
             let blocks: Vec<usize> = (0..chunk.len()).collect();
             let mut makes = Duration::ZERO;
