@@ -92,3 +92,75 @@ fn a_drained_server_takes_no_store_serves_what_it_has_and_loses_nothing() {
     assert_eq!(place.metric("ssd_recovered_blocks_count"), 70);
     assert_eq!(store(&mut agent, &chain("c", 5)), 5);
 }
+
+#[test]
+fn a_namespace_is_counted_and_forgotten_by_itself_after_a_crash_too() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64"]);
+    let mut agent = place.agent(0, &[]);
+    let namespace = |name: &str| Namespace::default().model("m").tenant(name);
+    let keys = |name: &str, blocks: u32| namespace(name).keys(&(0..blocks).collect::<Vec<_>>(), 1);
+    let put = |agent: &mut DirectAgent<HostMemory>, name: &str, blocks: u32| {
+        let keys = keys(name, blocks);
+        let all: Vec<usize> = (0..keys.len()).collect();
+        let fill = |memory: &mut HostMemory, index: usize| bytes::fill(keys[index], 0, memory.block_mut(index));
+        // As an engine does: first the beginning, then what follows it.
+        let (some, rest) = all.split_at(all.len() / 2);
+        let begun = agent.store(namespace(name).id(), 0, &keys[..some.len()], some, fill).blocks_stored;
+        let compute = |memory: &mut HostMemory, index: usize| {
+            bytes::fill(keys[some.len() + index], 0, memory.block_mut(some.len() + index));
+        };
+        begun + agent.store(keys[some.len() - 1], some.len() as u32, &keys[some.len()..], rest, compute).blocks_stored
+    };
+    assert_eq!(put(&mut agent, "a", 20), 20);
+    assert_eq!(put(&mut agent, "b", 30), 30);
+    assert_eq!(store(&mut agent, &chain("nobody's", 5)), 5);
+    assert_eq!(load(&mut agent, &keys("b", 30)), 30);
+
+    let listed = || -> Vec<serde_json::Value> {
+        let (good, said) = say(&place, &["namespaces", "--json"]);
+        assert!(good, "{said}");
+        said.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let counts = |of: &[serde_json::Value]| -> Vec<(String, u64, u64)> {
+        let count = |one: &serde_json::Value, what: &str| one[what].as_u64().unwrap();
+        let text = |one: &serde_json::Value| one["namespace"].as_str().unwrap().to_string();
+        of.iter().map(|one| (text(one), count(one, "blocks"), count(one, "hit_blocks"))).collect()
+    };
+    let id = |name: &str| namespace(name).id().to_string();
+    // `load` matches twice.
+    let expected = [(id("b"), 30, 60), (id("a"), 20, 0), ("0".repeat(32), 5, 0)];
+    assert_eq!(counts(&listed()), expected);
+    let lines = |arguments: &[&str]| say(&place, arguments).1.lines().count();
+    assert_eq!(lines(&["blocks", "--json", "--namespace", "tenant=a", "--namespace", "model=m"]), 20);
+    assert_eq!(lines(&["blocks", "--json", "--namespace", &id("b")]), 30);
+    for (arguments, said) in [
+        (&["reset"][..], "--namespace"),
+        (&["reset", "--namespace", "a"], "32 hexadecimal digits"),
+        (&["reset", "--namespace", "user=a"], "tenant="),
+        (&["namespaces", "--namespace", "tenant=nobody"], "nothing is known"),
+    ] {
+        let (good, told) = say(&place, arguments);
+        assert!(!good && told.contains(said), "{arguments:?}: {told}");
+    }
+
+    // What is on the SSD, in use by a lease, and in the pool: none of it is found again.
+    say(&place, &["drain"]);
+    say(&place, &["drain", "--undo"]);
+    assert!(agent.match_prefix(&keys("a", 20)).lease.is_some(), "held while it is forgotten");
+    let (good, said) = say(&place, &["reset", "--namespace", "model=m", "--namespace", "tenant=a"]);
+    assert!(good && said.contains("20 blocks of namespace"), "{said}");
+    assert_eq!((load(&mut agent, &keys("a", 20)), load(&mut agent, &keys("b", 30))), (0, 30));
+    // The engine process dies: the pool is kept. Then all do.
+    signal(place.server_pid(), rustix::process::Signal::KILL);
+    eventually("served from the pool", || load(&mut agent, &keys("b", 30)) == 30);
+    assert_eq!((load(&mut agent, &keys("a", 20)), load(&mut agent, &chain("nobody's", 5))), (0, 5));
+    assert_eq!(place.metric("dram_recovered_blocks_count"), 35);
+    place.kill_all();
+    eventually("served from the SSD", || load(&mut agent, &keys("b", 30)) == 30);
+    eventually("all of it was read", || place.metric("ssd_recovered_blocks_count") == 35);
+    assert_eq!(load(&mut agent, &keys("a", 20)), 0);
+    let known: Vec<_> = counts(&listed()).into_iter().map(|(id, blocks, _)| (id, blocks)).collect();
+    assert_eq!(known, [(id("b"), 30), ("0".repeat(32), 5)], "namespaces are known after a crash");
+    assert_eq!(put(&mut agent, "a", 20), 20, "and it may be stored anew");
+}

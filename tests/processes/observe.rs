@@ -184,6 +184,9 @@ fn prometheus_reads_what_happened_and_the_dashboard_asks_for_nothing_else() {
         name.starts_with("kvring_session_commit_blocks_total{instance_id=\"2\",rank=\"0\"") && *value == 40.0
     });
     assert!(of_session, "{body}");
+    let nobody = "0".repeat(32);
+    assert_eq!(value(&format!("kvring_namespace_blocks{{namespace=\"{nobody}\"}}")), 40.0);
+    assert_eq!(value(&format!("kvring_namespace_hit_blocks_total{{namespace=\"{nobody}\"}}")), 80.0);
     // A histogram's buckets add up, and the last has all.
     let buckets: Vec<f64> = metrics
         .iter()

@@ -325,8 +325,9 @@ impl World {
             tokens.push(these);
         }
         // Chains that begin alike are of one namespace.
-        let namespace =
-            |tokens: &[u32]| Namespace::default().tenant(if tokens[0] / 1000 % 2 == 0 { "even" } else { "odd" });
+        let namespace = |tokens: &[u32]| {
+            Namespace::default().tenant(if (tokens[0] / 1000).is_multiple_of(2) { "even" } else { "odd" })
+        };
         self.chains = tokens.iter().map(|tokens| namespace(tokens).keys(tokens, 1)).collect();
         self.namespaces = tokens.iter().map(|tokens| namespace(tokens).id()).collect();
     }

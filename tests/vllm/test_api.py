@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -57,9 +58,12 @@ def test_a_block_comes_back_whatever_the_strides(settings: dict[str, object], or
     chain = kvring.KeyChain(kvring.namespace_root([("model", "m")]), 16)
     chain.extend(list(range(16 * 5 + 3)))
     assert len(chain) == 5
-    storing.store(1, b"", 0, chain.keys, [5, 0, 7, 2, 1])
+    storing.store(1, chain.before(0), 0, chain.keys, [5, 0, 7, 2, 1])
     assert ended(storing, 1).missed == []
     assert storing.counters()["blocks_stored"] == 5
+    # An operator, who knows what the namespace is made of, finds its blocks.
+    command = ["kvring", "namespaces", "--json", "--namespace", "model=m", "--socket", settings["server_recv_port"]]
+    assert json.loads(subprocess.check_output(list(map(str, command)), text=True))["blocks"] == 5
 
     token = kvring.new_token()
     memory = kvring.Memory([kvring.Group(theirs)])

@@ -1,5 +1,6 @@
 //! `kvring blocks`, `drain`, `evict`, `reset`, `kvring config`, `kvring stop`, `kvring upgrade` and `kvring verify`: questions to a running server.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -86,8 +87,12 @@ pub fn config(args: &ConfigArgs) -> Outcome {
     Ok(())
 }
 
-fn administer(socket: &std::path::Path, request: &Request) -> Result<Value, String> {
-    match ask(socket, request, PATIENCE).map_err(|error| explained(error, socket))? {
+fn administer(socket: &Path, request: &Request) -> Result<Value, String> {
+    administer_within(PATIENCE, socket, request)
+}
+
+fn administer_within(patience: Duration, socket: &Path, request: &Request) -> Result<Value, String> {
+    match ask(socket, request, patience).map_err(|error| explained(error, socket))? {
         Reply::Admin(answer) => Ok(answer),
         Reply::Refused { reason, .. } => Err(reason),
         reply => Err(format!("an unexpected answer: {reply:?}")),
@@ -211,10 +216,10 @@ pub struct NamespacesArgs {
 }
 
 /// All namespaces that a server knows, those with the most blocks first.
-pub fn namespaces_of(socket: &std::path::Path) -> Result<Vec<Value>, String> {
+pub fn namespaces_of(socket: &Path, patience: Duration) -> Result<Vec<Value>, String> {
     let (mut all, mut from) = (Vec::new(), 0);
     loop {
-        let mut answer = administer(socket, &Request::Namespaces { from })?;
+        let mut answer = administer_within(patience, socket, &Request::Namespaces { from })?;
         all.append(answer["namespaces"].as_array_mut().unwrap_or(&mut Vec::new()));
         match answer["next"].as_u64() {
             Some(next) => from = next as u32,
@@ -229,7 +234,7 @@ pub fn namespaces_of(socket: &std::path::Path) -> Result<Vec<Value>, String> {
 pub fn namespaces(args: &NamespacesArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
     let chosen = namespace_of(&args.namespace)?.map(|id| id.to_string());
-    let all = namespaces_of(&socket)?;
+    let all = namespaces_of(&socket, PATIENCE)?;
     let mut shown: Vec<_> =
         all.iter().filter(|one| chosen.as_ref().is_none_or(|id| one["namespace"] == id.as_str())).collect();
     if let (Some(id), true) = (&chosen, shown.is_empty()) {

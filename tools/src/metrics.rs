@@ -19,11 +19,17 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
+use serde_json::Value;
 
+use crate::admin::namespaces_of;
 use crate::observe::{Health, Sample, Server, Which};
 
 /// How long a connection may take, all in all.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the server may take to say which namespaces there are.
+const NAMESPACES_PATIENCE: Duration = Duration::from_millis(500);
+/// Namespaces that have metrics of their own.
+const NAMESPACES_SHOWN: usize = 100;
 /// Most bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 8 << 10;
 
@@ -180,7 +186,9 @@ fn asked(head: &[u8]) -> Option<&'static str> {
 pub fn text(socket: &Path) -> String {
     let shown = Server::find(socket, Which::Current).map(|server| {
         let (health, sample) = (server.health(), server.sample());
-        Shown { health, sample, server }
+        // A server that hangs is not asked.
+        let asked = (health == Health::Serving).then(|| namespaces_of(socket, NAMESPACES_PATIENCE).ok()).flatten();
+        Shown { health, sample, server, namespaces: asked.unwrap_or_default() }
     });
     let mut registry = Registry::default();
     match shown {
@@ -207,6 +215,8 @@ struct Shown {
     server: Server,
     sample: Sample,
     health: Health,
+    /// Those with the most blocks first.
+    namespaces: Vec<Value>,
 }
 
 impl std::fmt::Debug for Shown {
@@ -295,6 +305,7 @@ impl Collector for Shown {
         self.encode_histograms(&mut encoder)?;
         self.encode_devices(&mut encoder)?;
         self.encode_sessions(&mut encoder)?;
+        self.encode_namespaces(&mut encoder)?;
         self.encode_flexkv(&mut encoder)
     }
 }
@@ -408,6 +419,24 @@ impl Shown {
             };
             let values = self.sample.devices.iter().enumerate().map(value);
             family(encoder, &metric, help(column), unit.as_ref(), is_gauge, values)?;
+        }
+        Ok(())
+    }
+
+    /// The largest by their ids, the rest together: a series for each tenant there ever was is more than Prometheus likes.
+    fn encode_namespaces(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        const FAMILIES: [(&str, &str, &str, bool); 3] = [
+            ("kvring_namespace_blocks", "blocks", "Blocks there are", true),
+            ("kvring_namespace_hit_blocks", "hit_blocks", "Blocks that matches have found", false),
+            ("kvring_namespace_evicted_blocks", "evicted_blocks", "Blocks that had to go from both tiers", false),
+        ];
+        let (shown, rest) = self.namespaces.split_at(self.namespaces.len().min(NAMESPACES_SHOWN));
+        for (metric, field, help, is_gauge) in FAMILIES {
+            let value = |namespace: &Value| namespace[field].as_u64().unwrap_or(0);
+            let label = |id: &str| [("namespace".to_owned(), id.to_owned())];
+            let each = shown.iter().map(|one| (label(one["namespace"].as_str().unwrap_or_default()), value(one)));
+            let others = (!rest.is_empty()).then(|| (label("others"), rest.iter().map(value).sum()));
+            family(encoder, metric, help, None, is_gauge, each.chain(others))?;
         }
         Ok(())
     }

@@ -63,7 +63,7 @@ const _: () = assert!(size_of::<Header>() as u64 == HEADER_BYTES && size_of::<Su
 pub struct Header {
     /// The block's key.
     pub key: BlockKey,
-    /// Key of its parent; zeros at depth 0.
+    /// Key of its parent; at depth 0 the namespace's id, or zeros.
     pub parent: BlockKey,
     /// Checksum of its bytes.
     pub data_crc: u64,

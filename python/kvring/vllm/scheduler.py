@@ -99,6 +99,8 @@ class SchedulerSide:
             token, settings, own = instance(vllm_config)
             self._root = namespace(vllm_config, self._geometry, own.get("tenant"))
             self._instance = kvring.Instance(token=token, **settings)
+            number = int.from_bytes(kvring.namespace_id(self._root), "little")
+            logger.info("kvring: namespace %032x", number)
         except Unsupported as reason:
             logger.warning("kvring does not cache this model: %s", reason)
         except ConnectionError as refusal:
