@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex};
 
 use bytemuck::Zeroable;
-use kvring_engine::cache::Cache;
+use kvring_engine::cache::{Cache, Parent};
 use kvring_engine::device::{files, medium::Medium};
 use kvring_engine::index::{IndexOptions, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
@@ -234,7 +234,13 @@ fuzz_target!(|data: &[u8]| {
     }
     cache.check();
     for name in 0..8 {
-        let (reserve, id) = cache.reserve(BlockKey::from_words([1 << 40, name]), None, 0, writer, true);
+        let (reserve, id) = cache.reserve(
+            BlockKey::from_words([1 << 40, name]),
+            Parent::Namespace(BlockKey::default()),
+            0,
+            writer,
+            true,
+        );
         let (kvring_engine::cache::Reserve::Slot(grant), Some(id)) = (reserve, id) else { continue };
         assert_eq!(cache.commit(grant, writer), Ok(Some(id)));
         if cache.begin_write(grant, id).is_some() {
