@@ -198,6 +198,14 @@ def test_keys_depend_on_no_process_seed() -> None:
     assert len(printed) == 1 and len(printed.pop().strip()) == 64
 
 
+def test_the_comparison_runs_without_a_gpu() -> None:
+    script = Path(__file__).parent.parent / "gpu" / "compare.py"
+    said = subprocess.check_output([sys.executable, script, "--device", "cpu", "--size-mb", "1", "--rounds", "1"])
+    lines = [json.loads(line) for line in said.splitlines()]
+    kvring_s = [line for line in lines if line.get("method") == "kvring"]
+    assert len(kvring_s) == 8 and all(line["gb_s"] > 0 for line in kvring_s), lines
+
+
 def test_the_command_is_installed() -> None:
     program = kvring.server_program()
     assert (
