@@ -223,15 +223,20 @@ impl Cache {
             }
         };
         self.index.recorder.block(What::Reset, id, 0, count);
-        // What is held yet: nobody finds it after a crash either.
-        for block in self.index.detached() {
-            if let Some(slot) = block.place(Tier::Host).ready()
-                && !planted::has(Bug::NamespaceKeepsTable)
-            {
-                self.host.forget(slot);
+        self.collect();
+        // Of what is not known yet nobody knows whose it is.
+        self.forget_orphans();
+        // Nobody finds it after a crash either: what is held yet, and what lay in slots that are free now.
+        if !planted::has(Bug::NamespaceKeepsTable) {
+            for block in self.index.detached() {
+                if let Some(slot) = block.place(Tier::Host).ready() {
+                    self.host.forget(slot);
+                }
             }
         }
-        self.collect();
+        if !planted::has(Bug::NamespaceKeepsFree) {
+            self.host.forget_free();
+        }
         if let Some(disk) = &mut self.disk
             && !planted::has(Bug::NamespaceKeepsHeaders)
         {

@@ -31,6 +31,7 @@ bugs! {
     ResetKeepsHeaders: "a reset leaves the headers on the SSD",
     NamespaceKeepsHeaders: "a reset of a namespace leaves its headers on the SSD",
     NamespaceKeepsTable: "a reset of a namespace leaves in the slot table what somebody holds",
+    NamespaceKeepsFree: "a reset of a namespace leaves in the slot table what lay in slots that are free",
     ResetKeepsTable: "a reset leaves the slot table",
     TableKeepsHeader: "a slot's header stays in the table while the slot is filled anew",
     TableBeforeBytes: "a slot's header is in the table before its block is committed",

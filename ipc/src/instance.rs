@@ -153,7 +153,7 @@ pub fn random_token() -> String {
 /// # Errors
 /// As [`Instance::reset`].
 pub fn reset(socket: &Path) -> Result<u64, String> {
-    reset_by(socket, &Request::Reset)
+    reset_by(socket, &Request::Reset, Duration::from_secs(8))
 }
 
 /// Forgets the blocks of a namespace, by its id ([`crate::key::Namespace::id`]).
@@ -161,11 +161,11 @@ pub fn reset(socket: &Path) -> Result<u64, String> {
 /// # Errors
 /// As [`Instance::reset`], and while the SSD is being read after a start.
 pub fn reset_namespace(socket: &Path, id: BlockKey) -> Result<u64, String> {
-    reset_by(socket, &Request::ResetNamespace { namespace: id.to_string() })
+    reset_by(socket, &Request::ResetNamespace { namespace: id.to_string() }, Duration::from_secs(65))
 }
 
-fn reset_by(socket: &Path, request: &Request) -> Result<u64, String> {
-    match ask(socket, request, Duration::from_secs(8)) {
+fn reset_by(socket: &Path, request: &Request, patience: Duration) -> Result<u64, String> {
+    match ask(socket, request, patience) {
         Ok(Reply::Reset { blocks, durable: true }) => Ok(blocks),
         Ok(Reply::Reset { .. }) => {
             Err("the SSD's headers could not be cleared in time: a restart may find blocks again".into())

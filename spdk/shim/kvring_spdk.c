@@ -104,33 +104,22 @@ int32_t kvring_spdk_env_init(const struct kvring_spdk_env *env)
 
 int32_t kvring_spdk_memory_register(void *memory, uint64_t bytes, int32_t fd, uint64_t offset)
 {
+	char *base = (char *)memory - offset;
+
 	if (fd < 0)
 		return spdk_mem_register(memory, bytes);
+	/* A region is what is known of a mapping, from its file's beginning on: parts come in any order. */
 	for (int i = 0; i < REGIONS_MAX; i++) {
-		/* The next part of what is known. */
-		if (regions[i].memory != NULL && regions[i].fd == fd &&
-		    regions[i].memory + regions[i].bytes == (char *)memory &&
-		    regions[i].offset + regions[i].bytes == offset) {
-			regions[i].bytes += bytes;
-			int rc = spdk_mem_register(memory, bytes);
-			if (rc != 0)
-				regions[i].bytes -= bytes;
-			return rc;
-		}
-	}
-	for (int i = 0; i < REGIONS_MAX; i++) {
-		if (regions[i].memory != NULL)
+		if (regions[i].memory != NULL && (regions[i].memory != base || regions[i].fd != fd))
 			continue;
-		regions[i].bytes = bytes;
+		if (regions[i].bytes < offset + bytes)
+			regions[i].bytes = offset + bytes;
 		regions[i].fd = fd;
-		regions[i].offset = offset;
-		regions[i].memory = memory;
-		int rc = spdk_mem_register(memory, bytes);
-		if (rc != 0)
-			regions[i].memory = NULL;
-		return rc;
+		regions[i].offset = 0;
+		regions[i].memory = base;
+		break;
 	}
-	return -ENOMEM;
+	return spdk_mem_register(memory, bytes);
 }
 
 void *kvring_spdk_dma_alloc(uint64_t bytes)

@@ -51,7 +51,7 @@ const char *kvring_spdk_version(void);
 int32_t kvring_spdk_env_init(const struct kvring_spdk_env *env);
 
 /* Memory that a device may move bytes to and from, for as long as the process lives: 2 MiB aligned, `fd` at `offset` is
- * what is mapped there. */
+ * what is mapped there, and what comes before and after it in the file lies before and after it in memory. */
 int32_t kvring_spdk_memory_register(void *memory, uint64_t bytes, int32_t fd, uint64_t offset);
 /* Memory that any device takes; NULL if there is none. */
 void *kvring_spdk_dma_alloc(uint64_t bytes);

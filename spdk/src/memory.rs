@@ -16,7 +16,7 @@ pub unsafe trait Memory: Send + Sync {
     fn base(&self) -> *mut u8;
     /// How long it is.
     fn bytes(&self) -> usize;
-    /// The file that is mapped there from its beginning on: for a controller in another process, which maps it too.
+    /// The file that is mapped there, from its beginning on and as a whole: for a controller in another process, which maps it too.
     fn file(&self) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -139,6 +139,7 @@ fn a_namespace_is_counted_and_forgotten_by_itself_after_a_crash_too() {
         (&["reset", "--namespace", "a"], "32 hexadecimal digits"),
         (&["reset", "--namespace", "user=a"], "tenant="),
         (&["namespaces", "--namespace", "tenant=nobody"], "nothing is known"),
+        (&["reset", "--namespace", "tenant=nobody"], "no block of namespace"),
     ] {
         let (good, told) = say(&place, arguments);
         assert!(!good && told.contains(said), "{arguments:?}: {told}");
@@ -149,12 +150,16 @@ fn a_namespace_is_counted_and_forgotten_by_itself_after_a_crash_too() {
     say(&place, &["drain", "--undo"]);
     assert!(agent.match_prefix(&keys("a", 20)).lease.is_some(), "held while it is forgotten");
     let (good, said) = say(&place, &["reset", "--namespace", "model=m", "--namespace", "tenant=a"]);
-    assert!(good && said.contains("20 blocks of namespace"), "{said}");
+    assert!(good && said.contains("20 blocks of namespace") && said.contains("5 blocks name no namespace"), "{said}");
     assert_eq!((load(&mut agent, &keys("a", 20)), load(&mut agent, &keys("b", 30))), (0, 30));
+    // One that nobody holds.
+    assert_eq!(put(&mut agent, "c", 6), 6);
+    assert!(say(&place, &["reset", "--namespace", &id("c")]).0);
     // The engine process dies: the pool is kept. Then all do.
     signal(place.server_pid(), rustix::process::Signal::KILL);
     eventually("served from the pool", || load(&mut agent, &keys("b", 30)) == 30);
-    assert_eq!((load(&mut agent, &keys("a", 20)), load(&mut agent, &chain("nobody's", 5))), (0, 5));
+    assert_eq!((load(&mut agent, &keys("a", 20)), load(&mut agent, &keys("c", 6))), (0, 0));
+    assert_eq!(load(&mut agent, &chain("nobody's", 5)), 5);
     assert_eq!(place.metric("dram_recovered_blocks_count"), 35);
     place.kill_all();
     eventually("served from the SSD", || load(&mut agent, &keys("b", 30)) == 30);

@@ -1144,8 +1144,20 @@ impl World {
         self.shard().reset_namespace(id);
         self.shard().cache().check();
         assert_eq!(others(&self.shard().cache().index), before.1, "others are forgotten with namespace {id}");
+        // What the pool held is forgotten at once, by the next process too.
+        if self.shape.may_crash && self.chance.happens(200) {
+            self.take_over();
+            if self.shard().cache().is_recovering() || self.shape.disk_slots > 0 {
+                // What the disk holds was not told to go yet.
+                self.committed.extend(before.0);
+            }
+            return;
+        }
         for _ in 0..2_000 {
             if self.shard().is_reset() {
+                if self.shape.may_crash && self.chance.happens(200) {
+                    self.take_over();
+                }
                 return;
             }
             self.now_ns += 10_000;

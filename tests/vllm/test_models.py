@@ -19,7 +19,7 @@ def test_a_hybrid_model_shares_full_and_windowed_layers(directory: Path, tmp_pat
     try:
         first, second = cache.engine(), cache.engine()
         assert first.generate(prompts, tokens=40)["tokens"] == expected
-        eventually("stored", lambda: cache.metric("blocks_count") >= 12 + 9)
+        eventually("stored", lambda: cache.metric("commit_blocks_count") >= 12 + 9)
         answer = second.generate(prompts, tokens=40)
         assert answer["tokens"] == expected
         assert answer["cached"] == [384, 288]
@@ -42,7 +42,7 @@ def test_a_latent_attention_model_is_loaded_byte_for_byte(directory: Path, tmp_p
     try:
         first, second = cache.engine(options=sixteen), cache.engine(options=sixteen)
         stored = first.generate(prompts, tokens=4)
-        eventually("stored", lambda: cache.metric("blocks_count") >= 12)
+        eventually("stored", lambda: cache.metric("commit_blocks_count") >= 12)
         answer = second.generate(prompts, tokens=4)
         assert answer["cached"] == [192]
         # Prefill and decode use other kernels here, so later tokens may differ without any cache.

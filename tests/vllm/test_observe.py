@@ -14,7 +14,7 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 def test_prometheus_has_the_connectors_counters(cache: Cache) -> None:
     first, second = cache.engine(), cache.engine()
     first.generate(PROMPTS)
-    eventually("stored", lambda: cache.metric("blocks_count") == 13)
+    eventually("stored", lambda: cache.metric("commit_blocks_count") == 13)
     second.generate(PROMPTS)
     # What happened in the last step is told with the next.
     second.generate([prompt(3, 40)])

@@ -50,7 +50,7 @@ def test_two_ranks_store_and_load_their_halves(cache: Cache, model: Path) -> Non
     first = Deployed(cache, model, ranks=2)
     stored = first.answer()
     assert stored["cached"] == [0, 0]
-    eventually("13 blocks, each of two halves, are stored", lambda: cache.metric("blocks_count") == 13)
+    eventually("13 blocks, each of two halves, are stored", lambda: cache.metric("commit_blocks_count") == 13)
     assert cache.stats()["layout"]["tp_size"] == 2
     first.close()
     second = Deployed(cache, model, ranks=2)

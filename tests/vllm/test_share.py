@@ -19,7 +19,7 @@ def test_the_second_instance_answers_from_what_the_first_computed(cache: Cache, 
     first, second = cache.engine(), cache.engine()
     stored = first.generate(PROMPTS)
     assert stored["tokens"] == expected and stored["cached"] == [0, 0]
-    eventually("13 blocks are stored", lambda: cache.metric("blocks_count") == 13)
+    eventually("13 blocks are stored", lambda: cache.metric("commit_blocks_count") == 13)
     loaded = second.generate(PROMPTS)
     assert loaded["tokens"] == expected
     assert loaded["cached"] == MATCHED
@@ -37,13 +37,14 @@ def test_blocks_are_shared_while_their_request_still_runs(cache: Cache) -> None:
     first = cache.engine().ready()
     first.ask(do="generate", prompts=[PROMPTS[0]], tokens=1500)
     eventually(
-        "the prompt's blocks are there", lambda: (cache.stats() or {}).get("metrics", {}).get("blocks_count", 0) >= 6
+        "the prompt's blocks are there",
+        lambda: (cache.stats() or {}).get("metrics", {}).get("commit_blocks_count", 0) >= 6,
     )
     second = cache.engine()
     assert second.generate([PROMPTS[0]])["cached"] == [192]
     first.answer()
     # What was generated is a prefix too: 1,700 tokens fill 53 blocks.
-    eventually("the answer's blocks are there", lambda: cache.metric("blocks_count") >= 52)
+    eventually("the answer's blocks are there", lambda: cache.metric("commit_blocks_count") >= 52)
 
 
 def test_a_prefix_on_the_ssd_is_as_good(cache: Cache, plain: Engine) -> None:
@@ -70,7 +71,7 @@ def test_salts_do_not_share(cache: Cache) -> None:
         return engine.answer()["cached"]
 
     assert cached(first, "ours") == [0]
-    eventually("stored", lambda: cache.metric("blocks_count") == 6)
+    eventually("stored", lambda: cache.metric("commit_blocks_count") == 6)
     assert cached(second, "theirs") == [0]
     assert cached(second, "ours") == [192]
 
@@ -132,7 +133,7 @@ def test_a_server_killed_between_requests_is_started_again(cache: Cache, plain: 
 
 def test_a_server_killed_between_match_and_load_costs_a_recompute(cache: Cache, plain: Engine) -> None:
     cache.engine().generate(PROMPTS)
-    eventually("stored", lambda: cache.metric("blocks_count") == 13)
+    eventually("stored", lambda: cache.metric("commit_blocks_count") == 13)
     serverless = {**SHARED, "kv_connector": "ServerlessConnector", "kv_connector_module_path": "faults"}
     options = {"environment": {"KILL_SERVER": str(cache.server())}}
     engine = cache.engine(serverless, options=options)
@@ -158,7 +159,7 @@ def test_a_stopped_server_costs_milliseconds_not_requests(cache: Cache, plain: E
 def test_a_reset_forgets_for_everybody(cache: Cache) -> None:
     first, second = cache.engine(), cache.engine()
     first.generate(PROMPTS)
-    eventually("stored", lambda: cache.metric("blocks_count") == 13)
+    eventually("stored", lambda: cache.metric("commit_blocks_count") == 13)
     eventually(
         "local blocks are free",
         lambda: first.call(do="generate", prompts=[[5] * 40], tokens=2) and first.call(do="reset_all")["done"],
@@ -169,7 +170,7 @@ def test_a_reset_forgets_for_everybody(cache: Cache) -> None:
 def test_requests_that_are_aborted_leave_nothing_behind(cache: Cache, plain: Engine) -> None:
     first = cache.engine()
     first.generate(PROMPTS)
-    eventually("stored", lambda: cache.metric("blocks_count") == 13)
+    eventually("stored", lambda: cache.metric("commit_blocks_count") == 13)
     engine = cache.engine()
     # Matched and loading after one step, computing after a few.
     aborted = [[PROMPTS[n % 2] if n % 3 else prompt(200 + n, 300), n % 6] for n in range(18)]

@@ -215,11 +215,13 @@ pub struct NamespacesArgs {
     settings: Settings,
 }
 
-/// All namespaces that a server knows, those with the most blocks first.
+/// All namespaces that a server knows, those with the most blocks first; within so much time.
 pub fn namespaces_of(socket: &Path, patience: Duration) -> Result<Vec<Value>, String> {
     let (mut all, mut from) = (Vec::new(), 0);
+    let until = Instant::now() + patience;
     loop {
-        let mut answer = administer_within(patience, socket, &Request::Namespaces { from })?;
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let mut answer = administer_within(left, socket, &Request::Namespaces { from })?;
         all.append(answer["namespaces"].as_array_mut().unwrap_or(&mut Vec::new()));
         match answer["next"].as_u64() {
             Some(next) => from = next as u32,
@@ -379,7 +381,21 @@ pub fn reset(args: &ResetArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
     if let Some(id) = namespace {
         let blocks = kvring_ipc::instance::reset_namespace(&socket, id)?;
+        if blocks == 0 {
+            return Err(
+                format!("no block of namespace {id} was known; if the SSD had any left, it has none now").into()
+            );
+        }
         println!("{blocks} blocks of namespace {id} forgotten, on the SSD too");
+        let nobodys = BlockKey::default();
+        let unnamed = namespaces_of(&socket, PATIENCE)?;
+        let unnamed = unnamed.iter().find(|one| one["namespace"] == nobodys.to_string().as_str());
+        match unnamed.and_then(|one| one["blocks"].as_u64()) {
+            Some(blocks) if blocks > 0 && id != nobodys => println!(
+                "{blocks} blocks name no namespace (an older client stored them, or more than 1,023 had blocks): what of them is this one's is not known; `kvring reset --all` forgets all"
+            ),
+            _ => {}
+        }
         return Ok(());
     }
     stats(&socket)?;

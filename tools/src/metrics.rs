@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvring_ipc::client::monotonic_ns;
@@ -28,6 +29,8 @@ use crate::observe::{Health, Sample, Server, Which};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long the server may take to say which namespaces there are.
 const NAMESPACES_PATIENCE: Duration = Duration::from_millis(500);
+/// How long that counts.
+const NAMESPACES_KEPT: Duration = Duration::from_secs(30);
 /// Namespaces that have metrics of their own.
 const NAMESPACES_SHOWN: usize = 100;
 /// Most bytes of a request's head.
@@ -182,13 +185,28 @@ fn asked(head: &[u8]) -> Option<&'static str> {
     }
 }
 
+/// The namespaces, as they were when somebody asked last, less than half a minute ago: the shard answers this, and has
+/// other things to do. None where it takes too long.
+fn namespaces_now(socket: &Path) -> Vec<Value> {
+    static KNOWN: Mutex<Option<(Instant, Vec<Value>)>> = Mutex::new(None);
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*known {
+        Some((at, namespaces)) if at.elapsed() < NAMESPACES_KEPT => namespaces.clone(),
+        _ => {
+            let namespaces = namespaces_of(socket, NAMESPACES_PATIENCE).unwrap_or_default();
+            *known = Some((Instant::now(), namespaces.clone()));
+            namespaces
+        }
+    }
+}
+
 /// All metrics as text.
 pub fn text(socket: &Path) -> String {
     let shown = Server::find(socket, Which::Current).map(|server| {
         let (health, sample) = (server.health(), server.sample());
         // A server that hangs is not asked.
-        let asked = (health == Health::Serving).then(|| namespaces_of(socket, NAMESPACES_PATIENCE).ok()).flatten();
-        Shown { health, sample, server, namespaces: asked.unwrap_or_default() }
+        let namespaces = if health == Health::Serving { namespaces_now(socket) } else { Vec::new() };
+        Shown { health, sample, server, namespaces }
     });
     let mut registry = Registry::default();
     match shown {
@@ -435,7 +453,8 @@ impl Shown {
             let value = |namespace: &Value| namespace[field].as_u64().unwrap_or(0);
             let label = |id: &str| [("namespace".to_owned(), id.to_owned())];
             let each = shown.iter().map(|one| (label(one["namespace"].as_str().unwrap_or_default()), value(one)));
-            let others = (!rest.is_empty()).then(|| (label("others"), rest.iter().map(value).sum()));
+            // What others have counted goes up and down, as they come and go.
+            let others = (!rest.is_empty() && is_gauge).then(|| (label("others"), rest.iter().map(value).sum()));
             family(encoder, metric, help, None, is_gauge, each.chain(others))?;
         }
         Ok(())

@@ -113,7 +113,7 @@ pub fn run(args: ServeArgs) -> Outcome {
         command.args(std::env::args_os().skip(1).filter(is_for_it)).arg("--engine");
         command
     };
-    Ok(Keeper::new(loaded.config)?.run(&signals, command)?)
+    Ok(Keeper::new(loaded.config, &signals)?.run(&signals, command)?)
 }
 
 /// Readable once one of these signals has come.

@@ -999,6 +999,8 @@ fn describe_namespace(namespace: &Namespace) -> serde_json::Value {
 
 /// How long a reset waits for the devices.
 const RESET_NS_MAX: u64 = 5_000_000_000;
+/// How long one of a namespace does: every header of the others is written as well.
+const NAMESPACE_RESET_NS_MAX: u64 = 60_000_000_000;
 
 impl Runner {
     fn run(mut self, epoll: OwnedFd) {
@@ -1077,7 +1079,7 @@ impl Runner {
             }
             ToShard::ResetNamespace(asked_by, id) => {
                 let blocks = self.shard.reset_namespace(id);
-                self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
+                self.resets.push((asked_by, blocks, monotonic_ns() + NAMESPACE_RESET_NS_MAX));
             }
             ToShard::FoundOnDisk(piece) => self.shard.found_on_disk(piece),
             ToShard::DiskUnread(device) => self.shard.disk_was_not_read(device),
@@ -1108,8 +1110,8 @@ impl Runner {
         true
     }
 
-    /// What is more than fits one answer is asked for again. Here the shard's thread allocates: it does so for an operator
-    /// and for nobody else. A forgotten block takes all that continues it along, as many as that are.
+    /// What is more than fits one answer is asked for again. Here the shard's thread allocates: it does so for an operator,
+    /// and for metrics twice a minute. A forgotten block takes all that continues it along, as many as that are.
     fn administer(&mut self, op: AdminOp) -> serde_json::Value {
         match op {
             AdminOp::Blocks { from } => {

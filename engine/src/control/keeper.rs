@@ -279,7 +279,7 @@ impl Keeper {
     ///
     /// # Errors
     /// Another server, or a path.
-    pub fn new(config: Config) -> Result<Self, ServeError> {
+    pub fn new(config: Config, signals: &Signals) -> Result<Self, ServeError> {
         let path = config.socket.clone();
         let name = path.display().to_string();
         let socket_error = |what| {
@@ -287,7 +287,7 @@ impl Keeper {
             move |error| ServeError::Socket { what, path, error }
         };
         let lock_path = beside_socket(&path, "lock");
-        let mut lock = lock_socket(&path, &lock_path)?;
+        let mut lock = lock_socket(&path, &lock_path, signals)?;
         let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(lock, "{}", std::process::id()));
         remove_stale_socket(&path)?;
         let bound = bind(&path, &config.allowed_groups);
@@ -627,7 +627,7 @@ pub fn remove_socket(path: &Path, id: (u64, u64)) {
 /// The lock beside the socket. A server that was killed holds it until the kernel has unpinned and given back its memory,
 /// which takes seconds for a large pool: that is waited for.
 #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
-fn lock_socket(path: &Path, lock_path: &Path) -> Result<File, ServeError> {
+fn lock_socket(path: &Path, lock_path: &Path, signals: &Signals) -> Result<File, ServeError> {
     let deadline = Instant::now() + DEATH_MAX;
     let mut is_told = false;
     loop {
@@ -648,7 +648,11 @@ fn lock_socket(path: &Path, lock_path: &Path) -> Result<File, ServeError> {
         if !std::mem::replace(&mut is_told, true) {
             tracing::info!("waiting up to {} s for the server before (pid {}) to end", DEATH_MAX.as_secs(), pid.trim());
         }
-        std::thread::sleep(Duration::from_millis(20));
+        let mut told = [PollFd::new(&signals.stop, PollFlags::IN)];
+        let pause = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        if poll(&mut told, Some(&pause)).is_ok_and(|count| count > 0) {
+            return Err(ServeError::Stopped);
+        }
     }
 }
 

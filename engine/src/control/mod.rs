@@ -43,6 +43,8 @@ pub enum ServeError {
         "server_recv_port: another server (pid {pid}) serves {socket}: stop it with `kvring stop` (or `kill {pid}`, where its socket file is gone), or give this one another socket"
     )]
     AlreadyServed { socket: String, pid: String },
+    #[error("told to stop while the server before was ending")]
+    Stopped,
     #[error("server_recv_port: {path} exists and is no socket: remove it, or give the server another path")]
     NoSocket { path: String },
     #[error("server_recv_port: {what} {path}: {error}: make its directory one that this user may write to")]

@@ -291,8 +291,8 @@ impl Index {
     pub fn begin_chain(&mut self, key: BlockKey, namespace: BlockKey) -> Option<BlockId> {
         let id = self.insert(key, None, 0)?;
         let number = self.namespaces.number_of(namespace);
-        self.namespaces.of_mut(0).blocks -= 1;
-        self.namespaces.of_mut(number).blocks += 1;
+        self.namespaces.take_block(0);
+        self.namespaces.add_block(number);
         self.block_mut(id).namespace = number;
         Some(id)
     }
@@ -301,7 +301,7 @@ impl Index {
     pub fn insert(&mut self, key: BlockKey, parent: Option<BlockId>, depth: u32) -> Option<BlockId> {
         let id = BlockId(self.free.pop()?);
         let namespace = parent.map_or(0, |parent| self.block(parent).namespace);
-        self.namespaces.of_mut(namespace).blocks += 1;
+        self.namespaces.add_block(namespace);
         let mut block = Block { key, depth, namespace, in_use: true, ..VACANT };
         if let Some(parent) = parent {
             let sibling = self.block(parent).first_child;
@@ -500,7 +500,7 @@ impl Index {
 
     fn free_block(&mut self, id: BlockId) {
         let Block { parent, prev_sibling, next_sibling, namespace, .. } = *self.block(id);
-        self.namespaces.of_mut(namespace).blocks -= 1;
+        self.namespaces.take_block(namespace);
         match prev_sibling {
             NONE if parent != NONE => self.blocks[parent as usize].first_child = next_sibling,
             NONE => {}

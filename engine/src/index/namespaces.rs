@@ -25,12 +25,11 @@ pub struct Namespace {
 pub struct Namespaces {
     all: Vec<Namespace>,
     numbers: HashMap<BlockKey, u16>,
+    /// Of those with a name, how many have no block.
+    empty: usize,
     /// Where the next one that is empty is looked for.
     hand: usize,
 }
-
-/// Places looked at for one that is empty.
-const BUDGET: usize = 64;
 
 impl Namespaces {
     /// None but the one without a name. Everything it will ever need is allocated here.
@@ -38,7 +37,7 @@ impl Namespaces {
         let mut all = Vec::with_capacity(NAMESPACES_MAX);
         all.push(Namespace::default());
         // Four times the room: a table that is less than half full makes room without allocating.
-        Self { all, numbers: HashMap::with_capacity(4 * NAMESPACES_MAX), hand: 1 }
+        Self { all, numbers: HashMap::with_capacity(4 * NAMESPACES_MAX), empty: 0, hand: 1 }
     }
 
     /// All of them.
@@ -55,6 +54,18 @@ impl Namespaces {
         &mut self.all[usize::from(number)]
     }
 
+    pub(super) fn add_block(&mut self, number: u16) {
+        let namespace = self.of_mut(number);
+        namespace.blocks += 1;
+        self.empty -= usize::from(number > 0 && self.of(number).blocks == 1);
+    }
+
+    pub(super) fn take_block(&mut self, number: u16) {
+        let namespace = self.of_mut(number);
+        namespace.blocks -= 1;
+        self.empty += usize::from(number > 0 && self.of(number).blocks == 0);
+    }
+
     /// The number of a namespace that has one.
     pub fn find(&self, id: BlockKey) -> Option<u16> {
         if id == BlockKey::default() { Some(0) } else { self.numbers.get(&id).copied() }
@@ -68,13 +79,14 @@ impl Namespaces {
         let fresh = Namespace { id, ..Namespace::default() };
         let number = if self.all.len() < NAMESPACES_MAX {
             self.all.push(fresh);
+            self.empty += 1;
             self.all.len() - 1
         } else {
-            let empty = (0..BUDGET).map(|step| 1 + (self.hand - 1 + step) % (NAMESPACES_MAX - 1));
-            let Some(number) = empty.into_iter().find(|number| self.all[*number].blocks == 0) else {
-                self.hand = 1 + (self.hand - 1 + BUDGET) % (NAMESPACES_MAX - 1);
+            if self.empty == 0 {
                 return 0;
-            };
+            }
+            let mut places = (0..NAMESPACES_MAX - 1).map(|step| 1 + (self.hand + step) % (NAMESPACES_MAX - 1));
+            let Some(number) = places.find(|number| self.all[*number].blocks == 0) else { return 0 };
             self.hand = number;
             self.numbers.remove(&self.all[number].id);
             self.all[number] = fresh;
@@ -103,13 +115,12 @@ mod test {
         for n in 1..=last {
             let number = namespaces.number_of(id(n));
             assert_eq!(u64::from(number), n);
-            namespaces.of_mut(number).blocks = 1;
+            namespaces.add_block(number);
         }
         assert_eq!(namespaces.number_of(BlockKey::default()), 0);
         assert_eq!(namespaces.number_of(id(1000 + last)), 0, "all are in use");
-        namespaces.of_mut(700).blocks = 0;
-        let found = (0..NAMESPACES_MAX).map(|_| namespaces.number_of(id(2000 + last))).find(|number| *number != 0);
-        assert_eq!(found, Some(700), "sooner or later");
+        namespaces.take_block(700);
+        assert_eq!(namespaces.number_of(id(2000 + last)), 700);
         assert_eq!((namespaces.find(id(700)), namespaces.find(id(2000 + last))), (None, Some(700)));
         assert_eq!(namespaces.of(700), &Namespace { id: id(2000 + last), ..Namespace::default() });
     }

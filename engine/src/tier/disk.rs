@@ -366,8 +366,10 @@ impl DiskSlots {
                 if !held && device.sectors[index] == Sector::Clean && !device.uncleared[index] {
                     continue;
                 }
-                device.image.copy_in(index * SECTOR_BYTES as usize, &NOTHING);
-                device.made[index] = false;
+                // One that was never made is nothing.
+                if std::mem::take(&mut device.made[index]) {
+                    device.image.copy_in(index * SECTOR_BYTES as usize, &NOTHING);
+                }
                 device.uncleared_count += u32::from(!std::mem::replace(&mut device.uncleared[index], true));
                 device.queue(index as u32);
             }

@@ -215,6 +215,12 @@ impl HostSlots {
             table.clear_all();
         }
     }
+    /// What free slots held is not: their headers stay until they are used again.
+    pub fn forget_free(&mut self) {
+        if let Some(table) = &self.table {
+            self.free.iter().for_each(|slot| table.clear(*slot));
+        }
+    }
     /// What the slot holds is not.
     pub fn forget(&mut self, slot: u32) {
         if let Some(table) = &self.table {

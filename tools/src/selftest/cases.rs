@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -177,24 +178,33 @@ fn half(args: &SelftestArgs, pool: &str, half: usize) -> Outcome {
     let mut trial = trial_over(&shipped(args), pool)?;
     trial.take_half(half);
     println!("ready");
-    for seed in 1..=10 {
-        BOTH.into_iter().try_for_each(|direction| trial.check(direction, Scatter::Random, seed + 100 * half as u64))?;
-    }
+    check_for(&mut trial, SHARED, half as u64)?;
     Ok(())
+}
+
+/// How long two processes copy at once.
+const SHARED: Duration = Duration::from_secs(2);
+
+/// Says how often every byte was compared.
+fn check_for(trial: &mut Trial, time: Duration, seed: u64) -> Result<u64, Box<dyn std::error::Error>> {
+    let (began, mut checks) = (Instant::now(), 0);
+    while began.elapsed() < time {
+        checks += 1;
+        BOTH.into_iter().try_for_each(|direction| trial.check(direction, Scatter::Random, 2 * checks + seed))?;
+    }
+    Ok(checks)
 }
 
 fn two_processes(args: &SelftestArgs) -> Told {
     let (file, _mapping, pages) = small_pool()?;
     let path = path_of(&file);
-    let mut partner = start(args, &["partner", &path])?;
     let mut trial = trial_over(&shipped(args), &path)?;
     trial.take_half(0);
-    for seed in 1..=10 {
-        BOTH.into_iter().try_for_each(|direction| trial.check(direction, Scatter::Random, seed))?;
-    }
+    let mut partner = start(args, &["partner", &path])?;
+    let checks = check_for(&mut trial, SHARED, 0)?;
     let status = partner.wait()?;
     if status.success() {
-        Ok(json!({"pool_page_bytes": pages.bytes()}))
+        Ok(json!({"checks": checks, "pool_page_bytes": pages.bytes()}))
     } else {
         Err(format!("partner: {status}").into())
     }
@@ -230,15 +240,23 @@ fn killed_while_it_stores(args: &SelftestArgs) -> Told {
     let mut late_ms: Vec<f64> = Vec::new();
     for round in 0..3u64 {
         let (file, mapping, _) = small_pool()?;
-        let mut victim = start(args, &["victim", &path_of(&file)])?;
-        std::thread::sleep(Duration::from_millis(300 + 13 * round));
-        victim.kill()?;
-        victim.wait()?;
-        let died = Instant::now();
-        // As the next owner of its slots would: what is written here stays, or the dead one's device has written too.
-        let ours = vec![0x5A; mapping.bytes()];
         let mut scratch = vec![0; SCRATCH_BYTES];
         let mut sum = || checksum::of_mapping(&mapping, 0, mapping.bytes(), &mut scratch);
+        let nothing = sum();
+        let mut victim = start(args, &["victim", &path_of(&file)])?;
+        let deadline = Instant::now() + 10 * SECOND;
+        while sum() == nothing && victim.try_wait()?.is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(50 + 13 * round));
+        victim.kill()?;
+        let status = victim.wait()?;
+        let died = Instant::now();
+        if status.signal() != Some(libc::SIGKILL) || sum() == nothing {
+            return Err(format!("the one who was to be killed while it stores: {status}").into());
+        }
+        // As the next owner of its slots would: what is written here stays, or the dead one's device has written too.
+        let ours = vec![0x5A; mapping.bytes()];
         mapping.copy_in(0, &ours);
         let (expected, mut changed) = (checksum::of_bytes(&ours), Duration::ZERO);
         while died.elapsed() < WATCH.max(2 * grace) {

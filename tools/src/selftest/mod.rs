@@ -95,12 +95,15 @@ pub fn run(args: &SelftestArgs) -> Outcome {
     };
     let chosen: Vec<_> = cases.iter().filter(|case| is_chosen(&case.name)).collect();
     let (began, minutes) = (Instant::now(), Duration::from_secs_f64(args.minutes.clamp(0.0, 1e6) * 60.0));
-    let mut counts = [0usize; 4];
+    let (mut counts, mut late) = ([0usize; 4], 0);
     for (number, case) in chosen.iter().enumerate() {
         let left = minutes.saturating_sub(began.elapsed());
         let started = Instant::now();
         let (end, said) = match left.is_zero() {
-            true => (End::Skipped, Err("out of time: --minutes".to_string())),
+            true => {
+                late += 1;
+                (End::Skipped, Err("out of time: --minutes".to_string()))
+            }
             false => in_a_process(args, &case.name, Duration::from_secs(args.limit))?,
         };
         counts[end as usize] += 1;
@@ -125,10 +128,14 @@ pub fn run(args: &SelftestArgs) -> Outcome {
     eprintln!("{passed} passed, {failed} failed, {hung} hung, {skipped} skipped");
     match failed + hung {
         0 if passed == 0 => Err("no case was run".into()),
+        0 if late > 0 => Err(format!("{late} cases were not begun: out of time (--minutes)").into()),
         0 => Ok(()),
         bad => Err(format!("{bad} cases did not pass").into()),
     }
 }
+
+/// How long what a case has said is waited for once it has ended.
+const PIPES: Duration = Duration::from_secs(5);
 
 /// This program again.
 fn again(args: &SelftestArgs) -> std::io::Result<Command> {
@@ -154,14 +161,17 @@ fn in_a_process(
     let mut child = command.spawn()?;
     // Read as it comes: a full pipe would stop the case.
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let data = std::thread::spawn(move || {
+    let (to_data, data) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
         let lines = stdout.map(|stdout| BufReader::new(stdout).lines().map_while(Result::ok));
-        lines.into_iter().flatten().filter_map(|line| serde_json::from_str::<Value>(&line).ok()).last()
+        let values = lines.into_iter().flatten().filter_map(|line| serde_json::from_str::<Value>(&line).ok());
+        let _ = to_data.send(values.last());
     });
-    let words = std::thread::spawn(move || {
+    let (to_words, words) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
         let mut text = Vec::new();
         stderr.map(|mut stderr| stderr.read_to_end(&mut text));
-        String::from_utf8_lossy(&text).trim().to_string()
+        let _ = to_words.send(String::from_utf8_lossy(&text).trim().to_string());
     });
     let deadline = Instant::now() + limit;
     let status = loop {
@@ -183,7 +193,9 @@ fn in_a_process(
         // What holds the pipes may be in the kernel for ever: not waited for.
         return Ok((End::Hung, Err(format!("it had not ended after {} s", limit.as_secs()))));
     };
-    let (data, words) = (data.join().ok().flatten(), words.join().unwrap_or_default());
+    // One of those that it has started may hold the pipes, and be in the driver for ever.
+    let data = data.recv_timeout(PIPES).ok().flatten();
+    let words = words.recv_timeout(PIPES).unwrap_or_default();
     Ok(match (status.success(), data) {
         (true, Some(data)) if data.get("skipped").is_some() => {
             (End::Skipped, Err(data["skipped"].as_str().unwrap_or_default().to_string()))

@@ -19,7 +19,7 @@ pub fn guest(only: Option<&str>) -> Outcome {
     let (kernel, modules) = kernel()?;
     step("the program", &mut cargo(&["build", "--release", "-p", "kvring"]))?;
     let suite = suite()?;
-    let initrd = initrd(&modules, &suite)?;
+    let initrd = initrd(&modules, &suite, only == Some("cpu"))?;
     if let Some(only) = only {
         return boot(&kernel, &initrd, only);
     }
@@ -144,7 +144,7 @@ fn suite() -> Outcome<PathBuf> {
 }
 
 /// A file system in memory: busybox, the programs with their libraries, the stories.
-fn initrd(modules: &Path, suite: &Path) -> Outcome<PathBuf> {
+fn initrd(modules: &Path, suite: &Path, counts: bool) -> Outcome<PathBuf> {
     let tree = place().join("root");
     let _ = fs::remove_dir_all(&tree);
     for dir in ["bin", "modules", "etc"] {
@@ -153,7 +153,7 @@ fn initrd(modules: &Path, suite: &Path) -> Outcome<PathBuf> {
     let copy = |from: &Path, to: &str| io(from, fs::copy(from, tree.join(to)).map(drop));
     let busybox = told(Command::new("sh").args(["-c", "command -v busybox"]))?;
     copy(Path::new(busybox.trim()), "bin/busybox")?;
-    for name in ["init", "stories", "pci", "vfio", "uio"] {
+    for name in ["init", "stories", "pci", "vfio", "uio", "cpu"] {
         copy(&root().join("tests/guest").join(name), name)?;
     }
     for module in MODULES {
@@ -174,6 +174,23 @@ fn initrd(modules: &Path, suite: &Path) -> Outcome<PathBuf> {
     programs.push((fake, "libkvring_fake_spdk.so"));
     if let Some(library) = spdk() {
         programs.push((library, "libkvring_spdk.so"));
+    }
+    if counts {
+        // Of the host, which has to have them.
+        let callgrind = Path::new("/usr/libexec/valgrind/callgrind-amd64-linux");
+        io(&tree, fs::create_dir_all(tree.join("usr/libexec/valgrind")))?;
+        copy(callgrind, "usr/libexec/valgrind/callgrind-amd64-linux")?;
+        for preload in ["core", "callgrind"].map(|of| format!("usr/libexec/valgrind/vgpreload_{of}-amd64-linux.so")) {
+            let from = Path::new("/").join(&preload);
+            if from.is_file() {
+                copy(&from, &preload)?;
+            }
+        }
+        copy(&root().join("tests/fio/instructions.sh"), "instructions.sh")?;
+        let valgrind =
+            ["/usr/bin/valgrind.bin", "/usr/bin/valgrind"].into_iter().find(|path| Path::new(path).is_file());
+        programs.push((valgrind.ok_or("install valgrind")?.into(), "valgrind"));
+        programs.push(("/usr/bin/fio".into(), "fio"));
     }
     for (program, name) in programs {
         let to = tree.join("bin").join(name);

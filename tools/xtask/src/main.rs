@@ -23,7 +23,7 @@ cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
 cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
 cargo xtask fuzz        fuzz every target; [TARGET] [--seconds 20] [--seed N]; TARGET FILE replays an input
-cargo xtask guest [stories|vfio|uio]
+cargo xtask guest [stories|vfio|uio|cpu]
                         the device paths and a cache on emulated NVMe controllers, in QEMU
 cargo xtask spdk        make target/spdk/libkvring_spdk.so of the SPDK that pkg-config finds
 cargo xtask docs        write docs/CONFIG.md anew from the code
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         ["docs"] => write_docs(),
         ["spdk"] => spdk(),
         ["guest"] => guest::guest(None),
-        ["guest", stories @ ("stories" | "vfio" | "uio")] => guest::guest(Some(stories)),
+        ["guest", stories @ ("stories" | "vfio" | "uio" | "cpu")] => guest::guest(Some(stories)),
         ["ptx"] => python::ptx(),
         _ => usage(),
     };

@@ -78,7 +78,10 @@ pub fn ptx() -> Outcome {
 /// Formats, lints and types of all Python.
 pub fn check() -> Outcome {
     install_tools()?;
-    step("python format", &mut tool("ruff", &["format", "--check", "--quiet", "python", "tests/vllm", "tests/gpu", "gpu"]))?;
+    step(
+        "python format",
+        &mut tool("ruff", &["format", "--check", "--quiet", "python", "tests/vllm", "tests/gpu", "gpu"]),
+    )?;
     step("python lints", &mut tool("ruff", &["check", "--quiet", "python", "tests/vllm", "tests/gpu", "gpu"]))?;
     step("python types", &mut tool("mypy", &["--config-file", "python/pyproject.toml", "python/kvring"]))
 }
