@@ -120,3 +120,41 @@ fn who_has_no_spdk_or_another_s_data_is_told_what_to_do() {
     std::io::Read::read_to_end(&mut std::io::Read::take(std::fs::File::open(&file).unwrap(), 4), &mut first).unwrap();
     assert_eq!(first, b"LUKS", "untouched");
 }
+
+#[test]
+fn the_benchmark_drives_it_too_and_not_one_that_a_server_has() {
+    let mut place = Place::new();
+    let (_, address) = namespace(&place, 80 << 20);
+    let library = library();
+    let bench = |place: &Place, filename: &str, rw: &str| {
+        let mut command = place.kvring(&["bench", "device", "--ioengine", "spdk", "--bs", "4k", "--iodepth", "8"]);
+        command.args(["--filename", filename, "--rw", rw, "--size", "4m", "--verify", "crc64"]);
+        command.args(["--output-format", "json"]).env("KVRING_SPDK_LIBRARY", &library);
+        command.env("KVRING_SPDK_NO_HUGE", "on").output().unwrap()
+    };
+    // As fio's plugin has addresses.
+    let theirs = address.replacen("trtype:", "trtype=", 1).replace("adrfam:", "adrfam=");
+    let theirs = theirs.replace("traddr:", "traddr=").replace("trsvcid:", "trsvcid=").replace("subnqn:", "subnqn=");
+    for filename in [&address, &theirs] {
+        let output = bench(&place, filename, "randwrite");
+        assert!(output.status.success(), "{}", text(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let job = &report["jobs"][0];
+        assert_eq!((&job["error"], &job["write"]["total_ios"]), (&0.into(), &1024.into()), "{job}");
+        assert_eq!(job["verified_blocks"], 1024);
+    }
+    let layout = serde_json::to_string(&layout()).unwrap();
+    place.serve(&[
+        "--force-format",
+        "--ssd-cache-dir",
+        &address,
+        "--spdk-library",
+        &library,
+        "--spdk-no-huge",
+        "on",
+        "--layout",
+        &layout,
+    ]);
+    let output = bench(&place, &address, "randwrite");
+    assert!(!output.status.success() && text(&output).contains("in use"), "{}", text(&output));
+}

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kvring_engine::device::spdk;
+
 /// Every key that is understood, with what it means.
 pub const KEYS: &[(&str, &str)] = &[
     ("rw", "read, write, randread, randwrite, rw (readwrite) or randrw"),
@@ -17,10 +19,10 @@ pub const KEYS: &[(&str, &str)] = &[
     ("time_based", "run for runtime, again from the start if size is done before"),
     ("ramp_time", "time before anything is counted"),
     ("direct", "1: past the page cache (default); 0: through it"),
-    ("filename", "file or block device; by default job.N.0 in the working directory"),
+    ("filename", "file, block device or address of SPDK; by default job.N.0 in the working directory"),
     (
         "ioengine",
-        "io_uring (default), io_uring_cmd (NVMe commands through io_uring), libaio, sim (memory, with simulated latency) or kvring (through the whole cache)",
+        "io_uring (default), io_uring_cmd (NVMe commands through io_uring), libaio, spdk (KVRING_SPDK_* say where it is), sim (memory, with simulated latency) or kvring (through the whole cache)",
     ),
     ("rwmixread", "percent of reads in rw and randrw"),
     ("rate", "bytes a second, at the most, reads and writes together"),
@@ -70,6 +72,7 @@ pub enum Engine {
     IoUring,
     IoUringCmd,
     Libaio,
+    Spdk,
     Sim,
     Kvring,
 }
@@ -283,6 +286,7 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
         "io_uring" => Some(Engine::IoUring),
         "io_uring_cmd" => Some(Engine::IoUringCmd),
         "libaio" => Some(Engine::Libaio),
+        "spdk" => Some(Engine::Spdk),
         "sim" => Some(Engine::Sim),
         "kvring" => Some(Engine::Kvring),
         _ => None,
@@ -296,6 +300,12 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
     get(said, "cmd_type", (), |v| (v == "nvme").then_some(()))?;
     if engine == Engine::IoUringCmd && !said.contains_key("filename") {
         return Err(format!("job {name}: ioengine=io_uring_cmd needs filename=/dev/ngXnY"));
+    }
+    let address = said.get("filename").map(|(value, _)| spdk_address(value));
+    if (engine == Engine::Spdk) != address.as_ref().is_some_and(|address| address.starts_with(spdk::PREFIX)) {
+        return Err(format!(
+            "job {name}: ioengine=spdk and filename=trtype:... (or, as fio's plugin has it, trtype=...) belong together"
+        ));
     }
     let millis = |unit| move |v: &str| time(v, unit);
     let stonewall = get(said, "stonewall", false, switch)?;
@@ -316,7 +326,7 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
         ramp_time: get(said, "ramp_time", Duration::ZERO, millis(Duration::from_secs(1)))?,
         direct: get(said, "direct", true, switch)?,
         own_files: !said.contains_key("filename"),
-        filename: said.get("filename").map_or_else(|| format!("{name}.0.0").into(), |(value, _)| value.into()),
+        filename: address.map_or_else(|| format!("{name}.0.0").into(), PathBuf::from),
         rwmixread: get(said, "rwmixread", 50, whole(0, 100))?,
         rate: get(said, "rate", None, |v| bytes(v).filter(|b| *b > 0).map(Some))?,
         rate_iops: get(said, "rate_iops", None, |v| v.parse().ok().filter(|n| *n > 0).map(Some))?,
@@ -364,6 +374,25 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
     Ok(job)
 }
 
+/// An address as fio's SPDK plugin has it, whose names cannot have colons: `trtype=PCIe traddr=0000.04.00.0 ns=1`.
+fn spdk_address(filename: &str) -> String {
+    if !filename.starts_with("trtype=") {
+        return filename.to_owned();
+    }
+    let word = |word: &str| match word.split_once('=') {
+        Some(("traddr", bdf)) if filename.starts_with("trtype=PCIe") => {
+            let parts: Vec<&str> = bdf.split('.').collect();
+            match parts.as_slice() {
+                [domain, bus, device, function] => format!("traddr:{domain}:{bus}:{device}.{function}"),
+                _ => format!("traddr:{bdf}"),
+            }
+        }
+        Some((key, value)) => format!("{key}:{value}"),
+        None => word.to_owned(),
+    };
+    filename.split_whitespace().map(word).collect::<Vec<_>>().join(" ")
+}
+
 #[cfg(test)]
 mod test {
     use super::*;
@@ -403,6 +432,8 @@ mod test {
             ("[a]\ntime_based\n", "without runtime would never end"),
             ("[a]\nioengine=libaio\nhipri\n", "hipri=1"),
             ("[a]\nioengine=libaio\nsqthread_poll\n", "sqthread_poll=1"),
+            ("[a]\nioengine=spdk\n", "belong together"),
+            ("[a]\nfilename=trtype:PCIe traddr:0000:10:00.0\n", "belong together"),
             ("[a]\nioengine=psync\n", "ioengine=psync: expected io_uring"),
             ("[a]\nverify=md5\n", "verify=md5: expected crc64"),
             ("[a]\nbsrange=64k-4k\n", "bsrange=64k-4k"),
@@ -411,6 +442,14 @@ mod test {
             let error = parsed(text).unwrap_err();
             assert!(error.contains(said), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn an_address_may_be_as_fio_s_plugin_has_it() {
+        assert_eq!(spdk_address("trtype=PCIe traddr=0000.04.00.0 ns=1"), "trtype:PCIe traddr:0000:04:00.0 ns:1");
+        let tcp = "trtype=TCP adrfam=IPv4 traddr=192.0.2.1 trsvcid=4420";
+        assert_eq!(spdk_address(tcp), "trtype:TCP adrfam:IPv4 traddr:192.0.2.1 trsvcid:4420");
+        assert_eq!(spdk_address("/dev/nvme0n1"), "/dev/nvme0n1");
     }
 
     #[test]

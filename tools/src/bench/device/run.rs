@@ -3,15 +3,17 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::sync::{Arc, Barrier};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use kvring_engine::checksum;
 use kvring_engine::device::aio::Aio;
-use kvring_engine::device::medium::Medium;
+use kvring_engine::device::medium::{Medium, Patience};
 use kvring_engine::device::nvme::Nvme;
 use kvring_engine::device::sim::{Chance, Faults, Sim};
+use kvring_engine::device::spdk::{self, Spdk};
 use kvring_engine::device::uring::{self, Finds, RingOptions, Uring};
 use kvring_engine::device::{Device, DeviceMemory, Direction, Io, Region};
 use kvring_ipc::client::monotonic_ns;
@@ -19,6 +21,7 @@ use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 
 use super::job::{Engine, Job};
 use super::report::Done;
+use crate::settings::Settings;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -92,6 +95,14 @@ fn lay_out(job: &Job, reads: bool) -> Result<u64, Box<dyn std::error::Error>> {
             Err(format!("size={size}: ioengine=sim is in memory: at most 4g in all").into())
         };
     }
+    if job.engine == Engine::Spdk {
+        spdk::configure(&Settings::default().load()?.config);
+        if job.pattern.writes {
+            claim(&job.filename)?;
+        }
+        let length = spdk::controller(&address_of(job))?.namespace().bytes;
+        return Ok(whole(job.size.unwrap_or(length).min(length)));
+    }
     // What takes commands has no length of its own, and nobody can be kept from it: its block device has both.
     let path = match job.engine {
         Engine::IoUringCmd => Medium::of(&job.filename)?.path().to_path_buf(),
@@ -143,7 +154,38 @@ fn lay_out(job: &Job, reads: bool) -> Result<u64, Box<dyn std::error::Error>> {
 
 type AnyDevice = Box<dyn Device>;
 
-fn open(job: &Job, size: u64, pool: &Arc<Mapping>) -> Result<AnyDevice, Failure> {
+fn address_of(job: &Job) -> String {
+    job.filename.display().to_string()
+}
+
+/// Nobody else's on this machine from now on: no server's, and no other benchmark's.
+fn claim(address: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    static CLAIMED: Mutex<Vec<(PathBuf, File)>> = Mutex::new(Vec::new());
+    let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+    if claimed.iter().all(|(has, _)| has != address) {
+        let lock = Medium::of(address)?.lock(Patience::No)?;
+        claimed.push((address.to_path_buf(), lock));
+    }
+    Ok(())
+}
+
+/// Buffers; a device that moves bytes by itself wants them on hugepages, and their file.
+fn buffers(job: &Job, bytes: u64) -> Result<(Mapping, Option<OwnedFd>), Failure> {
+    let length = bytes.next_multiple_of(2 << 20);
+    if job.engine == Engine::Spdk
+        && let Ok(file) = sealed_memfd("kvring-bench", length, Pages::Huge2M)
+        && let Ok(mapping) = Mapping::new(&file, length as usize)
+        && mapping.populate(0, length as usize).is_ok()
+    {
+        return Ok((mapping, Some(file)));
+    }
+    let mapping = Mapping::private(length as usize)?;
+    mapping.advise_hugepages();
+    mapping.populate(0, bytes as usize)?;
+    Ok((mapping, None))
+}
+
+fn open(job: &Job, size: u64, pool: &Arc<Mapping>, hugepages: Option<OwnedFd>) -> Result<AnyDevice, Failure> {
     let header = sealed_memfd("kvring-bench", 4096, Pages::Small)?;
     let memory =
         DeviceMemory { pool: pool.clone(), headers: Arc::new(Mapping::new(header, 4096)?), piece_bytes: pool.bytes() };
@@ -162,6 +204,7 @@ fn open(job: &Job, size: u64, pool: &Arc<Mapping>) -> Result<AnyDevice, Failure>
         sq_poll: job.sqthread_poll,
     };
     let mut device: AnyDevice = match job.engine {
+        Engine::Spdk => Box::new(Spdk::new(&address_of(job), memory, hugepages, job.iodepth)?),
         Engine::Libaio => Box::new(Aio::new(vec![file()?], memory, job.iodepth)?),
         Engine::Sim => {
             let platter = vec![vec![0; size as usize]];
@@ -340,10 +383,9 @@ impl Worker {
             )
             .into());
         }
-        let pool = Arc::new(Mapping::private(bytes.next_multiple_of(2 << 20) as usize)?);
-        pool.advise_hugepages();
-        pool.populate(0, bytes as usize)?;
-        let device = open(&job, size, &pool)?;
+        let (pool, hugepages) = buffers(&job, bytes)?;
+        let pool = Arc::new(pool);
+        let device = open(&job, size, &pool, hugepages)?;
         let mut chance = Chance::new(job.randseed ^ u64::from(number));
         let noise: Vec<u8> = (0..slot_bytes / 8).flat_map(|_| chance.next_u64().to_le_bytes()).collect();
         for slot in 0..job.iodepth as usize {
