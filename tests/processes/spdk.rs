@@ -158,3 +158,32 @@ fn the_benchmark_drives_it_too_and_not_one_that_a_server_has() {
     let output = bench(&place, &address, "randwrite");
     assert!(!output.status.success() && text(&output).contains("in use"), "{}", text(&output));
 }
+
+#[test]
+fn a_connection_that_broke_is_made_anew_and_the_device_used_again() {
+    let mut place = Place::new();
+    let (_, address) = namespace(&place, 80 << 20);
+    // Each connection takes so many commands.
+    let address = format!("{address} fail_after:200");
+    let library = library();
+    let layout = serde_json::to_string(&layout()).unwrap();
+    let by_spdk = ["--ssd-cache-dir", &address, "--spdk-library", &library, "--spdk-no-huge", "on"];
+    place.serve(&[by_spdk.as_slice(), &["--layout", &layout]].concat());
+    let mut agent = place.agent(0, &[("server_launch_mode", "external")]);
+    let mut number = 0;
+    eventually("it is lost", || {
+        number += 1;
+        store(&mut agent, &chain(&format!("a{number}"), 40));
+        place.metric("ssd_devices_lost_count") == 1
+    });
+    let written = place.metric("ssd_write_bytes");
+    // Something to try it with, after 5 s. The next connection ends like the first: it is lost twice, so it was there between.
+    eventually("it was there again", || {
+        number += 1;
+        store(&mut agent, &chain(&format!("a{number}"), 10));
+        std::thread::sleep(Duration::from_millis(20));
+        place.metric("ssd_devices_lost_count") >= 2
+    });
+    let more = place.metric("ssd_write_bytes") - written;
+    assert!(more > 100 * BLOCK as u64, "it took {more} bytes");
+}

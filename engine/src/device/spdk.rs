@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, PoisonError};
 
+use crossbeam_channel::{Receiver, Sender};
 use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::config::Config;
 use kvring_ipc::mapping::Mapping;
@@ -73,9 +74,87 @@ pub fn health(address: &str) -> Result<Health, SpdkError> {
     Ok(Health::parse(&controller(address)?.health()?))
 }
 
+/// What a connection is for: always the same namespace, as far as can be told.
+#[derive(Clone)]
+struct Target {
+    address: String,
+    namespace: Namespace,
+    /// What it begins with: a cache's superblock, which does not change while the cache is used.
+    first_sector: Box<[u8]>,
+    depth: u32,
+    memory: Vec<Arc<dyn Memory>>,
+}
+
+impl Target {
+    fn connect(&self) -> Result<Qpair, SpdkError> {
+        let controller = controller(&self.address)?;
+        let other = |why| Err(SpdkError::Address { address: self.address.clone(), why });
+        if *controller.namespace() != self.namespace {
+            return other("another namespace is there now");
+        }
+        if first_sector(&self.address)? != self.first_sector {
+            return other("something else is on the namespace now");
+        }
+        Qpair::new(controller, self.depth, self.memory.clone())
+    }
+}
+
+fn first_sector(address: &str) -> Result<Box<[u8]>, SpdkError> {
+    let mut sector = vec![0; SECTOR_BYTES as usize].into_boxed_slice();
+    Blocking::open(address)?.read(&mut sector, 0).map_err(|error| SpdkError::Io {
+        address: address.into(),
+        what: "read the first sector",
+        errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+    })?;
+    Ok(sector)
+}
+
+/// A thread that connects anew: it waits, the shard does not.
+struct Again {
+    ask: Sender<Option<Qpair>>,
+    made: Receiver<Option<Qpair>>,
+    /// It is at it.
+    asked: bool,
+}
+
+impl Again {
+    fn new(target: Target) -> Result<Self, SpdkError> {
+        let address = target.address.clone();
+        let (ask, asked) = crossbeam_channel::bounded::<Option<Qpair>>(1);
+        let (to_shard, made) = crossbeam_channel::bounded(1);
+        let again = move || {
+            for old in asked {
+                // As long as anybody has the old connection SPDK hands out no other.
+                drop(old);
+                match target.connect() {
+                    Ok(pair) => drop(to_shard.send(Some(pair))),
+                    Err(error) => {
+                        tracing::warn!("not connected anew: {error}");
+                        drop(to_shard.send(None));
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("kvring-spdk-again".into()).spawn(again);
+        thread.map_err(|error| SpdkError::Io {
+            address,
+            what: "start a thread",
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
+        })?;
+        Ok(Self { ask, made, asked: false })
+    }
+}
+
 /// A namespace by SPDK.
 pub struct Spdk {
-    qpair: Qpair,
+    /// None: its connection is broken, and made anew.
+    qpair: Option<Qpair>,
+    described: String,
+    sector_bytes: u32,
+    /// Where a broken connection can be made anew: where the host moves the bytes, and nothing is under way any more.
+    again: Option<Again>,
+    /// Something was asked of a broken one.
+    wants_again: bool,
     memory: DeviceMemory,
     /// A sector for each transfer of headers: those lie in memory that no device is told of.
     bounce: Arc<Dma>,
@@ -103,9 +182,27 @@ impl Spdk {
             return Err(SpdkError::Address { address: address.into(), why });
         }
         let pool: Arc<dyn Memory> = Arc::new(Pool { mapping: memory.pool.clone(), file: hugepages });
-        let qpair = Qpair::new(controller, depth, vec![pool, bounce.clone()])?;
+        let Namespace { nsid, sector_bytes, transfer_bytes_max, serial, model, .. } = controller.namespace();
+        let described = format!(
+            "{}, namespace {nsid} of {model} {serial}, sectors of {sector_bytes} bytes, {} KiB a command, {depth} entries",
+            controller.version(),
+            transfer_bytes_max >> 10,
+        );
+        let (sector_bytes, namespace) = (*sector_bytes, controller.namespace().clone());
+        let lent = vec![pool, bounce.clone()];
+        let qpair = Qpair::new(controller, depth, lent.clone())?;
+        let again = if registers {
+            None
+        } else {
+            let (address, first_sector) = (address.to_owned(), first_sector(address)?);
+            Some(Again::new(Target { address, namespace, first_sector, depth, memory: lent })?)
+        };
         Ok(Self {
-            qpair,
+            qpair: Some(qpair),
+            described,
+            sector_bytes,
+            again,
+            wants_again: false,
             memory,
             bounce,
             flights: vec![None; depth as usize].into_boxed_slice(),
@@ -118,7 +215,7 @@ impl Spdk {
 
     fn begin(&mut self, at: u32) -> Result<(), Errno> {
         let Some(io) = self.flights[at as usize] else { return Ok(()) };
-        let sector = io.offset_in_file / u64::from(self.qpair.controller().namespace().sector_bytes);
+        let sector = io.offset_in_file / u64::from(self.sector_bytes);
         let (memory, place) = match io.region {
             Region::Pool => (POOL, io.offset_in_region),
             Region::Headers => (HEADERS, at as usize * SECTOR_BYTES as usize),
@@ -129,7 +226,25 @@ impl Spdk {
             self.bounce.copy_in(place, &sector[..io.bytes as usize]);
         }
         let write = io.direction == Direction::Write;
-        self.qpair.submit(write, memory, place, sector, io.bytes as usize, u64::from(at))
+        let Some(qpair) = &mut self.qpair else {
+            self.wants_again = true;
+            return Err(Errno::NODEV);
+        };
+        let begun = qpair.submit(write, memory, place, sector, io.bytes as usize, u64::from(at));
+        self.wants_again |= begun.is_err_and(|errno| errno != Errno::AGAIN);
+        begun
+    }
+
+    /// Has a broken connection made anew, and takes the new one when it is there.
+    fn renew(&mut self) {
+        let Some(again) = &mut self.again else { return };
+        if again.asked {
+            if let Ok(made) = again.made.try_recv() {
+                (self.qpair, again.asked, self.wants_again) = (made, false, false);
+            }
+        } else if self.wants_again && self.qpair.as_ref().is_none_or(|qpair| qpair.inflight() == 0) {
+            again.asked = again.ask.try_send(self.qpair.take()).is_ok();
+        }
     }
 
     fn end(&mut self, at: u32, result: Result<(), Errno>) -> Option<Done> {
@@ -146,7 +261,7 @@ impl Spdk {
     fn begin_waiting(&mut self) {
         while let Some(at) = self.waiting.front().copied() {
             match self.begin(at) {
-                Err(Errno::AGAIN) if self.qpair.inflight() > 0 => return,
+                Err(Errno::AGAIN) if self.qpair.as_ref().is_some_and(|qpair| qpair.inflight() > 0) => return,
                 Ok(()) => {
                     self.waiting.pop_front();
                 }
@@ -164,14 +279,7 @@ impl Spdk {
 
 impl Device for Spdk {
     fn describe(&self) -> String {
-        let controller = self.qpair.controller();
-        let Namespace { nsid, sector_bytes, transfer_bytes_max, serial, model, .. } = controller.namespace();
-        format!(
-            "{}, namespace {nsid} of {model} {serial}, sectors of {sector_bytes} bytes, {} KiB a command, {} entries",
-            controller.version(),
-            transfer_bytes_max >> 10,
-            self.flights.len(),
-        )
+        self.described.clone()
     }
 
     fn depth(&self) -> u32 {
@@ -186,7 +294,7 @@ impl Device for Spdk {
         if self.inflight() == self.depth() {
             return Err(io);
         }
-        let sector = self.qpair.controller().namespace().sector_bytes;
+        let sector = self.sector_bytes;
         let whole = io.offset_in_file.is_multiple_of(u64::from(sector)) && io.bytes.is_multiple_of(sector);
         let fits = io.region == Region::Pool || u64::from(io.bytes) <= SECTOR_BYTES;
         // Checks that it lies in its region.
@@ -206,13 +314,15 @@ impl Device for Spdk {
     }
 
     fn poll(&mut self, _now_ns: u64, budget: usize, done: &mut Vec<Done>) {
+        self.renew();
         self.begin_waiting();
         done.extend(self.refused.drain(..self.refused.len().min(budget)));
         let mut over = [(0, Ok(())); 64];
         let mut count = 0;
         // A pair that fails says so once, and then what has become of each transfer.
         for _ in 0..2 {
-            let polled = self.qpair.poll(budget.min(over.len()), |done| {
+            let Some(qpair) = &mut self.qpair else { break };
+            let polled = qpair.poll(budget.min(over.len()), |done| {
                 over[count] = (done.tag as u32, done.result);
                 count += 1;
             });
@@ -235,7 +345,7 @@ impl Device for Spdk {
         }
         let at = piece as usize * self.memory.piece_bytes;
         let bytes = self.memory.piece_bytes.min(self.memory.pool.bytes() - at);
-        self.qpair.register(POOL, at, bytes)
+        self.qpair.as_mut().map_or(Err(Errno::NODEV), |qpair| qpair.register(POOL, at, bytes))
     }
 }
 
