@@ -259,6 +259,7 @@ impl Spdk {
     }
 
     fn begin_waiting(&mut self) {
+        self.renew();
         while let Some(at) = self.waiting.front().copied() {
             match self.begin(at) {
                 Err(Errno::AGAIN) if self.qpair.as_ref().is_some_and(|qpair| qpair.inflight() > 0) => return,
@@ -314,7 +315,6 @@ impl Device for Spdk {
     }
 
     fn poll(&mut self, _now_ns: u64, budget: usize, done: &mut Vec<Done>) {
-        self.renew();
         self.begin_waiting();
         done.extend(self.refused.drain(..self.refused.len().min(budget)));
         let mut over = [(0, Ok(())); 64];
