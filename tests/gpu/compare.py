@@ -17,6 +17,7 @@ import inspect
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -152,6 +153,7 @@ class Kvring:
 
     def __init__(self, world: World, place: str) -> None:
         self.world = world
+        self._socket = f"{place}/s"
         memory = kvring.Memory([kvring.Group(world.kv)])
         layout = kvring.Layout(
             model="compare", dtype="uint8", tokens_per_block=SIZE, layers=world.layers, kv_heads=1,
@@ -159,7 +161,7 @@ class Kvring:
             block_bytes=-(-memory.block_bytes // 4096) * 4096,
         )  # fmt: skip
         pool_gb = 4 * world.blocks * layout.block_bytes / (1 << 30) + 0.01
-        settings: dict[str, Any] = {"server_recv_port": f"{place}/s", "cpu_cache_gb": pool_gb, "ssd_cache_gb": 0}
+        settings: dict[str, Any] = {"server_recv_port": self._socket, "cpu_cache_gb": pool_gb, "ssd_cache_gb": 0}
         token = kvring.new_token()
         self._agent = kvring.Agent(layout, memory, token=token, instance_id=0, load_timeout_ms=30_000, **settings)
         self._scheduler = kvring.Instance(token=token, instance_id=0, client_wait_ms=2000, **settings)
@@ -196,6 +198,9 @@ class Kvring:
     def close(self) -> None:
         self._agent.close()
         self._scheduler.close()
+        # It outlives those who use it.
+        server = kvring.server_program() or "kvring"
+        subprocess.run([server, "stop", "--socket", self._socket], check=False, stdout=subprocess.DEVNULL)
 
 
 def until_over(world: World, method: Any) -> None:
