@@ -13,6 +13,9 @@ use crate::recovery::Recovery;
 use crate::tier::disk::DiskSlots;
 use crate::tier::host::{HostSlots, RankDone, SessionId, Writer};
 
+/// Evictions that one moved block may cost.
+const EVICTIONS_PER_MOVE: u32 = 64;
+
 /// What a reserve says of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reserve {
@@ -296,6 +299,37 @@ impl Cache {
         self.release_disk(slot);
         self.collect();
         self.disk.as_mut()?.acquire()
+    }
+
+    /// Moves a block that nobody uses from a slot that is not given out any more to one that is, at the price of whatever
+    /// is next to go. `copy` copies its bytes. None: it is in use, or there is no room for it now.
+    pub fn move_host(&mut self, slot: u32, block: BlockId, copy: impl FnOnce(u32, u32)) -> Option<Grant> {
+        let b = self.index.block(block);
+        let is_free = b.pins == 0 || planted::has(Bug::MovedOnLoan);
+        if !is_free || b.is_detached() || b.place(Tier::Host) != Place::Ready(slot) || !self.index.pin(block) {
+            return None;
+        }
+        // What goes may have lain in a closed slot as well.
+        let room = (0..EVICTIONS_PER_MOVE).find_map(|_| match self.host.acquire() {
+            Some(slot) => Some(Some(slot)),
+            None if self.evict(Tier::Host) => None,
+            None => Some(None),
+        });
+        let moved = room.flatten().map(|to| {
+            if !planted::has(Bug::MovedUncopied) {
+                copy(slot, to);
+            }
+            self.host.inherit(slot, to);
+            self.index.relocate(Tier::Host, block, to);
+            // For the next process: in both slots, then in the new one alone.
+            self.describe(to, block);
+            self.host.forget(slot);
+            self.host.release(slot);
+            self.host.grant(to)
+        });
+        self.index.unpin(block);
+        self.collect();
+        moved
     }
 
     /// Has the next block leave a tier. False: none may.
@@ -653,9 +687,11 @@ impl Cache {
         let held = self.index.check_at_rest();
         assert_eq!(self.host.quarantined_count(), 0, "no slot stays in quarantine");
         assert!((0..SESSIONS_MAX as u32).all(|at| self.host.filling_count(at) == 0), "nobody is filling a slot");
-        assert_eq!(self.host.free_count() + held[0], self.host.born_count(), "a pool slot leaked");
+        let free = self.host.free_count() + self.host.closed_free_count();
+        assert_eq!(free + held[0], self.host.born_count(), "a pool slot leaked");
         if let Some(disk) = &self.disk {
-            assert_eq!(disk.free_count() as u32 + held[1], disk.geometry().slots_count(), "a disk slot leaked");
+            let homes = (disk.free_count() + disk.unused_count()) as u32;
+            assert_eq!(homes + held[1], disk.geometry().slots_count(), "a disk slot leaked");
         }
     }
 

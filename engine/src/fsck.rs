@@ -164,14 +164,16 @@ fn open(medium: Medium) -> Result<Device, FsckError> {
     let (device, devices) = ((superblock.device >> 32) as u32, superblock.device as u32);
     let geometry = DiskGeometry {
         devices_count: devices,
-        slots_per_device: superblock.slots_count as u32,
+        slots_per_device: superblock.slots_count(),
+        slots_limit: superblock.slots_count(),
+        header_slots: superblock.header_slots(),
         slots_per_file: superblock.slots_per_file as u32,
         slot_bytes: superblock.slot_bytes,
     };
     // Its own checksum says that these are the numbers that were written; a number that cannot be was not.
     let possible = device < devices
-        && superblock.slots_count.saturating_mul(u64::from(devices)) <= crate::limits::SLOTS_MAX
-        && (1..=superblock.slots_count).contains(&superblock.slots_per_file)
+        && u64::from(superblock.slots_count()).saturating_mul(u64::from(devices)) <= crate::limits::SLOTS_MAX
+        && (1..=u64::from(superblock.slots_count())).contains(&superblock.slots_per_file)
         && superblock.slot_bytes.is_multiple_of(SECTOR_BYTES)
         && (1..=1 << 30).contains(&superblock.slot_bytes);
     if !possible {
@@ -186,7 +188,7 @@ fn open(medium: Medium) -> Result<Device, FsckError> {
         devices,
         block_bytes: superblock.slot_bytes,
         layout: files::read_layout(&medium),
-        slots: superblock.slots_count,
+        slots: u64::from(superblock.slots_count()),
         ..DirReport::default()
     };
     Ok(Device { report, medium, superblock, geometry, headers, bad: Vec::new(), _lock: lock })

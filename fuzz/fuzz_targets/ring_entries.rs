@@ -89,6 +89,8 @@ impl World {
         let geometry = DiskGeometry {
             devices_count: 1 + u32::from(shape >> 1 & 1),
             slots_per_device: 1 + u32::from(slots >> 4),
+            slots_limit: 1 + u32::from(slots >> 4),
+            header_slots: 1 + u32::from(slots >> 4),
             slots_per_file: 4,
             slot_bytes: SLOT_BYTES,
         };

@@ -20,9 +20,9 @@ const SLOTS: u32 = 12;
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
     let tp_size = 1 + u32::from(input.byte() % 3);
-    let shape = TableShape { pool_id: 1, layout: 7, slot_bytes: 4096, slots_count: SLOTS, tp_size };
+    let shape = TableShape { pool_id: 1, layout: 7, slot_bytes: 4096, slots_max: SLOTS, tp_size };
     let memory = mapping(shape.bytes() as u64);
-    let table = SlotTable::create(memory.clone(), shape, "a layout");
+    let table = SlotTable::create(memory.clone(), shape, SLOTS, "a layout");
     for slot in 0..SLOTS {
         let how = input.byte();
         let name = |name: u8| BlockKey::from_words([u64::from(name), u64::from(name)]);

@@ -15,7 +15,7 @@ use kvring_engine::device::{files, medium::Medium};
 use kvring_engine::index::{IndexOptions, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
-use kvring_engine::tier::header::{HEADER_BYTES, Header, MAGIC, Superblock};
+use kvring_engine::tier::header::{HEADER_BYTES, Header, MAGIC, Superblock, header_room};
 use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
 use kvring_engine::tier::piece::HeaderPiece;
 use kvring_fuzz::{Input, mapping};
@@ -88,8 +88,11 @@ fn open(geometry: &DiskGeometry, how: u8, found: &Superblock, zones: &[Vec<u8>])
         superblock.is_sound()
             && superblock.layout == *FINGERPRINT
             && superblock.slot_bytes == geometry.slot_bytes
-            && superblock.slots_count == u64::from(geometry.slots_per_device)
-            && superblock.slots_per_file == u64::from(geometry.slots_per_file)
+            // It may have been smaller, with room for as many headers and its blocks in the same places.
+            && superblock.slots_count() <= geometry.slots_per_device
+            && superblock.header_slots() == geometry.header_slots
+            && superblock.slots_per_file.min(u64::from(superblock.slots_count()))
+                == u64::from(geometry.slots_per_file.min(superblock.slots_count()))
             && superblock.device == device << 32 | u64::from(geometry.devices_count)
     };
     let on_mismatch = if how & 4 != 0 { OnMismatch::Reset } else { OnMismatch::Refuse };
@@ -155,6 +158,8 @@ fuzz_target!(|data: &[u8]| {
     let geometry = DiskGeometry {
         devices_count: 1 + u32::from(shape & 1),
         slots_per_device: SLOTS_PER_DEVICE,
+        slots_limit: SLOTS_PER_DEVICE,
+        header_slots: header_room(u64::from(SLOTS_PER_DEVICE)),
         slots_per_file: if shape & 2 != 0 { 7 } else { SLOTS_PER_DEVICE },
         slot_bytes: SECTOR_BYTES,
     };
@@ -167,7 +172,8 @@ fuzz_target!(|data: &[u8]| {
         superblock.magic = word(superblock.magic, MAGIC);
         superblock.layout = word(superblock.layout, *FINGERPRINT);
         superblock.slot_bytes = word(superblock.slot_bytes, geometry.slot_bytes);
-        superblock.slots_count = word(superblock.slots_count, u64::from(geometry.slots_per_device));
+        let slots = u64::from(geometry.header_slots) << 32 | u64::from(geometry.slots_per_device);
+        superblock.slots = word(superblock.slots, slots);
         superblock.slots_per_file = word(superblock.slots_per_file, u64::from(geometry.slots_per_file));
         superblock.device = word(superblock.device, u64::from(geometry.devices_count));
         superblock = superblock.sealed();

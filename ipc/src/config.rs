@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::handshake::Sizes;
+
 /// When a resident block is evicted before another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names are the field's own; docs/CONFIG.md explains each")]
@@ -948,6 +950,18 @@ impl Config {
             Some(format!("{name} = {said}: the server runs with {has}; `kvring stop` lets the next one take it"))
         });
         differing.collect()
+    }
+
+    /// With the sizes that somebody has asked a running server for.
+    pub fn resize(&mut self, sizes: Sizes) {
+        // A size in bytes divided by a power of two is a number that its text gives back.
+        let gib = |bytes: u64| (bytes as f64 / f64::from(1 << 30)).to_string();
+        for (name, bytes) in [("cpu_cache_gb", sizes.cpu_cache_bytes), ("ssd_cache_gb", sizes.ssd_cache_bytes)] {
+            if let Some(bytes) = bytes {
+                let accepted = self.say(name, &gib(bytes));
+                debug_assert!(accepted.is_ok());
+            }
+        }
     }
 
     /// Reads everything an operator said.

@@ -86,6 +86,30 @@ pub enum Request {
     },
     /// Replace the engine process by what the program file is now; the pool stays.
     Upgrade,
+    /// Give the tiers other sizes. Done by another engine process, as an upgrade is.
+    Resize(Sizes),
+}
+
+/// Sizes of tiers that somebody has asked for while the server runs. `None`: as it was started with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sizes {
+    /// Bytes of the pool.
+    #[serde(default)]
+    pub cpu_cache_bytes: Option<u64>,
+    /// Bytes of the SSD tier.
+    #[serde(default)]
+    pub ssd_cache_bytes: Option<u64>,
+}
+
+impl Sizes {
+    /// These, and where these say nothing, those.
+    #[must_use]
+    pub fn or(self, others: Self) -> Self {
+        Self {
+            cpu_cache_bytes: self.cpu_cache_bytes.or(others.cpu_cache_bytes),
+            ssd_cache_bytes: self.ssd_cache_bytes.or(others.ssd_cache_bytes),
+        }
+    }
 }
 
 /// Who wants a session.
@@ -134,7 +158,7 @@ pub enum Reply {
     Stopping,
     /// Answer to `Verify`.
     Verifying,
-    /// Answer to `Upgrade`.
+    /// Answer to `Upgrade` and `Resize`: it is being prepared.
     Upgrading,
     /// Answer to `Blocks`, `Evict`, `Forget` and `Drain`.
     Admin(serde_json::Value),
@@ -153,14 +177,25 @@ pub struct Welcome {
     pub slots_count: u32,
     /// Bytes of the pages behind it.
     pub page_bytes: u64,
-    /// Names the pool: another engine process with the same pool has the same memory.
+    /// Names the pool as it is now: under the same name it lies where it lay. Another size has another name.
     pub pool_id: u64,
+    /// Names the pool whatever its size: slots of the same number are the same memory. 0, of a server that does not
+    /// say: as `pool_id`.
+    #[serde(default)]
+    pub memory_id: u64,
     /// Which engine process this is: what it grants is void when the epoch moves on.
     pub epoch: u64,
     /// The server's engine process.
     pub server_pid: u32,
     /// What the server was started with: every setting by name, as text.
     pub settings: std::collections::BTreeMap<String, String>,
+}
+
+impl Welcome {
+    /// Names the memory that slots lie in.
+    pub fn memory(&self) -> u64 {
+        if self.memory_id == 0 { self.pool_id } else { self.memory_id }
+    }
 }
 
 /// A connected control socket.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::client::{ConnectError, Lease, Matched, Pool, PostError, Session};
 use crate::config::{Config, LaunchMode};
 use crate::events::Events;
-use crate::handshake::{Attach, Reply, Request, ask};
+use crate::handshake::{Attach, Reply, Request, Welcome, ask};
 use crate::key::BlockKey;
 use crate::launch::{LaunchError, start_server};
 use crate::layout::Layout;
@@ -106,7 +106,7 @@ pub struct Instance {
 struct Former {
     number: u32,
     session: u32,
-    pool_id: u64,
+    memory_id: u64,
     held_count: u32,
     /// This session's server was told that it is drained.
     told: bool,
@@ -250,9 +250,9 @@ impl Instance {
 
     fn adopt(&mut self, session: Session) {
         self.unheeded = session.welcome().map_or_else(Vec::new, |welcome| self.config.unheeded_by(&welcome.settings));
-        let pool_id = session.welcome().map(|welcome| welcome.pool_id);
+        let memory_id = session.welcome().map(Welcome::memory);
         // Another pool has other slots: what is written to the old one harms nobody.
-        self.formers.retain(|former| Some(former.pool_id) == pool_id);
+        self.formers.retain(|former| Some(former.memory_id) == memory_id);
         // The last server may have died before it acted on it.
         self.formers.iter_mut().for_each(|former| former.told = false);
         *lock(&self.kept) = Some(session.pool().clone());
@@ -514,7 +514,7 @@ impl Instance {
             self.formers.push(Former {
                 number: self.sessions_count,
                 session: welcome.session,
-                pool_id: welcome.pool_id,
+                memory_id: welcome.memory(),
                 held_count: if self.drains_by_hand { 1 } else { self.held_count },
                 told: false,
             });

@@ -42,6 +42,16 @@ pub fn sealed_memfd(name: &str, bytes: u64, pages: Pages) -> Result<OwnedFd> {
     sealed_memfd_with(name, bytes, pages, |_| Ok(())).map(|(fd, ())| fd)
 }
 
+/// As [`sealed_memfd`], but that it may grow: whoever has it mapped loses nothing by that.
+///
+/// # Errors
+/// As [`sealed_memfd`].
+pub fn growing_memfd(name: &str, bytes: u64, pages: Pages) -> Result<OwnedFd> {
+    let fd = memfd(name, bytes, pages)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(fd)
+}
+
 /// As [`sealed_memfd`]; `first` may map it and add further seals before no more can be added.
 ///
 /// # Errors
@@ -52,6 +62,14 @@ pub fn sealed_memfd_with<T>(
     pages: Pages,
     first: impl FnOnce(&OwnedFd) -> Result<T>,
 ) -> Result<(OwnedFd, T)> {
+    let fd = memfd(name, bytes, pages)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
+    let made = first(&fd)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SEAL)?;
+    Ok((fd, made))
+}
+
+fn memfd(name: &str, bytes: u64, pages: Pages) -> Result<OwnedFd> {
     let base = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let flags = match pages {
         Pages::Small => base,
@@ -60,10 +78,7 @@ pub fn sealed_memfd_with<T>(
     };
     let fd = rustix::fs::memfd_create(name, flags)?;
     rustix::fs::ftruncate(&fd, bytes)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
-    let made = first(&fd)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SEAL)?;
-    Ok((fd, made))
+    Ok(fd)
 }
 
 /// Whether a received memfd can no longer shrink under us, and holds at least `bytes`.
@@ -197,6 +212,17 @@ impl Mapping {
         unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), target, source.len()) }
     }
 
+    /// Copies bytes from one place of the mapping to another. As for [`Mapping::copy_out`], somebody may write meanwhile.
+    ///
+    /// # Panics
+    /// If a range is not inside the mapping, or they overlap.
+    pub fn copy_within(&self, source: usize, target: usize, bytes: usize) {
+        assert!(source.abs_diff(target) >= bytes, "{source} and {target} overlap");
+        let (from, to) = (self.address(source, bytes), self.address(target, bytes));
+        // SAFETY: both are valid for `bytes` bytes by `address`, and do not overlap by the assert.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) }
+    }
+
     /// Faults a range in, writable, without changing its bytes.
     ///
     /// # Errors
@@ -238,6 +264,29 @@ mod test {
         assert!(!is_sealed(&fd, 8193).unwrap());
         assert_eq!(rustix::fs::ftruncate(&fd, 0), Err(rustix::io::Errno::PERM));
     }
+
+    #[test]
+    fn a_pool_grows_and_gives_back_its_end() {
+        let fd = growing_memfd("test", 8192, Pages::Small).unwrap();
+        let before = Mapping::new(&fd, 8192).unwrap();
+        before.copy_in(4096, b"hello");
+        rustix::fs::ftruncate(&fd, 16384).unwrap();
+        assert!(is_sealed(&fd, 16384).unwrap(), "as large as it is now");
+        assert_eq!(rustix::fs::ftruncate(&fd, 8192), Err(rustix::io::Errno::PERM), "nobody is cut off");
+        let after = Mapping::new(&fd, 16384).unwrap();
+        after.copy_in(12288, b"there");
+        rustix::fs::fallocate(&fd, HOLE, 8192, 8192).unwrap();
+        let mut out = [0; 5];
+        after.copy_out(12288, &mut out);
+        assert_eq!(out, [0; 5], "its pages are gone, and it can be read");
+        after.copy_out(4096, &mut out);
+        assert_eq!(&out, b"hello");
+        let add = rustix::fs::fcntl_add_seals(&fd, SealFlags::WRITE);
+        assert_eq!(add, Err(rustix::io::Errno::PERM), "nobody forbids the others to write");
+    }
+
+    const HOLE: rustix::fs::FallocateFlags =
+        rustix::fs::FallocateFlags::PUNCH_HOLE.union(rustix::fs::FallocateFlags::KEEP_SIZE);
 
     #[test]
     fn two_mappings_see_one_memory() {

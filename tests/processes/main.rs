@@ -11,6 +11,7 @@ mod integrity;
 mod lifecycle;
 mod observe;
 mod replay;
+mod resize;
 mod security;
 mod spdk;
 mod survival;

@@ -231,7 +231,7 @@ fn table_shape(shape: &Shape) -> TableShape {
         pool_id: 1,
         layout: LAYOUT,
         slot_bytes: shape.slot_bytes,
-        slots_count: shape.host_slots,
+        slots_max: shape.host_slots,
         tp_size: shape.tp_size,
     }
 }
@@ -261,7 +261,7 @@ impl World {
         let pool = mapping(u64::from(shape.host_slots) * shape.slot_bytes);
         let table_shape = table_shape(&shape);
         let table = mapping(table_shape.bytes() as u64);
-        SlotTable::create(table.clone(), table_shape, "");
+        SlotTable::create(table.clone(), table_shape, shape.host_slots, "");
         let mut world = Self {
             chance,
             now_ns: 1,
@@ -302,6 +302,8 @@ impl World {
         DiskGeometry {
             devices_count,
             slots_per_device,
+            slots_limit: slots_per_device,
+            header_slots: slots_per_device,
             slots_per_file: slots_per_device.div_ceil(2),
             slot_bytes: self.shape.slot_bytes,
         }
@@ -1027,7 +1029,7 @@ impl World {
         self.zombies.clear();
         // Memory does not outlive the machine.
         self.table = mapping(table_shape(&self.shape).bytes() as u64);
-        SlotTable::create(self.table.clone(), table_shape(&self.shape), "");
+        SlotTable::create(self.table.clone(), table_shape(&self.shape), self.shape.host_slots, "");
         self.start();
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvring_ipc::config::CLIENT_SETTINGS;
-use kvring_ipc::handshake::{ChannelError, Reply, Request, ask};
+use kvring_ipc::handshake::{ChannelError, Reply, Request, Sizes, ask};
 use kvring_ipc::key::{BlockKey, Namespace};
 use serde_json::{Value, json};
 
@@ -459,6 +459,83 @@ pub fn upgrade(args: &AdminArgs) -> Outcome {
         return Ok(());
     }
     Err("no other engine process serves after 30 s: see the server's log".into())
+}
+
+/// Arguments of `kvring resize`.
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("size").required(true).multiple(true).args(["dram", "ssd"]))]
+#[command(after_help = "\
+Another engine process takes over with these sizes, as with `kvring upgrade`; instances attach to it by themselves. A smaller
+tier keeps what its policy would keep. The sizes hold until the server is started anew: set cpu_cache_gb and ssd_cache_gb
+for that.")]
+pub struct ResizeArgs {
+    /// Size of the pool from now on
+    #[arg(long, value_name = "GB", value_parser = gb_of)]
+    dram: Option<u64>,
+    /// Size of the SSD tier from now on, over all directories
+    #[arg(long, value_name = "GB", value_parser = gb_of)]
+    ssd: Option<u64>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+fn gb_of(text: &str) -> Result<u64, String> {
+    // As the setting takes it.
+    let mut config = kvring_ipc::config::Config::default();
+    config.say("cpu_cache_gb", text).map_err(|error| error.problem)?;
+    Ok(config.cpu_cache_bytes)
+}
+
+/// How long a resize may take: to empty the end of a pool, and to make a bigger one.
+const RESIZE_PATIENCE: Duration = Duration::from_secs(180);
+
+/// Gives the tiers of a running server other sizes, and waits until it serves with them.
+pub fn resize(args: &ResizeArgs) -> Outcome {
+    let socket = args.settings.load()?.config.socket;
+    let sizes = Sizes { cpu_cache_bytes: args.dram, ssd_cache_bytes: args.ssd };
+    let before = stats(&socket)?;
+    let started = Instant::now();
+    match ask(&socket, &Request::Resize(sizes), PATIENCE).map_err(|error| explained(error, &socket))? {
+        Reply::Upgrading => {}
+        Reply::Refused { reason, .. } => return Err(reason.into()),
+        reply => return Err(format!("an unexpected answer: {reply:?}").into()),
+    }
+    let bar = ProgressBar::new_spinner();
+    bar.enable_steady_tick(Duration::from_millis(100));
+    while started.elapsed() < RESIZE_PATIENCE {
+        // Between the two nobody answers.
+        let now = stats(&socket).ok();
+        let is_another = |now: &Value| now["epoch"] != before["epoch"];
+        let is_off = |now: &Value| !is_another(now) && now["upgrades_failed"] != before["upgrades_failed"];
+        let is_emptied = now.as_ref().is_some_and(|now| now["is_resizing"] == true);
+        bar.set_message(if is_emptied { "moving blocks out of the end of the pool" } else { "another engine process" });
+        let Some(now) = now.filter(|now| is_another(now) || is_off(now)) else {
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        };
+        bar.finish_and_clear();
+        if is_off(&now) {
+            let why = now["upgrade_failure"].as_str().unwrap_or("the program does not start (see the server's log)");
+            return Err(format!("{why}: the tiers stay as they are").into());
+        }
+        let setting = |name: &str| now["settings"][name].as_str().unwrap_or_default().to_owned();
+        let mut config = kvring_ipc::config::Config::default();
+        config.resize(sizes);
+        let wanted = config.as_text();
+        let is_as_asked = |name: &str, asked: Option<u64>| asked.is_none() || wanted[name] == setting(name);
+        if !is_as_asked("cpu_cache_gb", args.dram) || !is_as_asked("ssd_cache_gb", args.ssd) {
+            return Err("another engine process serves, with the sizes from before: see the server's log".into());
+        }
+        println!(
+            "DRAM {} GB, SSD {} GB, after {:.1} s: {} blocks in the pool",
+            setting("cpu_cache_gb"),
+            setting("ssd_cache_gb"),
+            started.elapsed().as_secs_f64(),
+            now["metrics"]["dram_recovered_blocks_count"].as_u64().unwrap_or(0),
+        );
+        return Ok(());
+    }
+    Err(format!("no other engine process serves after {} s: see the server's log", RESIZE_PATIENCE.as_secs()).into())
 }
 
 /// Arguments of `kvring verify`.

@@ -62,6 +62,8 @@ enum Command {
     Stop(admin::AdminArgs),
     /// Replace a running server's engine process by the program as it is now: the cache stays.
     Upgrade(admin::AdminArgs),
+    /// Give the tiers of a running server other sizes: the cache stays.
+    Resize(admin::ResizeArgs),
     /// Read what a running cache holds, at a bounded rate, and forget what is not what was stored.
     Verify(admin::VerifyArgs),
     /// Check the SSD tier of a stopped server, and forget what is bad.
@@ -104,6 +106,7 @@ fn main() -> std::process::ExitCode {
         Command::Verify(args) => admin::verify(&args),
         Command::Stop(args) => admin::stop(&args),
         Command::Upgrade(args) => admin::upgrade(&args),
+        Command::Resize(args) => admin::resize(&args),
         Command::Selftest(args) => selftest::run(&args),
         Command::LeaseHolder(args) => bench::crash::hold(&args),
         Command::ReplayInstance(args) => replay::worker::run(&args),

@@ -82,10 +82,13 @@ pub fn run(args: ServeArgs) -> Outcome {
         // A hangup is the keeper's to hear.
         let _hangup = readable_on(&[SIGHUP])?;
         let mut prepared = None;
-        let inheritance = Inheritance::receive(|kept| {
-            prepared = Prepared::over(&loaded.config, layout.as_ref(), kept)?;
+        let inheritance = Inheritance::receive(|kept, sizes| {
+            let mut config = loaded.config.clone();
+            config.resize(sizes);
+            prepared = Prepared::over(&config, layout.as_ref(), kept)?;
             Ok(prepared.is_some())
         })?;
+        loaded.config.resize(inheritance.sizes.unwrap_or_default());
         let (listen, socket) = (loaded.config.metrics_listen.clone(), loaded.config.socket.clone());
         let server = Server::new(loaded.config, layout, inheritance, prepared, stop)?;
         if let Some(listen) = listen {

@@ -108,6 +108,8 @@ pub enum ToShard {
     Distrust(Surveyed, Sender<bool>),
     /// Do what an operator asks; the number names who.
     Admin(u64, AdminOp),
+    /// Use only so many slots of the pool, from the first on, and move what lies behind them; or use all again.
+    Vacate(Option<u32>),
     /// Finish writing and return.
     Stop,
     /// Finish what is under way and return: the pool stays, for another engine process.
@@ -204,8 +206,8 @@ impl Kept {
         if self.layout != *layout {
             return Err("the layout is another now".into());
         }
-        if u64::from(self.table.shape().slots_count) != dma::slots_of(config, layout.block_bytes) {
-            return Err("cpu_cache_gb is another now".into());
+        if u64::from(self.table.shape().slots_max) < dma::slots_of(config, layout.block_bytes) {
+            return Err("cpu_cache_gb is more now than the pool can grow to".into());
         }
         for dir in self.left_dirs(config) {
             // Who has its lock knows that nothing is read from there into the pool any more.
@@ -220,8 +222,7 @@ impl Kept {
 
 impl Kept {
     fn bytes(&self) -> u64 {
-        let shape = self.table.shape();
-        u64::from(shape.slots_count) * shape.slot_bytes
+        u64::from(self.table.slots_count()) * self.table.shape().slot_bytes
     }
 
     /// Directories that are not to be used any more.
@@ -239,8 +240,10 @@ fn geometry_of(config: &Config, layout: &Layout, held: u64) -> Result<Option<Dis
         return Err(BuildError::SpdkWithoutChecksum);
     }
     layout.check(SECTOR_BYTES).map_err(BuildError::Layout)?;
-    let dirs = config.ssd_cache_dirs.len();
-    let of_disk = || files::geometry(dirs, config.ssd_cache_bytes, layout.block_bytes, config.max_file_bytes);
+    let of_disk = || {
+        let media = Medium::all(&config.ssd_cache_dirs)?;
+        files::geometry_on(&media, config.ssd_cache_bytes, config.max_file_bytes, layout)
+    };
     let geometry = (config.ssd_cache_bytes > 0).then(of_disk).transpose()?;
     let disk_slots = geometry.map_or(0, |geometry| u64::from(geometry.slots_count()));
     check_index(config, layout, disk_slots, held)?;
@@ -302,6 +305,9 @@ impl Prepared {
         let fits = index_bytes(config, &layout, disk_slots) <= dma::available_bytes() / 2;
         let Some(kept) = kept.filter(suits).filter(|_| fits) else { return Ok(None) };
         let mut prepared = Self::new(config, layout, geometry, Some(kept), false)?;
+        if let Some(geometry) = &geometry {
+            files::grow_ahead(&Medium::all(&config.ssd_cache_dirs)?, geometry)?;
+        }
         // Its pages are there; with their places in this process' page table nothing waits for them. In a big pool
         // on small pages that takes long: the rest follows behind.
         let until_ns = monotonic_ns() + TOUCH_NS_MAX;
@@ -382,6 +388,8 @@ pub enum FromShard {
     Admin(u64, serde_json::Value),
     /// It cannot be done now, and why.
     Refused(u64, &'static str),
+    /// Nothing lies any more where [`ToShard::Vacate`] said, but what somebody who is gone may be writing.
+    Vacated,
     /// What the SSD held is known.
     Recovered(Recovered),
     /// A piece of the pool could not be registered: its slots are not used.
@@ -417,6 +425,8 @@ pub struct Engine {
     teller: Teller,
     stop_threads: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    /// Gives back the place of slots that are not used any more.
+    giver: Option<JoinHandle<()>>,
 }
 
 impl Engine {
@@ -462,11 +472,17 @@ impl Engine {
         let with_disk = geometry.is_some();
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
+        let stop_threads = Arc::new(AtomicBool::new(false));
         let (to_shard, for_shard) = crossbeam_channel::unbounded();
         let teller = Teller { to_shard, bell };
         let to_read: Vec<_> = opened.iter().map(|device| device.reused.then(|| device.medium.clone())).collect();
         let fingerprint = layout.fingerprint();
         let metrics = Arc::new(Metrics::default());
+        let slots_before = table.slots_count();
+        if slots_before != pool.slots_count {
+            table.resize(pool.slots_count);
+            tracing::info!("the pool has {} blocks now, and had {slots_before}", pool.slots_count);
+        }
         cache.begin_recovery(with_disk);
         let suspects = cache.host.suspects();
         metrics.dram_recovered_blocks_count.add(u64::from(cache.recovery.recovered.host));
@@ -525,6 +541,14 @@ impl Engine {
                 Err(error) => tracing::warn!("no thread for checksums: {error}: the shard makes them"),
             }
         }
+        let (retired, to_give_back) = crossbeam_channel::unbounded();
+        let giver = geometry.filter(|geometry| geometry.surplus() > 0).and_then(|geometry| {
+            let stop = stop_threads.clone();
+            let media = media.clone();
+            let give = move || give_back_slots(&media, &geometry, &to_give_back, &stop);
+            let thread = std::thread::Builder::new().name("kvring-shrink".into()).spawn(give);
+            thread.inspect_err(|error| tracing::warn!("the place of unused blocks is not given back: {error}")).ok()
+        });
         // A kept pool has its pages, and blocks to serve: its slots are registered while it does.
         let first_piece = if is_kept {
             0
@@ -544,6 +568,8 @@ impl Engine {
             polling: config.polling,
             spin_ns: config.spin.as_nanos() as u64,
             resets: Vec::new(),
+            retired,
+            is_vacating: false,
             recovery_began_ns: with_disk.then(monotonic_ns),
             _locks: locks,
         };
@@ -571,8 +597,9 @@ impl Engine {
             geometry,
             from_shard,
             teller,
-            stop_threads: Arc::new(AtomicBool::new(false)),
+            stop_threads,
             thread,
+            giver,
         };
         if let Some((stats, _)) = &engine.stats {
             health::watch(stats.clone(), media, engine.stop_threads.clone());
@@ -644,6 +671,10 @@ impl Engine {
         self.tell(how);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+        // Before anybody else uses those slots.
+        if let Some(giver) = self.giver.take() {
+            let _ = giver.join();
         }
     }
 
@@ -722,6 +753,43 @@ fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: V
     }
 }
 
+/// Gives the place of unused slots back to the file systems, as they come. Ends with whoever sends them, or when it is told
+/// to: a slot that is given back must not be used.
+fn give_back_slots(media: &[Medium], geometry: &DiskGeometry, slots: &Receiver<u32>, stop: &AtomicBool) {
+    let mut files = std::collections::HashMap::new();
+    let (mut given, mut failed) = (0u64, None);
+    for slot in slots {
+        if stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let (device, (file, offset)) = (geometry.device_of(slot), geometry.offset_of(slot));
+        let medium = &media[device];
+        if medium.is_whole_device() {
+            continue;
+        }
+        let path = medium.path_of(u32::from(file));
+        let opened = files
+            .entry((device, file))
+            .or_insert_with(|| std::fs::OpenOptions::new().write(true).open(&path).map_err(|error| error.to_string()));
+        let done = match opened {
+            Ok(opened) => files::give_back(opened, offset, geometry.slot_bytes).map_err(|error| error.to_string()),
+            Err(error) => Err(error.clone()),
+        };
+        match done {
+            Ok(()) => given += 1,
+            Err(error) => {
+                if failed.replace(error.clone()).is_none() {
+                    tracing::warn!("{}: the place of unused blocks is not given back: {error}", path.display());
+                }
+            }
+        }
+        if slots.is_empty() && given > 0 {
+            tracing::info!("the place of {given} blocks is the file system's again");
+            given = 0;
+        }
+    }
+}
+
 /// Says in the segment whose it is.
 fn begin_stats(stats: &Stats, mut text: Text, epoch: u64) {
     let realtime = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
@@ -745,7 +813,7 @@ fn create_pool(config: &Config, slot_bytes: u64, frees: bool) -> Result<PoolMemo
             Ok(pool) => pool.pages == Pages::Small && pool.warning.is_some() && dma::has_hugepages_for(config),
             Err(PoolError::NoHugepages { .. }) => dma::has_hugepages_for(config),
             Err(PoolError::NoMemory { .. }) => true,
-            Err(PoolError::TooSmall { .. }) => false,
+            Err(PoolError::TooSmall { .. } | PoolError::CannotGrow { .. }) => false,
         };
         if !lacks || !frees || monotonic_ns() > until_ns {
             return pool;
@@ -765,8 +833,16 @@ fn make_pool(
 ) -> Result<(Arc<PoolMemory>, SlotTable, OwnedFd), BuildError> {
     let slot_bytes = layout.block_bytes;
     if let Some(Kept { pool, table, table_fd, .. }) = kept {
-        match dma::reopen(pool, slot_bytes, table.shape().slots_count) {
+        let (slots, before) = (dma::slots_of(config, slot_bytes) as u32, table.slots_count());
+        if slots == 0 {
+            return Err(PoolError::TooSmall { pool_bytes: config.cpu_cache_bytes, slot_bytes }.into());
+        }
+        match dma::reopen(pool, slot_bytes, slots) {
             Ok(memory) => return Ok((Arc::new(memory), table, table_fd)),
+            // Whoever has asked for it is told; the pool stays what it is.
+            Err(errno) if slots > before => {
+                return Err(dma::cannot_grow(config, errno).into());
+            }
             Err(errno) => tracing::warn!("the pool starts empty: the last one cannot be mapped: {errno}"),
         }
     }
@@ -776,7 +852,7 @@ fn make_pool(
         pool_id,
         layout: layout.fingerprint(),
         slot_bytes,
-        slots_count: pool.slots_count,
+        slots_max: dma::slots_max(u64::from(pool.slots_count), slot_bytes).min(u32::MAX / layout.tp_size),
         tp_size: layout.tp_size,
     };
     let failed = |errno: rustix::io::Errno| BuildError::System { what: "make the slot table", errno: errno.into() };
@@ -790,7 +866,8 @@ fn make_pool(
             text.len()
         )));
     }
-    Ok((pool, SlotTable::create(memory, shape, &text), table_fd))
+    let slots = pool.slots_count;
+    Ok((pool, SlotTable::create(memory, shape, slots, &text), table_fd))
 }
 
 type AnyDevice = Box<dyn Device + Send>;
@@ -988,6 +1065,10 @@ struct Runner {
     spin_ns: u64,
     /// Resets whose headers are being written: who asked, how many blocks, until when they wait.
     resets: Vec<(u64, u32, u64)>,
+    /// Slots of the SSD that are not used any more.
+    retired: Sender<u32>,
+    /// Somebody waits for the end of the pool to be empty.
+    is_vacating: bool,
     recovery_began_ns: Option<u64>,
     _locks: Vec<std::fs::File>,
 }
@@ -1015,6 +1096,13 @@ impl Runner {
             }
             let now_ns = monotonic_ns();
             self.answer_resets(now_ns);
+            for slot in self.shard.take_retired() {
+                let _ = self.retired.send(slot);
+            }
+            if self.is_vacating && self.shard.is_vacated() {
+                self.is_vacating = false;
+                let _ = self.to_control.send(FromShard::Vacated);
+            }
             for (device, turn) in self.shard.take_turns() {
                 let _ = self.to_control.send(FromShard::Device(device, turn));
             }
@@ -1097,6 +1185,10 @@ impl Runner {
             ToShard::Admin(asked_by, op) => {
                 let done = self.administer(op);
                 let _ = self.to_control.send(FromShard::Admin(asked_by, done));
+            }
+            ToShard::Vacate(slots) => {
+                self.shard.vacate(slots);
+                self.is_vacating = slots.is_some();
             }
             ToShard::Stop => {
                 self.finish(SessionState::Closing, true);

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use kvring_ipc::config::Config;
 use kvring_ipc::epoch::EpochWriter;
-use kvring_ipc::handshake::{Channel, ChannelError, Request, ask, bind};
+use kvring_ipc::handshake::{Channel, ChannelError, Request, Sizes, ask, bind};
 use kvring_ipc::launch::{beside_socket, try_lock};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -33,6 +33,9 @@ pub enum ToEngine {
     Prepare {
         /// Whether there is a pool to take over.
         keeps_pool: bool,
+        /// Sizes that were asked for since the server was started.
+        #[serde(default)]
+        sizes: Sizes,
     },
     /// What it serves with; beside it listener, lock, epoch, and with `keeps_pool` the pool and its table.
     Begin {
@@ -52,6 +55,9 @@ pub enum ToEngine {
         /// An upgrade is asked for by [`ToKeeper::Upgrade`], and prepared.
         #[serde(default)]
         prepares_upgrades: bool,
+        /// Sizes that were asked for since the server was started, which [`ToKeeper::Resize`] changes.
+        #[serde(default)]
+        sizes: Option<Sizes>,
     },
     /// Finish what is being written and go.
     Stop,
@@ -62,11 +68,15 @@ pub enum ToEngine {
         is_awaited: bool,
     },
     /// The next engine process has not become ready: this one goes on.
-    NotUpgraded,
+    NotUpgraded {
+        /// What it said.
+        #[serde(default)]
+        why: Option<String>,
+    },
 }
 
 /// What an engine process tells its keeper.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "to_keeper", rename_all = "snake_case")]
 pub enum ToKeeper {
     /// Keep these: a pool and its table come beside it.
@@ -81,8 +91,15 @@ pub enum ToKeeper {
         /// It takes the pool over. Else it may need the memory of it for its own.
         takes_pool: bool,
     },
+    /// It cannot prepare itself, and goes.
+    Unable {
+        /// What its operator should know.
+        why: String,
+    },
     /// It serves.
     Serving,
+    /// Somebody has asked for tiers of other sizes: as [`ToKeeper::Upgrade`], with these. What they do not say stays.
+    Resize(Sizes),
     /// Somebody has asked for another engine process, from the program file as it is now.
     Upgrade,
     /// It goes because somebody has asked it to.
@@ -115,6 +132,8 @@ pub struct Inheritance {
     pub kept: Option<[OwnedFd; 2]>,
     /// Whether the keeper has the next engine process prepare itself while this one serves.
     pub prepares_upgrades: bool,
+    /// Sizes that were asked for since the server was started; `None` of a keeper that knows of none.
+    pub sizes: Option<Sizes>,
 }
 
 impl Inheritance {
@@ -124,16 +143,20 @@ impl Inheritance {
     ///
     /// # Errors
     /// Standard input is no keeper's, or what `prepare` says.
-    pub fn receive(prepare: impl FnOnce(Option<[OwnedFd; 2]>) -> Result<bool, BuildError>) -> Result<Self, ServeError> {
+    pub fn receive(
+        prepare: impl FnOnce(Option<[OwnedFd; 2]>, Sizes) -> Result<bool, BuildError>,
+    ) -> Result<Self, ServeError> {
         let channel = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(ChannelError::from);
         let channel = Channel::accepted(channel.map_err(ServeError::NoKeeper)?);
         let mut prepare = Some(prepare);
         loop {
             let (said, fds) = Self::hear(&channel, prepare.is_some()).map_err(ServeError::NoKeeper)?;
             match (said, prepare.take()) {
-                (ToEngine::Prepare { keeps_pool }, Some(prepare)) => {
+                (ToEngine::Prepare { keeps_pool, sizes }, Some(prepare)) => {
                     let kept = if keeps_pool { <[OwnedFd; 2]>::try_from(fds).ok() } else { None };
-                    let takes_pool = prepare(kept)?;
+                    let takes_pool = prepare(kept, sizes).inspect_err(|error| {
+                        let _ = channel.send(&ToKeeper::Unable { why: error.to_string() }, &[]);
+                    })?;
                     channel.send(&ToKeeper::Ready { takes_pool }, &[]).map_err(ServeError::NoKeeper)?;
                 }
                 (said, _) => return Self::begin(channel, &said, fds).map_err(ServeError::NoKeeper),
@@ -148,7 +171,8 @@ impl Inheritance {
     }
 
     fn begin(channel: Channel, said: &ToEngine, fds: Vec<OwnedFd>) -> Result<Self, ChannelError> {
-        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id, prepares_upgrades } = *said else {
+        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id, prepares_upgrades, sizes } = *said
+        else {
             return Err(ChannelError::Malformed("not a beginning".into()));
         };
         channel.bound(Duration::from_secs(10))?;
@@ -156,7 +180,19 @@ impl Inheritance {
         let mut next = || fds.next().ok_or_else(|| ChannelError::Malformed("a descriptor is missing".into()));
         let [listener, lock, epoch_fd] = [next()?, next()?, next()?];
         let kept = if keeps_pool { Some([next()?, next()?]) } else { None };
-        Ok(Self { channel, listener, lock, epoch_fd, epoch, crashes, fell_back, socket_id, kept, prepares_upgrades })
+        Ok(Self {
+            channel,
+            listener,
+            lock,
+            epoch_fd,
+            epoch,
+            crashes,
+            fell_back,
+            socket_id,
+            kept,
+            prepares_upgrades,
+            sizes,
+        })
     }
 }
 
@@ -193,6 +229,12 @@ pub struct Keeper {
     stats: VecDeque<OwnedFd>,
     /// Somebody wants an engine process of the program file as it is now, and none was started since.
     wanted: bool,
+    /// With these sizes.
+    wanted_sizes: Option<Sizes>,
+    /// Sizes that the last engine process that served was given.
+    sizes: Sizes,
+    /// Those that the one that runs was given.
+    given: Sizes,
 }
 
 /// What the keeper waits for, beside its engine process.
@@ -245,22 +287,26 @@ struct Standby {
     /// It takes the pool over, so it need not wait for the end of the one that serves.
     takes_pool: bool,
     since: Instant,
+    /// Sizes that it was given.
+    sizes: Sizes,
 }
 
 impl Standby {
-    /// What has become of it; None if nothing will.
-    fn looked_at(mut self, now: Instant) -> Option<Self> {
+    /// What has become of it; why not, if nothing will.
+    fn looked_at(mut self, now: Instant) -> Result<Self, Option<String>> {
         let said = self.process.channel.receive::<ToKeeper>(false);
+        let why = if let Ok((ToKeeper::Unable { why }, _)) = &said { Some(why.clone()) } else { None };
         if let Ok((ToKeeper::Ready { takes_pool }, _)) = said {
             (self.ready, self.takes_pool) = (true, takes_pool);
         }
         let talks = matches!(said, Ok(_) | Err(ChannelError::TimedOut));
-        if self.ready || talks && now - self.since < START_PATIENCE {
-            return Some(self);
+        if self.ready || why.is_none() && talks && now - self.since < START_PATIENCE {
+            return Ok(self);
         }
-        tracing::error!("no upgrade: the program does not start; the engine process that serves goes on");
+        let words = why.as_deref().unwrap_or("the program does not start");
+        tracing::error!("no other engine process: {words}; the one that serves goes on");
         self.process.end();
-        None
+        Err(why)
     }
 }
 
@@ -309,6 +355,9 @@ impl Keeper {
             kept: None,
             stats: VecDeque::new(),
             wanted: false,
+            wanted_sizes: None,
+            sizes: Sizes::default(),
+            given: Sizes::default(),
         })
     }
 
@@ -325,7 +374,9 @@ impl Keeper {
             // The last engine process is dead: what it granted ends before the next one can grant anything.
             self.number += 1;
             self.epoch.advance(self.number);
-            let prepared = standby.take().map(|standby| standby.process);
+            let (prepared, given) = standby.take().map(|standby| (standby.process, standby.sizes)).unzip();
+            // One that does not serve with others is followed by one with those that were served with.
+            self.given = given.unwrap_or(self.sizes);
             self.fell_back = own_program && prepared.is_none();
             // One that is started now is of the program file as it is now, unless it is this very program.
             self.wanted &= prepared.is_some() || own_program;
@@ -458,6 +509,7 @@ impl Keeper {
             fell_back: self.fell_back,
             socket_id: self.socket_id,
             prepares_upgrades: true,
+            sizes: Some(self.given),
         };
         let mut fds: Vec<BorrowedFd<'_>> = vec![self.listener.as_fd(), self.lock.as_fd(), self.epoch_fd.as_fd()];
         fds.extend(self.kept.iter().flatten().map(AsFd::as_fd));
@@ -520,7 +572,8 @@ impl Keeper {
                 let _ = channel.send(&ToEngine::Stop, &[]);
             }
             if let Some(waiting) = standby.take_if(|standby| !standby.ready) {
-                *standby = waiting.looked_at(now);
+                let mut why = None;
+                *standby = waiting.looked_at(now).map_err(|told| why = told).ok();
                 // Who has said that it stops is not made to hand over.
                 match standby {
                     _ if stop_by.is_some() => {}
@@ -531,13 +584,13 @@ impl Keeper {
                         let _ = channel.send(&hand_over, &[]);
                     }
                     Some(_) => {}
-                    None => drop(channel.send(&ToEngine::NotUpgraded, &[])),
+                    None => drop(channel.send(&ToEngine::NotUpgraded { why }, &[])),
                 }
             }
             if self.wanted && served && stop_by.is_none() && standby.is_none() {
                 *standby = self.prepare(engine, now);
                 if standby.is_none() {
-                    let _ = channel.send(&ToEngine::NotUpgraded, &[]);
+                    let _ = channel.send(&ToEngine::NotUpgraded { why: None }, &[]);
                 }
             }
             if stop_by.is_some_and(|by| now > by) {
@@ -552,10 +605,11 @@ impl Keeper {
     fn prepare(&mut self, engine: &impl Fn(bool) -> Command, now: Instant) -> Option<Standby> {
         self.wanted = false;
         let process = Process::start(engine(false));
+        let sizes = self.wanted_sizes.take().unwrap_or(self.sizes);
         let process = process.inspect_err(|error| tracing::error!("no upgrade: {error}")).ok()?;
         let fds: Vec<BorrowedFd<'_>> = self.kept.iter().flatten().map(AsFd::as_fd).collect();
-        let _ = process.channel.send(&ToEngine::Prepare { keeps_pool: self.kept.is_some() }, &fds);
-        Some(Standby { process, ready: false, takes_pool: false, since: now })
+        let _ = process.channel.send(&ToEngine::Prepare { keeps_pool: self.kept.is_some(), sizes }, &fds);
+        Some(Standby { process, ready: false, takes_pool: false, since: now, sizes })
     }
 
     /// Hears one message. False: no more will come.
@@ -570,9 +624,16 @@ impl Keeper {
                 self.stats.extend(fds);
                 self.stats.drain(..self.stats.len().saturating_sub(STATS_KEPT));
             }
-            Ok((ToKeeper::Serving, _)) => *served = true,
+            Ok((ToKeeper::Serving, _)) => {
+                *served = true;
+                self.sizes = self.given;
+            }
             Ok((ToKeeper::Upgrade, _)) => self.wanted = true,
-            Ok((ToKeeper::Ready { .. }, _)) => {}
+            Ok((ToKeeper::Resize(sizes), _)) => {
+                self.wanted = true;
+                self.wanted_sizes = Some(sizes.or(self.sizes));
+            }
+            Ok((ToKeeper::Ready { .. } | ToKeeper::Unable { .. }, _)) => {}
             Ok((said @ ToKeeper::Leaving { .. }, _)) => *leaving = Some(said),
             // Of another version: the rest is understood.
             Err(ChannelError::Malformed(_)) => {}

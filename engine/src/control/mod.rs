@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvring_ipc::config::{Config, OnMismatch};
-use kvring_ipc::handshake::{Attach, Channel, ChannelError, Reply, Request, Welcome};
+use kvring_ipc::handshake::{Attach, Channel, ChannelError, Reply, Request, Sizes, Welcome};
 use kvring_ipc::layout::{Difference, Layout};
 use kvring_ipc::peer::{Peer, started_ticks};
 use kvring_ipc::segment::Segment;
@@ -145,8 +145,17 @@ pub struct Server {
     draining: bool,
     refusal_told: Option<Instant>,
     upgrades_failed_count: u64,
+    /// What the last one that failed said.
+    upgrade_failure: Option<String>,
+    /// Sizes that somebody has asked for, while the pool's end is emptied for them, and until when that may last.
+    resizing: Option<(Sizes, Instant)>,
+    /// The pool's file ends behind the pool, and somebody may be using what lies there.
+    has_tail: bool,
     verify: Arc<VerifyState>,
 }
+
+/// How long the end of a pool that is to be smaller is emptied: blocks that are in use for longer are forgotten.
+const VACATE_MAX: Duration = Duration::from_secs(30);
 
 /// Why the engine process goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,6 +230,9 @@ impl Server {
             draining: false,
             refusal_told: None,
             upgrades_failed_count: 0,
+            upgrade_failure: None,
+            resizing: None,
+            has_tail: false,
             verify: Arc::default(),
         };
         // The data plane before the socket: whoever connects is served at once.
@@ -293,7 +305,90 @@ impl Server {
         for session in &engine.suspects {
             self.await_former(&engine, *session);
         }
+        self.has_tail = engine.pool.tail_bytes() > 0;
+        if self.has_tail {
+            // Whoever had a session then may have mapped what lies behind the pool now.
+            for session in engine.table.sessions() {
+                if !engine.suspects.contains(&session) {
+                    self.await_former(&engine, session);
+                }
+            }
+        }
         self.engine = Some(engine);
+    }
+
+    /// What lies behind the pool is the system's again, once nobody is left who had it mapped.
+    fn give_back_tail(&mut self) {
+        let is_done = self.formers.is_empty() && self.uncertain.is_empty();
+        let Some(engine) = self.engine.as_ref().filter(|_| self.has_tail && is_done) else { return };
+        self.has_tail = false;
+        let mib = engine.pool.tail_bytes() >> 20;
+        match engine.pool.give_back_tail() {
+            Ok(()) => tracing::info!("what lay behind the pool is the system's again (up to {mib} MiB)"),
+            Err(errno) => tracing::warn!("{mib} MiB behind the pool are not given back: {errno}"),
+        }
+    }
+
+    /// Tiers of other sizes are another engine process' doing. A pool that is to be smaller is made ready for it.
+    fn resize(&mut self, number: u64, sizes: Sizes) -> Result<(), Refusal> {
+        if self.inheritance.sizes.is_none() {
+            return Err(Refusal::for_good(
+                "the keeper is of an earlier version, which cannot: `kvring stop`, and start the server anew".into(),
+            ));
+        }
+        if self.resizing.is_some() {
+            return Err(Refusal::for_now("another resize is under way".into()));
+        }
+        let mut config = self.config.clone();
+        config.resize(sizes);
+        if sizes == Sizes::default() {
+            return Err(Refusal::for_good("no size was named".into()));
+        }
+        if (config.ssd_cache_bytes == 0) != (self.config.ssd_cache_bytes == 0) {
+            return Err(Refusal::for_good(
+                "an SSD tier is added or removed by a start: `kvring stop`, and start the server with another ssd_cache_gb"
+                    .into(),
+            ));
+        }
+        if let Some(engine) = &self.engine
+            && crate::dma::slots_of(&config, engine.pool.slot_bytes) == 0
+        {
+            let slot_bytes = engine.pool.slot_bytes;
+            return Err(Refusal::for_good(format!("cpu_cache_gb is too small: a block has {slot_bytes} bytes")));
+        }
+        if let Some(connection) = self.connections.get(&number) {
+            let (pid, uid) = (connection.peer.pid.as_raw_nonzero(), connection.peer.uid);
+            tracing::info!("process {pid} (user {uid}) asks: {sizes:?}");
+        }
+        let slots = self.engine.as_ref().map(|engine| crate::dma::slots_of(&config, engine.pool.slot_bytes) as u32);
+        match (&self.engine, slots) {
+            (Some(engine), Some(slots)) if slots < engine.pool.slots_count => {
+                engine.tell(ToShard::Vacate(Some(slots)));
+                #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
+                let until = Instant::now() + VACATE_MAX;
+                self.resizing = Some((sizes, until));
+            }
+            _ => drop(self.inheritance.channel.send(&ToKeeper::Resize(sizes), &[])),
+        }
+        Ok(())
+    }
+
+    /// The pool's end is empty, or as empty as it will be.
+    fn is_vacated(&mut self) {
+        if let Some((sizes, _)) = self.resizing.take() {
+            let _ = self.inheritance.channel.send(&ToKeeper::Resize(sizes), &[]);
+        }
+    }
+
+    /// No other engine process follows: everything stays what it was.
+    fn is_not_upgraded(&mut self, why: Option<String>) {
+        self.upgrades_failed_count += 1;
+        self.upgrade_failure = why;
+        if let Some(engine) = &self.engine {
+            engine.tell(ToShard::Vacate(None));
+            // The other one may have made the pool's file larger.
+            self.has_tail |= engine.pool.tail_bytes() > 0;
+        }
     }
 
     /// A session of an engine process that is gone had slots: they are free when its process has said that
@@ -337,6 +432,7 @@ impl Server {
     fn end_former(&mut self, session: SessionId, end: End) {
         if let (Some(former), Some(engine)) = (self.formers.remove(&session), &self.engine) {
             let _ = epoll::delete(&self.epoll, &former.pidfd);
+            engine.table.end_session(session);
             engine.tell(ToShard::EndFormer(session, end));
         }
     }
@@ -368,6 +464,11 @@ impl Server {
             self.drop_silent();
             self.ask_again();
             self.hear_shard();
+            if self.resizing.is_some_and(|(_, until)| until.elapsed() > Duration::ZERO) {
+                tracing::warn!("what is in use at the pool's end after {} s is forgotten", VACATE_MAX.as_secs());
+                self.is_vacated();
+            }
+            self.give_back_tail();
             self.log_counters();
             self.warn_of_media();
             failed = self.engine.as_ref().is_some_and(Engine::has_failed);
@@ -419,7 +520,7 @@ impl Server {
             Ok((ToEngine::HandOver { is_awaited }, _)) => {
                 self.leaving.get_or_insert(Leaving::HandOver { is_awaited });
             }
-            Ok((ToEngine::NotUpgraded, _)) => self.upgrades_failed_count += 1,
+            Ok((ToEngine::NotUpgraded { why }, _)) => self.is_not_upgraded(why),
             Ok((ToEngine::Begin { .. } | ToEngine::Prepare { .. }, _))
             | Err(ChannelError::TimedOut | ChannelError::Malformed(_)) => {}
             Err(error) => {
@@ -610,6 +711,12 @@ impl Server {
                 // Its own word only.
                 if self.formers.get(&session).is_some_and(|former| Some(former.pid) == pid) {
                     self.end_former(session, End::Goodbye);
+                } else if let Some(engine) = &self.engine
+                    && engine.table.session(session).is_some_and(|named| Some(named.pid) == pid)
+                    && !self.is_attached(session)
+                {
+                    // It held no slots; nobody need ask for it later.
+                    engine.table.end_session(session);
                 }
             }
             Request::Verify { bytes_per_s } => {
@@ -624,13 +731,19 @@ impl Server {
                 }
                 self.drop_if_no_session(number);
             }
-            Request::Stop | Request::Upgrade if !self.is_same_user(number) => {
+            Request::Stop | Request::Upgrade | Request::Resize(_) if !self.is_same_user(number) => {
                 self.reply(number, &Refusal::for_good("only the server's user may stop it".into()).into_reply());
                 self.drop_if_no_session(number);
             }
-            Request::Upgrade if self.keeper_is_gone => {
+            Request::Upgrade | Request::Resize(_) if self.keeper_is_gone => {
                 let reason = "the keeper is gone, so nobody would start another engine process: `kvring stop`, and start the server anew";
                 self.reply(number, &Refusal::for_good(reason.into()).into_reply());
+                self.drop_if_no_session(number);
+            }
+            Request::Resize(sizes) => {
+                let done = self.resize(number, sizes);
+                let reply = done.map_or_else(Refusal::into_reply, |()| Reply::Upgrading);
+                self.reply(number, &reply);
                 self.drop_if_no_session(number);
             }
             Request::Stop => {
@@ -815,6 +928,11 @@ impl Server {
         })
     }
 
+    fn is_attached(&self, session: SessionId) -> bool {
+        let attached = self.connections.values().filter_map(|connection| connection.session.as_ref());
+        attached.into_iter().any(|attached| attached.id == session)
+    }
+
     fn instance_of(&mut self, attach: &Attach, pid: i32) -> u32 {
         let known = self.instances.iter_mut().find(|i| i.id == attach.instance_id && i.token == attach.instance_token);
         if let Some(instance) = known {
@@ -866,7 +984,8 @@ impl Server {
             slot_bytes: pool.slot_bytes,
             slots_count: pool.slots_count,
             page_bytes: pool.pages.bytes(),
-            pool_id: engine.table.shape().pool_id,
+            pool_id: engine.table.pool_id(),
+            memory_id: engine.table.shape().pool_id,
             epoch: self.inheritance.epoch,
             server_pid: std::process::id(),
             settings: self.config.as_text(),
@@ -932,6 +1051,8 @@ impl Server {
             if end == End::Dead {
                 tracing::warn!("session {} of process {} died", attached.id.0, attached.peer.pid.as_raw_nonzero());
             }
+            // Nobody need ask for it later: it writes no more, or is dead, and its slots wait out their grace.
+            engine.table.end_session(attached.id);
             self.connections.remove(&number);
             self.leave_instance(instance);
         }
@@ -966,6 +1087,7 @@ impl Server {
                         Turn::None => {}
                     }
                 }
+                FromShard::Vacated => self.is_vacated(),
                 FromShard::Refused(asked_by, why) => {
                     self.reply(asked_by, &Refusal::for_now(why.into()).into_reply());
                     if let Some(connection) = self.connections.get_mut(&asked_by) {
@@ -1045,6 +1167,8 @@ impl Server {
             "crashes": self.inheritance.crashes,
             "fell_back": self.inheritance.fell_back,
             "upgrades_failed": self.upgrades_failed_count,
+            "upgrade_failure": self.upgrade_failure,
+            "is_resizing": self.resizing.is_some(),
             "draining": self.draining,
             "socket": self.config.socket,
             "settings": self.config.as_text(),

@@ -14,7 +14,7 @@ use rustix::fs::FallocateFlags;
 use super::medium::{Access, Medium, MediumFile, Patience};
 use crate::limits::SECTOR_BYTES;
 use crate::tier::disk::DiskGeometry;
-use crate::tier::header::{MAGIC, Superblock};
+use crate::tier::header::{MAGIC, Superblock, header_room};
 use crate::tier::piece::HeaderPiece;
 
 /// Why the SSD tier cannot be had, and what to do.
@@ -74,6 +74,10 @@ pub struct DeviceFiles {
     pub medium: Medium,
 }
 
+/// A new cache has room for the headers of so many times its slots: it may grow to that. 0.4 % of its size at 64 KiB a
+/// block.
+const GROWTH: u64 = 4;
+
 /// How `ssd_cache_gb` becomes slots: what fits it, headers included, the same for each directory.
 ///
 /// # Errors
@@ -84,17 +88,29 @@ pub fn geometry(
     slot_bytes: u64,
     max_file_bytes: Option<u64>,
 ) -> Result<DiskGeometry, FilesError> {
+    fitting(dirs, ssd_cache_bytes, slot_bytes, max_file_bytes, None)
+}
+
+/// As [`geometry`], where there is room for the headers of so many slots already.
+fn fitting(
+    dirs: usize,
+    ssd_cache_bytes: u64,
+    slot_bytes: u64,
+    max_file_bytes: Option<u64>,
+    header_slots: Option<u32>,
+) -> Result<DiskGeometry, FilesError> {
     let too_small = || FilesError::TooSmall { devices: dirs, slot_bytes };
     let per_device = ssd_cache_bytes / dirs as u64;
+    let slots_max = crate::limits::SLOTS_MAX / dirs as u64;
     let with = |slots: u64| DiskGeometry {
         devices_count: dirs as u32,
         slots_per_device: slots as u32,
-        slots_per_file: max_file_bytes
-            .map_or(u32::MAX, |bytes| u32::try_from(bytes / slot_bytes).unwrap_or(u32::MAX))
-            .min(slots as u32),
+        slots_limit: slots as u32,
+        header_slots: header_slots.unwrap_or_else(|| header_room((GROWTH * slots).min(slots_max))),
+        slots_per_file: max_file_bytes.map_or(u32::MAX, |bytes| u32::try_from(bytes / slot_bytes).unwrap_or(u32::MAX)),
         slot_bytes,
     };
-    let mut slots = (per_device / slot_bytes).min(crate::limits::SLOTS_MAX / dirs as u64);
+    let mut slots = (per_device / slot_bytes).min(slots_max);
     // Headers cost 64 bytes a slot: a few slots less than the plain quotient.
     while slots > 0 && with(slots).data_offset() + slots * slot_bytes > per_device.max(slot_bytes + (2 << 20)) {
         slots -= 1.max(slots >> 16);
@@ -104,6 +120,54 @@ pub fn geometry(
         return Err(too_small());
     }
     Ok(geometry)
+}
+
+/// As [`geometry`], for what lies on these media: a cache of another size is taken as it is. It grows, as far as it has
+/// room for headers; of one that is larger only a part is used from now on. What is not to be taken [`open`] says.
+///
+/// # Errors
+/// As [`geometry`].
+pub fn geometry_on(
+    media: &[Medium],
+    ssd_cache_bytes: u64,
+    max_file_bytes: Option<u64>,
+    layout: &Layout,
+) -> Result<DiskGeometry, FilesError> {
+    let (dirs, slot_bytes) = (media.len(), layout.block_bytes);
+    let new = geometry(dirs, ssd_cache_bytes, slot_bytes, max_file_bytes)?;
+    let of_ours = |medium: &Medium| match read_superblock(medium) {
+        Ok(Found::Super(found)) => Some(found),
+        _ => None,
+    };
+    let is_ours = |found: &Superblock| {
+        let alike = found.layout == layout.fingerprint() && found.slot_bytes == slot_bytes;
+        alike && found.device as u32 == dirs as u32
+    };
+    let found: Vec<Superblock> = media.iter().filter_map(of_ours).filter(is_ours).collect();
+    let Some(header_slots) = found.first().map(Superblock::header_slots) else { return Ok(new) };
+    let fits = fitting(dirs, ssd_cache_bytes, slot_bytes, max_file_bytes, Some(header_slots))?;
+    let slots = found.iter().map(Superblock::slots_count).fold(fits.slots_per_device, u32::max);
+    let is_too_many = slots > header_slots || u64::from(slots) * dirs as u64 > crate::limits::SLOTS_MAX;
+    Ok(if is_too_many { new } else { DiskGeometry { slots_per_device: slots, ..fits } })
+}
+
+/// Gives the place of a slot that is not used any more back to the file system. Of a block device nothing is given back.
+///
+/// # Errors
+/// What the system says.
+pub fn give_back(file: &File, offset: u64, bytes: u64) -> std::io::Result<()> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, hole, offset, bytes)?)
+}
+
+/// Makes the files of a cache that grows as long as they will be, while another process uses what there is.
+///
+/// # Errors
+/// What the system says.
+pub fn grow_ahead(media: &[Medium], geometry: &DiskGeometry) -> Result<(), FilesError> {
+    // One that is there and has holes is as long as it will be.
+    let to_grow = media.iter().filter(|medium| !medium.is_whole_device() && medium.path_of(0).exists());
+    to_grow.filter(|_| geometry.surplus() == 0).try_for_each(|medium| make_files(medium, geometry, true))
 }
 
 /// Has every device write out what its cache holds of the headers. Blocks: for the control plane.
@@ -172,8 +236,8 @@ fn superblock(index: u64, geometry: &DiskGeometry, layout: &Layout, cache_id: u6
         magic: MAGIC,
         layout: layout.fingerprint(),
         slot_bytes: geometry.slot_bytes,
-        slots_count: u64::from(geometry.slots_per_device),
-        slots_per_file: u64::from(geometry.slots_per_file),
+        slots: u64::from(geometry.header_slots) << 32 | u64::from(geometry.slots_per_device),
+        slots_per_file: u64::from(geometry.slots_per_file.min(geometry.slots_per_device)),
         device: index << 32 | u64::from(geometry.devices_count),
         cache_id,
         crc: 0,
@@ -242,8 +306,11 @@ fn check_space(medium: &Medium, geometry: &DiskGeometry, reuse: bool) -> Result<
         Some(std::os::unix::fs::MetadataExt::blocks(&file) * 512)
     };
     let reused = |file| if reuse { held(file).unwrap_or(0) } else { 0 };
-    let needed = |file| geometry.file_bytes(file).saturating_sub(reused(file));
-    let needed: u64 = (0..geometry.files_per_device()).map(needed).sum();
+    let files = 0..geometry.files_per_device();
+    // What is not used has no place, or is about to lose it.
+    let unused = geometry.surplus() as u64 * geometry.slot_bytes;
+    let needed: u64 = files.clone().map(|file| geometry.file_bytes(file)).sum::<u64>() - unused;
+    let needed = needed.saturating_sub(files.map(reused).sum());
     let freed: u64 = if reuse { 0 } else { (0..).map_while(held).sum() };
     let space = rustix::fs::statvfs(dir)
         .map_err(|errno| FilesError::Directory { dir: dir.display().to_string(), error: errno.into() })?;
@@ -320,7 +387,20 @@ fn open_device(
         files.push(OwnedFd::from(direct));
     }
     match found {
-        Found::Super(found) if reuse => *cache_id = Some(cache_id.unwrap_or(found.cache_id)),
+        Found::Super(found) if reuse => {
+            *cache_id = Some(cache_id.unwrap_or(found.cache_id));
+            if found.slots_count() < geometry.slots_per_device {
+                tracing::info!(
+                    "{} grows from {} to {} blocks",
+                    medium.name(),
+                    found.slots_count(),
+                    geometry.slots_per_device
+                );
+                let grown = superblock(index, geometry, layout, found.cache_id).sealed();
+                // Its files have their size, and the headers of the new slots are zeros since it was made.
+                grow_superblock(medium, &grown).map_err(|error| FilesError::Io { file: medium.name(), error })?;
+            }
+        }
         _ => {
             let id = *cache_id.get_or_insert_with(|| kvring_ipc::client::monotonic_ns() | 1);
             let superblock = superblock(index, geometry, layout, id).sealed();
@@ -348,6 +428,10 @@ fn make_files(medium: &Medium, geometry: &DiskGeometry, reuse: bool) -> Result<(
         options.create(true).truncate(false).read(true).write(true).mode(0o600);
         let file = options.open(&path).map_err(io)?;
         let bytes = geometry.file_bytes(number);
+        if reuse && geometry.surplus() > 0 && file.metadata().map_err(io)?.len() >= bytes {
+            // What is not used has no place there.
+            continue;
+        }
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
             Ok(()) => {}
             // Not every file system can: then the file is sparse and a full disk is a write error.
@@ -452,11 +536,24 @@ fn whose(medium: &Medium, file: &MediumFile) -> std::io::Result<Found> {
 }
 
 fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
+    if found.slot_bytes == expected.slot_bytes && found.layout == expected.layout && found.slots != expected.slots {
+        // What lies there is taken as it is, or made larger.
+        let is_room = found.header_slots() == expected.header_slots();
+        if !is_room || found.slots_count() > expected.slots_count() {
+            let gb = |slots: u32| u64::from(slots) as f64 * found.slot_bytes as f64 / GB;
+            return Some(format!(
+                "ssd_cache_gb: it can grow to {:.2} GB a directory, for whose blocks it has room for headers, and {:.2} GB are configured",
+                gb(found.header_slots()),
+                gb(expected.slots_count())
+            ));
+        }
+    }
+    // Where the blocks lie that are there.
+    let per_file = |superblock: &Superblock| superblock.slots_per_file.min(u64::from(found.slots_count()));
     let fields = [
         ("block bytes", found.slot_bytes, expected.slot_bytes),
         ("layout fingerprint", found.layout, expected.layout),
-        ("slots (of ssd_cache_gb)", found.slots_count, expected.slots_count),
-        ("slots per file", found.slots_per_file, expected.slots_per_file),
+        ("slots per file (max_file_size_gb)", per_file(found), per_file(expected)),
         ("device index and count", found.device, expected.device),
         ("cache id", found.cache_id, expected.cache_id),
     ];
@@ -470,6 +567,13 @@ fn differs(found: &Superblock, expected: &Superblock) -> Option<String> {
         ));
     }
     Some(format!("{name} {found} there, {expected} configured"))
+}
+
+fn grow_superblock(medium: &Medium, superblock: &Superblock) -> std::io::Result<()> {
+    let file = medium.open(0, Access::Write)?;
+    // Its words lie in one sector: power leaves the old ones or the new.
+    file.write_all_at(bytemuck::bytes_of(superblock), 0)?;
+    file.sync()
 }
 
 /// New files have no headers; those of a new format must not be believed, so zeros are written.

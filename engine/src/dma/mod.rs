@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvring_ipc::config::{Config, Hugepages};
-use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
+use kvring_ipc::mapping::{Mapping, Pages, growing_memfd, is_sealed};
 
 pub use advice::{prefetch, table};
 
@@ -31,6 +31,10 @@ pub enum PoolError {
         "cpu_cache_gb: {gb:.2} GB cannot be had: {errno}: lower cpu_cache_gb; the machine has {available_gb:.2} GB available"
     )]
     NoMemory { gb: f64, available_gb: f64, errno: rustix::io::Errno },
+    #[error(
+        "cpu_cache_gb: the pool cannot grow to {gb:.2} GB: {errno}: {huge_gb:.2} GB of hugepages are free, and {available_gb:.2} GB of other memory; a pool grows by pages of its own kind (`kvring stat`), and one that an earlier version has made does not"
+    )]
+    CannotGrow { gb: f64, huge_gb: f64, available_gb: f64, errno: rustix::io::Errno },
 }
 
 /// The pool's memory.
@@ -78,13 +82,22 @@ pub fn slots_of(config: &Config, slot_bytes: u64) -> u64 {
     (config.cpu_cache_bytes / slot_bytes).min(crate::limits::SLOTS_MAX)
 }
 
-/// The pool of an engine process that is gone, with everything in it.
+/// How many slots a pool could have if it grew to all of the machine's memory: what is counted a slot has room for those.
+pub fn slots_max(slots: u64, slot_bytes: u64) -> u32 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let total = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10;
+    slots.max(total / slot_bytes).min(crate::limits::SLOTS_MAX) as u32
+}
+
+/// The pool of an engine process that is gone, with everything in it; it grows to so many slots if it had fewer.
 ///
 /// # Errors
-/// `EINVAL` if it is no sealed memfd with room for the slots; else what mmap says.
+/// `EINVAL` if it is no sealed memfd; `EPERM` if it cannot grow, as one of an earlier version; else what mmap says:
+/// `ENOMEM` for want of free hugepages.
 pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32) -> rustix::io::Result<PoolMemory> {
     let used = u64::from(slots_count) * slot_bytes;
-    if !kvring_ipc::mapping::is_sealed(&fd, used)? {
+    if !is_sealed(&fd, 0)? {
         return Err(rustix::io::Errno::INVAL);
     }
     // Asked of the file system: a tmpfs may name the size of a hugepage as its block's and have none.
@@ -95,11 +108,27 @@ pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32) -> rustix::io::Res
         bytes if bytes == Pages::Huge1G.bytes() => Pages::Huge1G,
         _ => Pages::Huge2M,
     };
+    let bytes = used.next_multiple_of(pages.bytes());
+    let has = rustix::fs::fstat(&fd)?.st_size as u64;
+    if has < bytes {
+        if pages == Pages::Small && bytes - has > available_bytes() {
+            return Err(rustix::io::Errno::NOMEM);
+        }
+        rustix::fs::ftruncate(&fd, bytes)?;
+    }
     let memory = over(fd, used, slot_bytes, pages)?;
     if pages == Pages::Small {
         memory.mapping.advise_hugepages();
     }
     Ok(memory)
+}
+
+/// Why a pool did not grow, with what there is.
+pub fn cannot_grow(config: &Config, errno: rustix::io::Errno) -> PoolError {
+    let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let page = if config.hugepage_size_bytes == 1 << 30 { Pages::Huge1G } else { Pages::Huge2M }.bytes();
+    let huge_gb = gb(read_number(&sysfs(page, "free_hugepages")) * page);
+    PoolError::CannotGrow { gb: gb(config.cpu_cache_bytes), huge_gb, available_gb: gb(available_bytes()), errno }
 }
 
 /// Makes the pool. Its pages come later, piece by piece.
@@ -150,7 +179,7 @@ pub fn create(config: &Config, slot_bytes: u64) -> Result<PoolMemory, PoolError>
 
 fn map(used: u64, slot_bytes: u64, pages: Pages) -> rustix::io::Result<PoolMemory> {
     let bytes = used.next_multiple_of(pages.bytes());
-    over(sealed_memfd("kvring-pool", bytes, pages)?, used, slot_bytes, pages)
+    over(growing_memfd("kvring-pool", bytes, pages)?, used, slot_bytes, pages)
 }
 
 fn over(fd: OwnedFd, used: u64, slot_bytes: u64, pages: Pages) -> rustix::io::Result<PoolMemory> {
@@ -179,6 +208,24 @@ impl PoolMemory {
     pub fn slots_of(&self, piece: u32) -> std::ops::Range<u32> {
         let per_piece = (self.piece_bytes / self.slot_bytes) as u32;
         piece * per_piece..((piece + 1) * per_piece).min(self.slots_count)
+    }
+
+    /// Bytes of the file that lie behind this pool: it was larger once, or another one was to be.
+    pub fn tail_bytes(&self) -> u64 {
+        let bytes = rustix::fs::fstat(&self.fd).map_or(0, |file| file.st_size as u64);
+        bytes.saturating_sub(self.mapping.bytes() as u64)
+    }
+
+    /// Gives the pages of what lies behind this pool back to the system. Who has it mapped must not use it any more.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn give_back_tail(&self) -> rustix::io::Result<()> {
+        let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        match self.tail_bytes() {
+            0 => Ok(()),
+            bytes => rustix::fs::fallocate(&self.fd, hole, self.mapping.bytes() as u64, bytes),
+        }
     }
 
     /// Gives a piece its pages.

@@ -350,6 +350,13 @@ impl Index {
         block.presence[tier as usize] = Presence::Absent;
     }
 
+    /// A block's bytes are in another slot of the tier; the one before is the caller's again.
+    pub fn relocate(&mut self, tier: Tier, id: BlockId, slot: u32) {
+        let block = self.block_mut(id);
+        assert!(block.is_ready(tier as usize), "only what is there can move");
+        block.slots[tier as usize] = slot;
+    }
+
     /// Takes a block's bytes out of a tier; the slot is the caller's again.
     pub fn leave(&mut self, tier: Tier, id: BlockId) -> u32 {
         let t = tier as usize;

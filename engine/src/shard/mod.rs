@@ -140,7 +140,16 @@ pub struct Shard<D> {
     verifications_left: u32,
     /// What the last engine process left in the pool and not on the SSD is queued for it, from this slot on.
     requeue_from: u32,
+    /// Slots of the pool from here on are to be empty, and which is looked at next.
+    vacating: Option<(u32, u32)>,
+    /// When what could not be moved or taken out of use is tried again.
+    next_move_ns: u64,
+    /// Slots of the SSD that are not used any more, for whoever gives back their place.
+    retired: Vec<u32>,
 }
+
+/// Bytes of blocks that are moved in one round: some tens of microseconds of the shard's time.
+const MOVED_BYTES: u64 = 256 << 10;
 
 /// Checksums made for loads in one round; what waits for one is looked at again in the next.
 const VERIFICATIONS_MAX: u32 = 2;
@@ -246,6 +255,9 @@ impl<D: Device> Shard<D> {
             next_sweep_ns: 0,
             verifications_left: VERIFICATIONS_MAX,
             requeue_from: 0,
+            vacating: None,
+            next_move_ns: 0,
+            retired: Vec::with_capacity(RECOVERY_BUDGET as usize),
             cache,
         }
     }
@@ -613,6 +625,7 @@ impl<D: Device> Shard<D> {
             work += self.poll_session(self.live[i], now_ns);
         }
         work += self.recover();
+        work += self.move_out();
         for device in 0..self.devices.len() {
             work += self.poll_device(device, now_ns);
         }
@@ -685,6 +698,85 @@ impl<D: Device> Shard<D> {
             }
         }
         end.saturating_sub(from)
+    }
+
+    /// Only the first so many slots of the pool are used from now on: what lies behind them is moved bit by bit, at the price
+    /// of what the policy would take next. `None`: all are used again.
+    pub fn vacate(&mut self, slots: Option<u32>) {
+        self.vacating = slots.map(|slots| (slots, slots));
+        self.next_move_ns = 0;
+        match slots {
+            Some(slots) => self.cache.host.close_from(slots),
+            None => self.cache.host.open_all(),
+        }
+    }
+    /// Whether nothing lies there any more, but what is in quarantine.
+    pub fn is_vacated(&self) -> bool {
+        self.cache.host.closed_busy_count() == 0
+    }
+    /// Slots of the SSD that are not used any more since it was asked last.
+    pub fn take_retired(&mut self) -> impl Iterator<Item = u32> {
+        self.retired.drain(..)
+    }
+
+    /// Empties slots that are not to be used any more, in both tiers.
+    fn move_out(&mut self) -> u32 {
+        self.serves_nobody();
+        let is_vacating = self.vacating.is_some() && !self.is_vacated();
+        let retires = self.cache.disk.as_ref().is_some_and(DiskSlots::has_too_many);
+        if !is_vacating && !retires || self.now_ns < self.next_move_ns {
+            return 0;
+        }
+        let mut count = 0;
+        if retires {
+            count += self.retire_disk();
+        }
+        if is_vacating {
+            count += self.vacate_some();
+        }
+        if count == 0 {
+            self.next_move_ns = self.now_ns + HOUSEKEEPING_NS;
+        }
+        count
+    }
+
+    fn retire_disk(&mut self) -> u32 {
+        let mut count = 0;
+        while self.retired.len() < self.retired.capacity() && count < RECOVERY_BUDGET {
+            match self.cache.disk.as_mut().and_then(DiskSlots::retire) {
+                Some(slot) => self.retired.push(slot),
+                None if self.cache.disk.as_ref().is_some_and(DiskSlots::has_too_many)
+                    && self.cache.evict(Tier::Disk) => {}
+                None => break,
+            }
+            count += 1;
+        }
+        count
+    }
+
+    /// Says how many blocks were moved; none after a walk over all of them in which nothing could be.
+    fn vacate_some(&mut self) -> u32 {
+        let Some((first, from)) = self.vacating else { return 0 };
+        let end = self.cache.host.count().min(from.saturating_add(RECOVERY_BUDGET));
+        let (mut moved, mut at) = (0, from);
+        while at < end && u64::from(moved) * self.options.slot_bytes < MOVED_BYTES {
+            let slot = at;
+            at += 1;
+            let Some((block, ..)) = self.cache.block_in(Tier::Host, slot) else { continue };
+            let (pool, bytes) = (&self.pool, self.options.slot_bytes as usize);
+            let copy = |from: u32, to: u32| pool.copy_within(from as usize * bytes, to as usize * bytes, bytes);
+            let Some(grant) = self.cache.move_host(slot, block, copy) else { continue };
+            moved += 1;
+            // Where it lay it was queued under another name.
+            let on_disk = self.cache.index.block(block).place(Tier::Disk) != Place::Absent;
+            if self.cache.disk.is_some() && !on_disk && self.dirty.len() < self.dirty.capacity() {
+                self.dirty.push_back(Dirty { grant, block });
+            }
+        }
+        let is_round = at >= self.cache.host.count();
+        self.vacating = Some((first, if is_round { first } else { at }));
+        // The rest of a walk goes on at once; the next one when somebody may have let something go.
+        if is_round { moved } else { moved.max(1) }
     }
 
     fn poll_session(&mut self, at: usize, now_ns: u64) -> u32 {
@@ -1627,7 +1719,7 @@ impl<D: Device> Shard<D> {
         m.host_slots_quarantined_count.set(u64::from(self.cache.host.quarantined_count()));
         m.blocks_count.set(self.cache.index.count() as u64);
         if let Some(disk) = &self.cache.disk {
-            m.ssd_slots_count.set(u64::from(disk.geometry().slots_count()));
+            m.ssd_slots_count.set(u64::from(disk.geometry().limit_count()));
             m.ssd_slots_free_count.set(disk.free_count() as u64);
         }
         if let Some(stats) = &self.stats {
@@ -1703,7 +1795,8 @@ impl<D: Device> Shard<D> {
 
     /// Longest sleep that delays nothing.
     pub fn sleep_ns_max(&self) -> u64 {
-        if self.hungry_count > 0 {
+        let moves = self.vacating.is_some() && !self.is_vacated();
+        if self.hungry_count > 0 || moves || self.cache.disk.as_ref().is_some_and(DiskSlots::has_too_many) {
             HOUSEKEEPING_NS
         } else if self.cache.leases.count() > 0 || self.cache.host.quarantined_count() > 0 {
             50_000_000

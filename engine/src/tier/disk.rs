@@ -11,7 +11,7 @@ use bytemuck::Zeroable;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
 
-use super::header::{HEADER_BYTES, HEADERS_PER_SECTOR, Header};
+use super::header::{HEADER_BYTES, HEADERS_PER_SECTOR, Header, slots_at};
 use crate::index::{BlockId, Index, Place, Tier};
 use crate::limits::SECTOR_BYTES;
 
@@ -22,7 +22,11 @@ pub struct DiskGeometry {
     pub devices_count: u32,
     /// Slots of one device.
     pub slots_per_device: u32,
-    /// Slots of one file of a device.
+    /// Slots of one device that are to be used: it may have been larger once.
+    pub slots_limit: u32,
+    /// Slots that a device's header zone has room for: it grows to so many.
+    pub header_slots: u32,
+    /// Slots of one file of a device; `u32::MAX` where it is one file however many there are.
     pub slots_per_file: u32,
     /// Bytes of a slot.
     pub slot_bytes: u64,
@@ -33,7 +37,15 @@ impl DiskGeometry {
     pub fn slots_count(&self) -> u32 {
         self.devices_count * self.slots_per_device
     }
-    /// Sectors of a device's header zone.
+    /// Slots of a device that are not to be used.
+    pub fn surplus(&self) -> usize {
+        self.slots_per_device.saturating_sub(self.slots_limit) as usize
+    }
+    /// Slots of all devices that are to be used.
+    pub fn limit_count(&self) -> u32 {
+        self.devices_count * self.slots_limit.min(self.slots_per_device)
+    }
+    /// Sectors of a device's header zone, as far as it has slots.
     pub fn header_sectors(&self) -> u64 {
         u64::from(self.slots_per_device).div_ceil(HEADERS_PER_SECTOR)
     }
@@ -45,9 +57,9 @@ impl DiskGeometry {
         let image = |_| Mapping::private((self.header_sectors() * SECTOR_BYTES) as usize).map(Arc::new);
         (0..self.devices_count).map(image).collect()
     }
-    /// Where the slot zone begins in a device's first file: behind superblock and headers, on 1 MiB.
+    /// Where the slot zone begins in a device's first file: behind superblock and room for headers, on 1 MiB.
     pub fn data_offset(&self) -> u64 {
-        ((1 + self.header_sectors()) * SECTOR_BYTES).next_multiple_of(1 << 20)
+        slots_at(u64::from(self.header_slots.max(self.slots_per_device)))
     }
     /// Files of a device.
     pub fn files_per_device(&self) -> u32 {
@@ -147,6 +159,8 @@ pub struct DiskSlots {
     slots: Box<[Slot]>,
     /// Free slots of each device.
     free: Vec<Vec<u32>>,
+    /// Slots of each device that are not used: it has more than it is to fill. Their place in a file is given back.
+    unused: Vec<Vec<u32>>,
     next_device: usize,
     /// Devices whose slots may be given out.
     usable: Vec<bool>,
@@ -181,6 +195,7 @@ impl DiskSlots {
         });
         Self {
             slots: vec![Slot::default(); geometry.slots_count() as usize].into_boxed_slice(),
+            unused: (0..geometry.devices_count).map(|_| Vec::with_capacity(geometry.surplus())).collect(),
             geometry,
             layout,
             free,
@@ -191,6 +206,31 @@ impl DiskSlots {
             recovering: false,
             clear_when_read: false,
         }
+    }
+
+    /// Slots that are used no more.
+    pub fn unused_count(&self) -> usize {
+        self.unused.iter().map(Vec::len).sum()
+    }
+    /// Whether a device uses more slots than it may.
+    pub fn has_too_many(&self) -> bool {
+        let surplus = self.geometry.surplus();
+        !self.recovering && self.unused.iter().any(|unused| unused.len() < surplus)
+    }
+    /// Takes a free slot of a device that uses too many out of use, for good, and its header with it. `None`: such a
+    /// device has no free slot, or none uses too many.
+    pub fn retire(&mut self) -> Option<u32> {
+        if self.recovering {
+            return None;
+        }
+        let surplus = self.geometry.surplus();
+        let device = (0..self.free.len()).find(|at| self.unused[*at].len() < surplus && !self.free[*at].is_empty())?;
+        let slot = self.free[device].pop()?;
+        self.unused[device].push(slot);
+        if self.headers[device].held[self.geometry.header_sector_of(slot) as usize] {
+            self.clear_header(slot);
+        }
+        Some(slot)
     }
 
     /// What the disk holds is yet to be read: until [`DiskSlots::end_recovery`] no slot is given out, and no
@@ -219,6 +259,10 @@ impl DiskSlots {
         }
         for free in &mut self.free {
             free.retain(|slot| self.slots[*slot as usize].block().is_none());
+            if self.geometry.surplus() > 0 {
+                // The last of them are the first to be given up.
+                free.reverse();
+            }
         }
         if std::mem::take(&mut self.clear_when_read) {
             self.clear_headers();
@@ -438,7 +482,14 @@ mod test {
 
     #[test]
     fn slots_are_striped_and_never_overlap() {
-        let geometry = DiskGeometry { devices_count: 3, slots_per_device: 130, slots_per_file: 50, slot_bytes: 8192 };
+        let geometry = DiskGeometry {
+            devices_count: 3,
+            slots_per_device: 130,
+            slots_limit: 130,
+            header_slots: 130,
+            slots_per_file: 50,
+            slot_bytes: 8192,
+        };
         assert_eq!(geometry.files_per_device(), 3);
         let mut places: Vec<_> =
             (0..geometry.slots_count()).map(|s| (geometry.device_of(s), geometry.offset_of(s))).collect();
@@ -455,7 +506,14 @@ mod test {
 
     #[test]
     fn a_slow_device_gets_fewer_blocks_and_a_lost_one_none() {
-        let geometry = DiskGeometry { devices_count: 3, slots_per_device: 100, slots_per_file: 100, slot_bytes: 4096 };
+        let geometry = DiskGeometry {
+            devices_count: 3,
+            slots_per_device: 100,
+            slots_limit: 100,
+            header_slots: 100,
+            slots_per_file: 100,
+            slot_bytes: 4096,
+        };
         let images = geometry.header_images().unwrap();
         let mut slots = DiskSlots::new(geometry, 1, images);
         let take = |slots: &mut DiskSlots, count: u32| {
@@ -488,8 +546,14 @@ mod test {
 
     impl World {
         fn new(zone: Vec<u8>) -> Self {
-            let geometry =
-                DiskGeometry { devices_count: 1, slots_per_device: 100, slots_per_file: 100, slot_bytes: 4096 };
+            let geometry = DiskGeometry {
+                devices_count: 1,
+                slots_per_device: 100,
+                slots_limit: 100,
+                header_slots: 100,
+                slots_per_file: 100,
+                slot_bytes: 4096,
+            };
             let image = image(8192);
             let options = IndexOptions {
                 host_slots: 1,

@@ -19,8 +19,8 @@ pub struct Superblock {
     pub layout: u64,
     /// Bytes of a slot.
     pub slot_bytes: u64,
-    /// Slots of this device.
-    pub slots_count: u64,
+    /// Slots of this device, and how many there are headers for (0: as many): `room << 32 | count`.
+    pub slots: u64,
     /// Slots of each of its files.
     pub slots_per_file: u64,
     /// Which device of how many: `index << 32 | count`.
@@ -38,6 +38,17 @@ impl Superblock {
         self.crc = self.own_crc();
         self
     }
+    /// Slots of this device.
+    pub fn slots_count(&self) -> u32 {
+        self.slots as u32
+    }
+    /// How many it could have: its header zone has room for so many.
+    pub fn header_slots(&self) -> u32 {
+        match (self.slots >> 32) as u32 {
+            0 => header_room(u64::from(self.slots_count())),
+            room => room.max(self.slots_count()),
+        }
+    }
     /// Whether its checksum is that of its words.
     pub fn is_sound(&self) -> bool {
         self.magic == MAGIC && self.crc == self.own_crc()
@@ -52,6 +63,19 @@ pub const CRC_UNKNOWN: u32 = 1;
 
 /// Bytes of one header; 64 fit a sector.
 pub const HEADER_BYTES: u64 = 64;
+/// Slots begin on a multiple of this.
+pub const SLOTS_AT_BYTES: u64 = 1 << 20;
+
+/// Where slots begin behind the superblock and the headers of so many.
+pub fn slots_at(headers: u64) -> u64 {
+    ((1 + headers.div_ceil(HEADERS_PER_SECTOR)) * SECTOR_BYTES).next_multiple_of(SLOTS_AT_BYTES)
+}
+
+/// How many headers there is room for where there is for so many: up to where slots begin.
+pub fn header_room(headers: u64) -> u32 {
+    u32::try_from((slots_at(headers) - SECTOR_BYTES) / HEADER_BYTES).unwrap_or(u32::MAX)
+}
+
 /// Headers in a sector.
 pub const HEADERS_PER_SECTOR: u64 = SECTOR_BYTES / HEADER_BYTES;
 

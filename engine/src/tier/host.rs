@@ -91,6 +91,11 @@ pub struct HostSlots {
     born_ahead: Vec<std::ops::Range<u32>>,
     /// Slots that wait for a dead writer's grace.
     quarantined: Vec<u32>,
+    /// Only slots before this one are given out.
+    open_before: u32,
+    /// Of the others, those that are free, and those that are held or being filled.
+    closed_free: u32,
+    closed_busy: u32,
     /// Where the next engine process finds what this one knew.
     table: Option<SlotTable>,
     /// Slots that each instance is filling, by its number modulo the limit; its ranks share them.
@@ -126,9 +131,49 @@ impl HostSlots {
             born_before: 0,
             born_ahead: Vec::new(),
             quarantined: Vec::with_capacity(count as usize),
+            open_before: count,
+            closed_free: 0,
+            closed_busy: 0,
             table: None,
             filling: vec![0; SESSIONS_MAX].into_boxed_slice(),
         }
+    }
+
+    /// Only the first so many slots are given out from now on.
+    pub fn close_from(&mut self, slots: u32) {
+        self.open_all();
+        self.open_before = slots.min(self.count());
+        let open = self.open_before;
+        let before = self.free.len();
+        self.free.retain(|slot| *slot < open);
+        self.closed_free = (before - self.free.len()) as u32;
+        let is_busy = |slot: &&Slot| matches!(slot.state, State::Held | State::Filling);
+        self.closed_busy = self.slots[open as usize..].iter().filter(is_busy).count() as u32;
+    }
+    /// All slots are given out again.
+    pub fn open_all(&mut self) {
+        let count = self.count();
+        let closed = std::mem::replace(&mut self.open_before, count)..count;
+        (self.closed_free, self.closed_busy) = (0, 0);
+        for slot in closed.rev() {
+            if self.slots[slot as usize].state == State::Free {
+                self.free.push(slot);
+            }
+        }
+    }
+    /// Slots that are closed and yet hold a block, or are being filled with one.
+    pub fn closed_busy_count(&self) -> u32 {
+        self.closed_busy
+    }
+    /// What the first slot holds is in the second, an acquired one, from now on.
+    pub fn inherit(&mut self, from: u32, to: u32) {
+        let Slot { data_crc, crc_known, doubted, .. } = self.slots[from as usize];
+        let heir = &mut self.slots[to as usize];
+        (heir.data_crc, heir.crc_known, heir.doubted) = (data_crc, crc_known, doubted);
+    }
+
+    fn is_closed(&self, slot: u32) -> bool {
+        slot >= self.open_before
     }
 
     /// Slots that an instance is filling.
@@ -141,7 +186,7 @@ impl HostSlots {
     /// # Panics
     /// If the table is another pool's.
     pub fn keep_in(&mut self, table: SlotTable) {
-        assert!(table.shape().slots_count == self.count() && table.shape().tp_size == self.tp_size);
+        assert!(table.shape().slots_max >= self.count() && table.shape().tp_size == self.tp_size);
         self.table = Some(table);
     }
 
@@ -265,7 +310,11 @@ impl HostSlots {
             // A recovered slot was in use before.
             if s.state == State::Unborn {
                 s.state = State::Free;
-                self.free.push(slot);
+                if slot < self.open_before {
+                    self.free.push(slot);
+                } else {
+                    self.closed_free += 1;
+                }
             }
         }
         self.born_ahead.push(slots);
@@ -285,9 +334,13 @@ impl HostSlots {
     pub fn born_count(&self) -> u32 {
         self.born_count
     }
-    /// Slots that are free.
+    /// Slots that are free, and are given out.
     pub fn free_count(&self) -> u32 {
         self.free.len() as u32
+    }
+    /// Slots that are free, and are not.
+    pub fn closed_free_count(&self) -> u32 {
+        self.closed_free
     }
     /// Slots that wait out a grace.
     pub fn quarantined_count(&self) -> u32 {
@@ -443,6 +496,7 @@ impl HostSlots {
         }
         self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
         s.state = State::Quarantined;
+        self.closed_busy -= u32::from(slot >= self.open_before);
         self.quarantined.push(slot);
         true
     }
@@ -512,13 +566,19 @@ impl HostSlots {
         if s.state == State::Filling {
             self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
         }
+        let was_busy = s.state != State::Quarantined;
         s.state = State::Free;
         s.block = NOBODY;
         (s.suspects, s.free_at_ns) = (0, 0);
         for rank in (0..self.tp_size).filter(|rank| written & 1 << rank != 0) {
             self.set_writer(slot, rank, None);
         }
-        self.free.push(slot);
+        if self.is_closed(slot) {
+            self.closed_free += 1;
+            self.closed_busy -= u32::from(was_busy);
+        } else {
+            self.free.push(slot);
+        }
     }
 }
 

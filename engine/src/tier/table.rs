@@ -14,6 +14,7 @@ use super::header::Header;
 use super::host::SessionId;
 use crate::checksum;
 use crate::limits::SESSIONS_MAX;
+use crate::planted::{self, Bug};
 
 /// "KVSLOTS" and the table's version: another version's table is never reinterpreted.
 const MAGIC: u64 = u64::from_le_bytes(*b"KVSLOTS\x01");
@@ -21,6 +22,10 @@ const MAGIC: u64 = u64::from_le_bytes(*b"KVSLOTS\x01");
 const HEAD_WORDS: usize = 8;
 const NEXT_SESSION: usize = 64;
 const BORN: usize = 72;
+/// Slots that the pool has now; 0 for as many as there is room for.
+const SLOTS: usize = 80;
+/// How often that has changed.
+const RESIZES: usize = 88;
 const TEXT: usize = 4096;
 const TEXT_BYTES: usize = 64 << 10;
 /// Longest text that a table takes.
@@ -38,24 +43,24 @@ pub struct TableShape {
     pub layout: u64,
     /// Bytes of a slot.
     pub slot_bytes: u64,
-    /// Slots of the pool.
-    pub slots_count: u32,
+    /// Slots that there is room for: the pool may have fewer now ([`SlotTable::slots_count`]).
+    pub slots_max: u32,
     /// Ranks that share a slot.
     pub tp_size: u32,
 }
 
 impl TableShape {
     fn writers_bytes(&self) -> usize {
-        (self.slots_count as usize * self.tp_size as usize * 4).next_multiple_of(4096)
+        (self.slots_max as usize * self.tp_size as usize * 4).next_multiple_of(4096)
     }
 
     /// Bytes of the whole table.
     pub fn bytes(&self) -> usize {
-        WRITERS + self.writers_bytes() + self.slots_count as usize * 64
+        WRITERS + self.writers_bytes() + self.slots_max as usize * 64
     }
 
     fn words(&self) -> [u64; HEAD_WORDS - 1] {
-        let counts = u64::from(self.slots_count) << 32 | u64::from(self.tp_size);
+        let counts = u64::from(self.slots_max) << 32 | u64::from(self.tp_size);
         [MAGIC, self.pool_id, self.layout, self.slot_bytes, counts, SESSIONS_MAX as u64, 0]
     }
 }
@@ -86,12 +91,13 @@ impl SlotTable {
         Self { memory, shape, writers: WRITERS, headers: WRITERS + shape.writers_bytes() }
     }
 
-    /// A new table over zeroed memory. `text` says the layout in words, for whoever has to read it again.
+    /// A new table over zeroed memory, of a pool that has so many slots. `text` says the layout in words, for whoever has to read it again.
     ///
     /// # Panics
     /// If the memory is too small, or the text longer than 64 KiB.
-    pub fn create(memory: Arc<Mapping>, shape: TableShape, text: &str) -> Self {
+    pub fn create(memory: Arc<Mapping>, shape: TableShape, slots: u32, text: &str) -> Self {
         let table = Self::over(memory, shape);
+        table.memory.words64(SLOTS, 1)[0].store(u64::from(slots.min(shape.slots_max)), Ordering::Relaxed);
         assert!(text.len() <= TEXT_BYTES_MAX);
         table.memory.copy_in(TEXT, &(text.len() as u64).to_le_bytes());
         table.memory.copy_in(TEXT + 8, text.as_bytes());
@@ -119,7 +125,7 @@ impl SlotTable {
             return Err("it is another version's".into());
         }
         let shape =
-            TableShape { pool_id, layout, slot_bytes, slots_count: (counts >> 32) as u32, tp_size: counts as u32 };
+            TableShape { pool_id, layout, slot_bytes, slots_max: (counts >> 32) as u32, tp_size: counts as u32 };
         let sound = words[..HEAD_WORDS - 1] == shape.words()
             && words[HEAD_WORDS - 1] == checksum::of_bytes(bytemuck::cast_slice(&shape.words()));
         if !sound || shape.bytes() > memory.bytes() {
@@ -180,7 +186,44 @@ impl SlotTable {
 
     /// No slot holds anything that may be believed.
     pub fn clear_all(&self) {
-        (0..self.shape.slots_count).for_each(|slot| self.clear(slot));
+        (0..self.slots_count()).for_each(|slot| self.clear(slot));
+    }
+
+    /// Slots that the pool has.
+    pub fn slots_count(&self) -> u32 {
+        match self.memory.words64(SLOTS, 1)[0].load(Ordering::Acquire) {
+            0 => self.shape.slots_max,
+            count => count.min(u64::from(self.shape.slots_max)) as u32,
+        }
+    }
+
+    /// The pool has so many slots from now on. What those behind them held is forgotten; who may be writing there is not:
+    /// should they come back, they wait for it. A process that dies in between leaves the old number or the new one.
+    pub fn resize(&self, slots: u32) {
+        let (slots, before) = (slots.min(self.shape.slots_max), self.slots_count());
+        if slots == before {
+            return;
+        }
+        if !planted::has(Bug::ShrinkKeepsHeaders) {
+            (slots.min(before)..slots.max(before)).for_each(|slot| self.clear(slot));
+        }
+        if planted::has(Bug::ShrinkForgetsWriters) {
+            let ranks = 0..self.shape.tp_size;
+            (slots..before).for_each(|slot| ranks.clone().for_each(|rank| self.set_writer(slot, rank, None)));
+        }
+        self.set_born(self.born_count().min(slots));
+        let resizes = &self.memory.words64(RESIZES, 1)[0];
+        // Before the number: whoever maps the pool anew for nothing loses nothing.
+        resizes.store(resizes.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        // Release: last.
+        self.memory.words64(SLOTS, 1)[0].store(u64::from(slots), Ordering::Release);
+    }
+
+    /// Names the pool as it is now: what was mapped or registered of it under another name is not to be used.
+    pub fn pool_id(&self) -> u64 {
+        let resizes = self.memory.words64(RESIZES, 1)[0].load(Ordering::Relaxed);
+        // An odd number: no two of 2^64 are the same.
+        self.shape.pool_id.wrapping_add(resizes.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
     fn writer_word(&self, slot: u32, rank: u32) -> &kvring_ipc::sync::AtomicU32 {
@@ -195,7 +238,7 @@ impl SlotTable {
     /// So many slots, from the first on, have pages.
     pub fn born_count(&self) -> u32 {
         let born = self.memory.words64(BORN, 1)[0].load(Ordering::Relaxed);
-        born.min(u64::from(self.shape.slots_count)) as u32
+        born.min(u64::from(self.slots_count())) as u32
     }
 
     /// Who may write a rank's part of a slot from now on.
@@ -228,6 +271,23 @@ impl SlotTable {
         self.memory.words64(NEXT_SESSION, 1)[0].store(u64::from(former.session.0), Ordering::Relaxed);
     }
 
+    /// A session is over, and nothing of its process comes any more.
+    pub fn end_session(&self, session: SessionId) {
+        if self.session(session).is_some() {
+            self.session_words(session)[0].store(0, Ordering::Release);
+        }
+    }
+
+    /// All sessions whose process is still known.
+    pub fn sessions(&self) -> Vec<SessionId> {
+        let named = |place: usize| {
+            let words = self.memory.words64(SESSIONS + place * SESSION_WORDS * 8, SESSION_WORDS);
+            let id = words[0].load(Ordering::Acquire).checked_sub(1)?;
+            u32::try_from(id).ok().filter(|id| *id as usize % SESSIONS_MAX == place).map(SessionId)
+        };
+        (0..SESSIONS_MAX).filter_map(named).collect()
+    }
+
     /// The session of this id, if its process is still known.
     pub fn session(&self, session: SessionId) -> Option<FormerSession> {
         let words = self.session_words(session);
@@ -250,10 +310,10 @@ mod test {
     use kvring_ipc::mapping::{Pages, sealed_memfd};
 
     fn table() -> (Arc<Mapping>, SlotTable) {
-        let shape = TableShape { pool_id: 9, layout: 7, slot_bytes: 4096, slots_count: 10, tp_size: 2 };
+        let shape = TableShape { pool_id: 9, layout: 7, slot_bytes: 4096, slots_max: 10, tp_size: 2 };
         let fd = sealed_memfd("test", shape.bytes() as u64, Pages::Small).unwrap();
         let memory = Arc::new(Mapping::new(&fd, shape.bytes()).unwrap());
-        (memory.clone(), SlotTable::create(memory, shape, "a layout"))
+        (memory.clone(), SlotTable::create(memory, shape, 10, "a layout"))
     }
 
     #[test]
@@ -277,6 +337,44 @@ mod test {
         assert_eq!(next.session(SessionId(77 + SESSIONS_MAX as u32)), None);
         next.clear(4);
         assert_eq!(table.header(4), None);
+    }
+
+    #[test]
+    fn a_smaller_pool_forgets_what_lay_behind_and_not_who_writes_there() {
+        let (memory, table) = table();
+        let header = Header { key: BlockKey::from_words([1, 2]), generation: 3, ..Header::zeroed() };
+        assert_eq!(table.slots_count(), 10);
+        table.set_born(10);
+        (0..10).for_each(|slot| table.describe(slot, header));
+        table.set_writer(8, 1, Some(SessionId(4)));
+        let names: Vec<_> = [6, 6, 9, 10]
+            .into_iter()
+            .map(|slots| {
+                table.resize(slots);
+                table.pool_id()
+            })
+            .collect();
+        assert_eq!(names[0], names[1], "nothing has changed");
+        assert!(names[0] != names[2] && names[0] != names[3] && names[3] != table.shape().pool_id);
+        let (next, _) = SlotTable::open(memory).unwrap();
+        assert_eq!((next.slots_count(), next.born_count()), (10, 6), "what came back has no pages yet");
+        let found: Vec<_> = (0..10).filter(|slot| next.header(*slot).is_some()).collect();
+        assert_eq!(found, [0, 1, 2, 3, 4, 5]);
+        assert_eq!(next.writer(8, 1), Some(SessionId(4)));
+        next.resize(11);
+        assert_eq!(next.slots_count(), 10, "no more than there is room for");
+    }
+
+    #[test]
+    fn a_session_that_is_over_is_not_known_any_more() {
+        let (_, table) = table();
+        for id in [0, 5, 77] {
+            table.begin_session(FormerSession { session: SessionId(id), pid: 12, started_ticks: 34 });
+        }
+        table.end_session(SessionId(5));
+        table.end_session(SessionId(77 + SESSIONS_MAX as u32));
+        assert_eq!(table.sessions(), [SessionId(0), SessionId(77)]);
+        assert_eq!((table.session(SessionId(5)), table.last_session()), (None, 77));
     }
 
     /// A process may die between any two stores: what is left is the old header, the new one or none.
