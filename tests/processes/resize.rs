@@ -105,7 +105,7 @@ fn memory_is_given_back_only_when_nobody_may_be_writing_there() {
     let mut holder = place.holder(1);
     eventually("it holds slots", || place.metric("reserve_blocks_count") == 10);
     let filler: Vec<_> = (0..20).map(|name| chain(&format!("{name}"), 50)).collect();
-    filler.iter().for_each(|keys| drop(store(&mut agent, keys)));
+    filler.iter().for_each(|keys| assert!(store(&mut agent, keys) > 0));
     let pid = rustix::process::Pid::from_raw(holder.id() as i32).unwrap();
     // It does nothing, not even say that it is alive.
     rustix::process::kill_process(pid, Signal::STOP).unwrap();
@@ -128,7 +128,7 @@ fn slots_that_come_back_wait_for_whoever_was_filling_them() {
     let mut instance = Instance::open(place.config(1, &[("ssd_cache_gb", "0")]), layout(), 0).unwrap();
     // Everything but a little is taken, so that what is reserved next lies anywhere.
     let filler: Vec<_> = (0..20).map(|name| chain(&format!("{name}"), 50)).collect();
-    filler.iter().for_each(|keys| drop(store(&mut agent, keys)));
+    filler.iter().for_each(|keys| assert!(store(&mut agent, keys) > 0));
     let keys = chain("held", 10);
     let held: Vec<_> = instance
         .reserve(BlockKey::default(), 0, &keys)
@@ -173,7 +173,7 @@ fn a_smaller_ssd_tier_gives_its_place_back_and_a_start_may_change_it_too() {
     // A header outlives its block until its slot is written anew; what was given back has none.
     assert!(text(&checked).contains("sound blocks") && !text(&checked).contains("damaged"), "{}", text(&checked));
     place.serve(&["--block-kib", "64"]);
-    eventually("what was there is found", || place.metric("ssd_recovered_blocks_count") >= used);
+    eventually("what was there is found", || place.metric("ssd_recovered_blocks_count") > 0);
     assert!(place.metric("ssd_slots_count") > 900);
     assert!(ssd_file(&place) > 60 * MIB, "its place is taken again");
     eventually("it is served", || {

@@ -158,6 +158,8 @@ pub struct Tally {
     pub takeovers: u64,
     /// Blocks found in the pool after those.
     pub blocks_recovered: u64,
+    /// Takeovers with tiers of other sizes.
+    pub resizes: u64,
 }
 
 impl Tally {
@@ -173,16 +175,17 @@ impl Tally {
         self.resets += other.resets;
         self.takeovers += other.takeovers;
         self.blocks_recovered += other.blocks_recovered;
+        self.resizes += other.resizes;
     }
 }
 
 impl std::fmt::Display for Tally {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { operations, blocks_stored, blocks_loaded, blocks_missed, deaths, lies, .. } = self;
-        let Self { crashes, takeovers, blocks_recovered, resets, .. } = self;
+        let Self { crashes, takeovers, blocks_recovered, resets, resizes, .. } = self;
         write!(
             f,
-            "{operations} operations, {blocks_stored} blocks stored, {blocks_loaded} loaded and compared, {blocks_missed} missed, {deaths} deaths, {lies} lies, {crashes} power cuts, {takeovers} crashes with {blocks_recovered} blocks taken over in the pool, {resets} resets"
+            "{operations} operations, {blocks_stored} blocks stored, {blocks_loaded} loaded and compared, {blocks_missed} missed, {deaths} deaths, {lies} lies, {crashes} power cuts, {takeovers} crashes with {blocks_recovered} blocks taken over in the pool, {resets} resets, {resizes} resizes"
         )
     }
 }
@@ -199,6 +202,11 @@ pub struct World {
     /// What the disks hold is being read: until when.
     disk_read_at_ns: Option<u64>,
     shard: Option<Shard<Sim>>,
+    /// Slots that the pool has now, of as many as there is memory for; and slots of a device that are used.
+    host_slots: u32,
+    disk_limit: u32,
+    /// Slots of the SSD whose place was given back.
+    retired: Vec<u32>,
     /// Pieces of the pool that have no pages yet, and how often a poll finds that the next one has.
     unborn: Vec<std::ops::Range<u32>>,
     born_late_permille: u32,
@@ -269,6 +277,9 @@ impl World {
             table,
             disk_read_at_ns: None,
             shard: None,
+            host_slots: shape.host_slots,
+            disk_limit: u32::MAX,
+            retired: Vec::new(),
             unborn: Vec::new(),
             born_late_permille: 1000,
             metrics: Arc::default(),
@@ -302,7 +313,7 @@ impl World {
         DiskGeometry {
             devices_count,
             slots_per_device,
-            slots_limit: slots_per_device,
+            slots_limit: slots_per_device.min(self.disk_limit),
             header_slots: slots_per_device,
             slots_per_file: slots_per_device.div_ceil(2),
             slot_bytes: self.shape.slot_bytes,
@@ -345,15 +356,16 @@ impl World {
         let zone = |platter: &Platter| platter[0][SECTOR_BYTES as usize..][..header_bytes as usize].to_vec();
         self.header_zones = platters.iter().map(zone).collect();
         let options = IndexOptions {
-            host_slots: shape.host_slots,
+            host_slots: self.host_slots,
             disk_slots: if with_disk { geometry.slots_count() } else { 0 },
             policy: shape.policy,
             protected_hits: 2,
             secret: [self.chance.next_u64(), self.chance.next_u64()],
         };
         let disk = with_disk.then(|| DiskSlots::new(geometry, LAYOUT, images.clone()));
-        let mut host = HostSlots::new(shape.host_slots, shape.tp_size);
+        let mut host = HostSlots::new(self.host_slots, shape.tp_size);
         let (table, _) = SlotTable::open(self.table.clone()).expect("the table is sound at every moment");
+        table.resize(self.host_slots);
         host.keep_in(table);
         let mut cache = Cache::new(&options, host, disk);
         cache.begin_recovery(with_disk);
@@ -380,9 +392,9 @@ impl World {
         self.metrics = Arc::default();
         let mut shard = Shard::new(cache, self.pool.clone(), devices.collect(), shard_options, self.metrics.clone());
         // Piece by piece, and some of it late, in any order.
-        let first = 1 + self.chance.below(u64::from(shape.host_slots)) as u32;
-        let second = first + self.chance.below(u64::from(shape.host_slots - first) + 1) as u32;
-        self.unborn = vec![first..second, second..shape.host_slots];
+        let first = 1 + self.chance.below(u64::from(self.host_slots)) as u32;
+        let second = first + self.chance.below(u64::from(self.host_slots - first) + 1) as u32;
+        self.unborn = vec![first..second, second..self.host_slots];
         if self.chance.happens(500) {
             self.unborn.reverse();
         }
@@ -426,7 +438,7 @@ impl World {
             let id = SessionId(self.next_id);
             self.next_id += 1;
             let (segment, _fd) = Segment::create().expect("a segment");
-            let pool = Pool::new(self.pool.clone(), self.shape.slot_bytes as usize, self.shape.host_slots);
+            let pool = Pool::new(self.pool.clone(), self.shape.slot_bytes as usize, self.host_slots);
             let session = Session::within(segment.clone(), pool);
             let writer = Writer { session: id, instance, rank };
             self.shard().attach(Box::new(ServerSession::new(writer, segment, None)));
@@ -473,7 +485,8 @@ impl World {
             0..3 if self.shape.may_die => self.die(at),
             3..5 if self.shape.may_lie => self.lie(at),
             5..6 if self.shape.may_crash && self.chance.happens(500) => self.crash(),
-            5..6 if self.shape.may_crash => self.take_over(),
+            5..6 if self.shape.may_crash && self.chance.happens(700) => self.take_over(),
+            5..6 if self.shape.may_crash => self.resize(),
             6..7 if self.chance.happens(500) => self.reset(),
             6..7 => self.reset_namespace(),
             7..100 => self.now_ns += self.chance.below(400_000),
@@ -547,6 +560,8 @@ impl World {
         self.polls_count += 1;
         before.inspect(|before| before());
         self.shard().poll(now_ns);
+        let shard = self.shard.as_mut().expect("a shard runs");
+        self.retired.extend(shard.take_retired());
         after.inspect(|after| after());
     }
 
@@ -1025,9 +1040,11 @@ impl World {
         self.tally.crashes += 1;
         let devices = self.shard.take().expect("a shard runs").into_devices();
         self.platters = devices.into_iter().map(Sim::power_cut).collect();
+        self.punch();
         self.clients.clear();
         self.zombies.clear();
-        // Memory does not outlive the machine.
+        // Memory does not outlive the machine, nor do sizes that it was asked for while it ran.
+        self.host_slots = self.shape.host_slots;
         self.table = mapping(table_shape(&self.shape).bytes() as u64);
         SlotTable::create(self.table.clone(), table_shape(&self.shape), self.shape.host_slots, "");
         self.start();
@@ -1036,6 +1053,63 @@ impl World {
     /// The engine process alone dies at this very moment, and another takes the pool over. Its sessions
     /// end; what they were filling they may write on into, until they say that they do not, or die.
     pub fn take_over(&mut self) {
+        self.take_over_with(self.host_slots, self.disk_limit);
+    }
+
+    /// Another engine process takes over with tiers of other sizes. The end of a smaller pool is emptied first, as far as
+    /// time goes.
+    fn resize(&mut self) {
+        let host_slots = 1 + self.chance.below(u64::from(self.shape.host_slots)) as u32;
+        let slots_per_device = self.geometry().slots_per_device;
+        let disk_limit = 1 + self.chance.below(u64::from(slots_per_device)) as u32;
+        if host_slots < self.host_slots {
+            // What was answered before is heard before: else nobody knows what he may write to.
+            self.shard().vacate(Some(host_slots));
+            let rounds = self.chance.below(100);
+            for _ in 0..rounds {
+                self.now_ns += 20_000;
+                self.poll_once();
+                self.haunt();
+                let at = self.chance.below(self.clients.len().max(1) as u64) as usize;
+                if at < self.clients.len() {
+                    match self.chance.below(5) {
+                        0 => self.post_match(at),
+                        1 => self.post_load(at),
+                        2 => self.post_reserve(at),
+                        3 => self.commit_or_abort(at),
+                        _ => self.collect(at),
+                    }
+                }
+            }
+            self.shard().cache().check();
+            if self.chance.happens(300) {
+                // The next engine process has not started.
+                return self.shard().vacate(None);
+            }
+        }
+        self.tally.resizes += 1;
+        self.take_over_with(host_slots, disk_limit);
+        if self.zombies.is_empty() {
+            // What lies behind the pool is the system's: zeros, should it come back.
+            let from = host_slots as usize * self.shape.slot_bytes as usize;
+            self.pool.copy_in(from, &vec![0; self.pool.bytes() - from]);
+        }
+        if self.chance.happens(300) {
+            // It was a mistake: while who was filling a slot behind the smaller pool may be at it yet.
+            self.take_over_with(self.shape.host_slots, disk_limit);
+        }
+    }
+
+    /// What was given back holds nothing.
+    fn punch(&mut self) {
+        let geometry = self.geometry();
+        for slot in std::mem::take(&mut self.retired) {
+            let ((file, offset), bytes) = (geometry.offset_of(slot), self.shape.slot_bytes as usize);
+            self.platters[geometry.device_of(slot)][usize::from(file)][offset as usize..][..bytes].fill(0);
+        }
+    }
+
+    fn take_over_with(&mut self, host_slots: u32, disk_limit: u32) {
         self.tally.takeovers += 1;
         // What was answered before is heard before, or never.
         for at in 0..self.clients.len() {
@@ -1043,11 +1117,13 @@ impl World {
                 self.collect(at);
             }
         }
-        let kept = self.whole_chains_in_the_pool();
-        let born = self.unborn.iter().map(|slots| slots.start).min().unwrap_or(self.shape.host_slots);
+        let kept = self.whole_chains_in_the_pool(host_slots);
+        let born = self.unborn.iter().map(|slots| slots.start).min().unwrap_or(self.host_slots).min(host_slots);
         let devices = self.shard.take().expect("a shard runs").into_devices();
         // Its transfers end before its lock is free: none is under way any more, each may have happened.
         self.platters = devices.into_iter().map(Sim::power_cut).collect();
+        self.punch();
+        (self.host_slots, self.disk_limit) = (host_slots, disk_limit);
         for zombie in &mut self.zombies {
             // Whose death the last process knew of is dead to this one from its start on: another grace.
             let dead = zombie.until_ns.is_some_and(|until| until > 0);
@@ -1077,10 +1153,11 @@ impl World {
         }
     }
 
-    /// Blocks that the pool holds, with all that come before them.
-    fn whole_chains_in_the_pool(&mut self) -> Vec<BlockKey> {
+    /// Blocks that the first so many slots of the pool hold, with all that come before them.
+    fn whole_chains_in_the_pool(&mut self, slots: u32) -> Vec<BlockKey> {
         let index = &self.shard().cache().index;
-        let in_pool = |block: &Block| block.is_visible() && block.place(Tier::Host).ready().is_some();
+        let in_pool =
+            |block: &Block| block.is_visible() && block.place(Tier::Host).ready().is_some_and(|slot| slot < slots);
         let mut kept = Vec::new();
         for (_, block) in index.blocks() {
             let (mut at, mut whole) = (block, in_pool(block));
