@@ -13,8 +13,8 @@ use crate::recovery::Recovery;
 use crate::tier::disk::DiskSlots;
 use crate::tier::host::{HostSlots, RankDone, SessionId, Writer};
 
-/// Evictions that one moved block may cost.
-const EVICTIONS_PER_MOVE: u32 = 64;
+/// Evictions that one slot may cost, while some slots are not given out.
+const EVICTIONS_PER_SLOT: u32 = 64;
 
 /// What a reserve says of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,12 +278,18 @@ impl Cache {
         if let Some(slot) = self.host.acquire() {
             return Some(slot);
         }
-        let slot = self.index.evict(Tier::Host)?;
-        self.host.prefetch(self.index.next_slot);
-        self.evicted.host += 1;
-        self.host.release(slot);
-        self.collect();
-        self.host.acquire()
+        // What goes may have lain in a slot that is not given out any more.
+        for _ in 0..EVICTIONS_PER_SLOT {
+            let slot = self.index.evict(Tier::Host)?;
+            self.host.prefetch(self.index.next_slot);
+            self.evicted.host += 1;
+            self.host.release(slot);
+            self.collect();
+            if let Some(slot) = self.host.acquire() {
+                return Some(slot);
+            }
+        }
+        None
     }
 
     fn acquire_disk(&mut self) -> Option<u32> {
@@ -309,13 +315,7 @@ impl Cache {
         if !is_free || b.is_detached() || b.place(Tier::Host) != Place::Ready(slot) || !self.index.pin(block) {
             return None;
         }
-        // What goes may have lain in a closed slot as well.
-        let room = (0..EVICTIONS_PER_MOVE).find_map(|_| match self.host.acquire() {
-            Some(slot) => Some(Some(slot)),
-            None if self.evict(Tier::Host) => None,
-            None => Some(None),
-        });
-        let moved = room.flatten().map(|to| {
+        let moved = self.acquire_host().map(|to| {
             if !planted::has(Bug::MovedUncopied) {
                 copy(slot, to);
             }

@@ -941,11 +941,12 @@ impl<B: CopyBackend> Transfer<B> {
         Ok(worked)
     }
 
-    /// A session that was lost hears through the next one that nothing writes into its slots any more.
+    /// A session that was lost hears through the next one that nothing writes into its slots any more, nor reads its pool:
+    /// what lies behind a pool that is smaller now is given back then.
     fn tell_drained(&mut self) {
-        // Without a session every store in flight is a lost one's.
+        // Without a session every copy in flight is a lost one's.
         let number = self.same_session().is_some().then_some(self.session_number);
-        let is_former = |flight: &Flight| flight.direction == Direction::Store && Some(flight.session_number) != number;
+        let is_former = |flight: &Flight| Some(flight.session_number) != number;
         if self.owes_drained && !self.is_tainted && !self.flights.values().any(is_former) {
             self.instance.drained();
             self.owes_drained = false;

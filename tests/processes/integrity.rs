@@ -11,7 +11,8 @@ fn cache_file(place: &Place) -> (std::fs::File, u64) {
     let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
     let mut words = [0; 64];
     file.read_exact_at(&mut words, 0).unwrap();
-    let slots = u64::from_le_bytes(words[24..32].try_into().unwrap());
+    // Room for so many headers.
+    let slots = u64::from_le_bytes(words[24..32].try_into().unwrap()) >> 32;
     (file, ((1 + slots.div_ceil(64)) * 4096).next_multiple_of(1 << 20))
 }
 

@@ -445,7 +445,8 @@ pub fn upgrade(args: &AdminArgs) -> Outcome {
             continue;
         };
         if is_off(&now) || now["fell_back"] == true {
-            return Err("the program does not start (see the server's log): the one that ran goes on".into());
+            let why = now["upgrade_failure"].as_str().unwrap_or("see the server's log");
+            return Err(format!("the program does not start ({why}): the one that ran goes on").into());
         }
         let metric = |name: &str| now["metrics"][name].as_u64().unwrap_or(0);
         println!(
@@ -507,7 +508,7 @@ pub fn resize(args: &ResizeArgs) -> Outcome {
         let now = stats(&socket).ok();
         let is_another = |now: &Value| now["epoch"] != before["epoch"];
         let is_off = |now: &Value| !is_another(now) && now["upgrades_failed"] != before["upgrades_failed"];
-        let is_emptied = now.as_ref().is_some_and(|now| now["is_resizing"] == true);
+        let is_emptied = now.as_ref().is_some_and(|now| now["is_vacating"] == true);
         bar.set_message(if is_emptied { "moving blocks out of the end of the pool" } else { "another engine process" });
         let Some(now) = now.filter(|now| is_another(now) || is_off(now)) else {
             std::thread::sleep(Duration::from_millis(10));

@@ -296,8 +296,15 @@ impl Prepared {
         let Some(layout) = layout.or(kept.as_ref().map(|kept| &kept.layout)).cloned() else { return Ok(None) };
         let geometry = geometry_of(config, &layout, kept.as_ref().map_or(0, Kept::bytes))?;
         if let Some(geometry) = &geometry {
-            files::check(&Medium::all(&config.ssd_cache_dirs)?, geometry, &layout, config.ssd_on_mismatch)?;
+            // What the engine process that serves uses is not emptied behind its back, whatever `ssd_on_mismatch` says.
+            let on_mismatch = if kept.is_some() { OnMismatch::Refuse } else { config.ssd_on_mismatch };
+            files::check(&Medium::all(&config.ssd_cache_dirs)?, geometry, &layout, on_mismatch)?;
             check_io(config)?;
+        }
+        if let Some(kept) = kept.as_ref().filter(|kept| kept.layout == layout)
+            && dma::slots_of(config, layout.block_bytes) > u64::from(kept.table.shape().slots_max)
+        {
+            return Err(dma::cannot_grow(config, rustix::io::Errno::NOMEM).into());
         }
         let suits = |kept: &Kept| kept.left_dirs(config).next().is_none() && kept.suits(config, &layout).is_ok();
         // Two indexes at once, for a while: where they do not fit, this one is made after the other's end.
@@ -479,6 +486,9 @@ impl Engine {
         let fingerprint = layout.fingerprint();
         let metrics = Arc::new(Metrics::default());
         let slots_before = table.slots_count();
+        // Where it grows, the last process may have given back what was touched: it is touched again.
+        let pieces_before = (u64::from(slots_before) * slot_bytes / pool.piece_bytes) as u32;
+        let touched = if slots_before < pool.slots_count { touched.min(pieces_before) } else { touched };
         if slots_before != pool.slots_count {
             table.resize(pool.slots_count);
             tracing::info!("the pool has {} blocks now, and had {slots_before}", pool.slots_count);
@@ -837,7 +847,7 @@ fn make_pool(
         if slots == 0 {
             return Err(PoolError::TooSmall { pool_bytes: config.cpu_cache_bytes, slot_bytes }.into());
         }
-        match dma::reopen(pool, slot_bytes, slots) {
+        match dma::reopen(pool, slot_bytes, slots, before) {
             Ok(memory) => return Ok((Arc::new(memory), table, table_fd)),
             // Whoever has asked for it is told; the pool stays what it is.
             Err(errno) if slots > before => {

@@ -377,6 +377,8 @@ impl Keeper {
             let (prepared, given) = standby.take().map(|standby| (standby.process, standby.sizes)).unzip();
             // One that does not serve with others is followed by one with those that were served with.
             self.given = given.unwrap_or(self.sizes);
+            // Whoever was made ready for others is gone.
+            self.wanted_sizes = None;
             self.fell_back = own_program && prepared.is_none();
             // One that is started now is of the program file as it is now, unless it is this very program.
             self.wanted &= prepared.is_some() || own_program;
@@ -605,7 +607,7 @@ impl Keeper {
     fn prepare(&mut self, engine: &impl Fn(bool) -> Command, now: Instant) -> Option<Standby> {
         self.wanted = false;
         let process = Process::start(engine(false));
-        let sizes = self.wanted_sizes.take().unwrap_or(self.sizes);
+        let sizes = self.wanted_sizes.take().unwrap_or_default().or(self.sizes);
         let process = process.inspect_err(|error| tracing::error!("no upgrade: {error}")).ok()?;
         let fds: Vec<BorrowedFd<'_>> = self.kept.iter().flatten().map(AsFd::as_fd).collect();
         let _ = process.channel.send(&ToEngine::Prepare { keeps_pool: self.kept.is_some(), sizes }, &fds);
@@ -631,7 +633,7 @@ impl Keeper {
             Ok((ToKeeper::Upgrade, _)) => self.wanted = true,
             Ok((ToKeeper::Resize(sizes), _)) => {
                 self.wanted = true;
-                self.wanted_sizes = Some(sizes.or(self.sizes));
+                self.wanted_sizes = Some(sizes);
             }
             Ok((ToKeeper::Ready { .. } | ToKeeper::Unable { .. }, _)) => {}
             Ok((said @ ToKeeper::Leaving { .. }, _)) => *leaving = Some(said),

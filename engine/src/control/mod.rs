@@ -147,11 +147,19 @@ pub struct Server {
     upgrades_failed_count: u64,
     /// What the last one that failed said.
     upgrade_failure: Option<String>,
-    /// Sizes that somebody has asked for, while the pool's end is emptied for them, and until when that may last.
-    resizing: Option<(Sizes, Instant)>,
-    /// The pool's file ends behind the pool, and somebody may be using what lies there.
-    has_tail: bool,
+    /// What somebody has asked for, until another engine process follows or does not.
+    resizing: Option<Resizing>,
+    /// The pool's file ends behind the pool, and somebody may be using what lies there; from where on it is to be given back.
+    tail_from: Option<u64>,
     verify: Arc<VerifyState>,
+}
+
+/// A resize that is under way.
+#[derive(Debug, Clone, Copy)]
+struct Resizing {
+    sizes: Sizes,
+    /// Until when the pool's end is emptied for it. Then, or if there is nothing to empty, it is the keeper's turn.
+    vacates_until: Option<Instant>,
 }
 
 /// How long the end of a pool that is to be smaller is emptied: blocks that are in use for longer are forgotten.
@@ -232,7 +240,7 @@ impl Server {
             upgrades_failed_count: 0,
             upgrade_failure: None,
             resizing: None,
-            has_tail: false,
+            tail_from: None,
             verify: Arc::default(),
         };
         // The data plane before the socket: whoever connects is served at once.
@@ -305,8 +313,8 @@ impl Server {
         for session in &engine.suspects {
             self.await_former(&engine, *session);
         }
-        self.has_tail = engine.pool.tail_bytes() > 0;
-        if self.has_tail {
+        self.tail_from = (engine.pool.tail_bytes() > 0).then_some(0);
+        if self.tail_from.is_some() {
             // Whoever had a session then may have mapped what lies behind the pool now.
             for session in engine.table.sessions() {
                 if !engine.suspects.contains(&session) {
@@ -319,14 +327,24 @@ impl Server {
 
     /// What lies behind the pool is the system's again, once nobody is left who had it mapped.
     fn give_back_tail(&mut self) {
-        let is_done = self.formers.is_empty() && self.uncertain.is_empty();
-        let Some(engine) = self.engine.as_ref().filter(|_| self.has_tail && is_done) else { return };
-        self.has_tail = false;
+        if !self.may_give_back_tail() {
+            return;
+        }
+        let (Some(engine), Some(from)) = (&self.engine, self.tail_from) else { return };
         let mib = engine.pool.tail_bytes() >> 20;
-        match engine.pool.give_back_tail() {
-            Ok(()) => tracing::info!("what lay behind the pool is the system's again (up to {mib} MiB)"),
+        let gone_on = engine.pool.give_back_tail(from);
+        match gone_on {
+            Ok(Some(_)) => {}
+            Ok(None) => tracing::info!("what lay behind the pool is the system's again (up to {mib} MiB)"),
             Err(errno) => tracing::warn!("{mib} MiB behind the pool are not given back: {errno}"),
         }
+        self.tail_from = gone_on.unwrap_or_default();
+    }
+
+    /// Not while another engine process may be about to use it.
+    fn may_give_back_tail(&self) -> bool {
+        let is_unused = self.formers.is_empty() && self.uncertain.is_empty();
+        self.tail_from.is_some() && is_unused && self.resizing.is_none() && self.leaving.is_none()
     }
 
     /// Tiers of other sizes are another engine process' doing. A pool that is to be smaller is made ready for it.
@@ -360,22 +378,26 @@ impl Server {
             let (pid, uid) = (connection.peer.pid.as_raw_nonzero(), connection.peer.uid);
             tracing::info!("process {pid} (user {uid}) asks: {sizes:?}");
         }
+        let mut vacates_until = None;
         let slots = self.engine.as_ref().map(|engine| crate::dma::slots_of(&config, engine.pool.slot_bytes) as u32);
         match (&self.engine, slots) {
             (Some(engine), Some(slots)) if slots < engine.pool.slots_count => {
                 engine.tell(ToShard::Vacate(Some(slots)));
                 #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
                 let until = Instant::now() + VACATE_MAX;
-                self.resizing = Some((sizes, until));
+                vacates_until = Some(until);
             }
             _ => drop(self.inheritance.channel.send(&ToKeeper::Resize(sizes), &[])),
         }
+        self.resizing = Some(Resizing { sizes, vacates_until });
         Ok(())
     }
 
     /// The pool's end is empty, or as empty as it will be.
     fn is_vacated(&mut self) {
-        if let Some((sizes, _)) = self.resizing.take() {
+        let Some(resizing) = &mut self.resizing else { return };
+        if resizing.vacates_until.take().is_some() {
+            let sizes = resizing.sizes;
             let _ = self.inheritance.channel.send(&ToKeeper::Resize(sizes), &[]);
         }
     }
@@ -384,10 +406,13 @@ impl Server {
     fn is_not_upgraded(&mut self, why: Option<String>) {
         self.upgrades_failed_count += 1;
         self.upgrade_failure = why;
+        self.resizing = None;
         if let Some(engine) = &self.engine {
             engine.tell(ToShard::Vacate(None));
             // The other one may have made the pool's file larger.
-            self.has_tail |= engine.pool.tail_bytes() > 0;
+            if engine.pool.tail_bytes() > 0 {
+                self.tail_from = Some(0);
+            }
         }
     }
 
@@ -464,7 +489,8 @@ impl Server {
             self.drop_silent();
             self.ask_again();
             self.hear_shard();
-            if self.resizing.is_some_and(|(_, until)| until.elapsed() > Duration::ZERO) {
+            let vacates_until = self.resizing.and_then(|resizing| resizing.vacates_until);
+            if vacates_until.is_some_and(|until| until.elapsed() > Duration::ZERO) {
                 tracing::warn!("what is in use at the pool's end after {} s is forgotten", VACATE_MAX.as_secs());
                 self.is_vacated();
             }
@@ -526,6 +552,9 @@ impl Server {
             Err(error) => {
                 let _ = epoll::delete(&self.epoll, &self.inheritance.channel);
                 self.keeper_is_gone = true;
+                if self.resizing.is_some() {
+                    self.is_not_upgraded(Some("the keeper is gone".into()));
+                }
                 self.sign_the_lock();
                 tracing::error!(
                     "the keeper is gone ({error}): the pool would end with this process; `kvring stop` and a new start bring a keeper back"
@@ -537,6 +566,9 @@ impl Server {
     /// How long nothing can be missed. Without sessions: for ever, at no cost.
     fn nap(&self) -> Option<Timespec> {
         let silent = self.connections.values().any(|connection| connection.session.is_none());
+        if self.may_give_back_tail() {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
         // With a data plane, once a second: it may fail, and sessions it is done with come back.
         match self.connections.is_empty() && self.engine.is_none() {
             true => None,
@@ -744,6 +776,10 @@ impl Server {
                 let done = self.resize(number, sizes);
                 let reply = done.map_or_else(Refusal::into_reply, |()| Reply::Upgrading);
                 self.reply(number, &reply);
+                self.drop_if_no_session(number);
+            }
+            Request::Upgrade if self.resizing.is_some() => {
+                self.reply(number, &Refusal::for_now("a resize is under way".into()).into_reply());
                 self.drop_if_no_session(number);
             }
             Request::Stop => {
@@ -1168,7 +1204,7 @@ impl Server {
             "fell_back": self.inheritance.fell_back,
             "upgrades_failed": self.upgrades_failed_count,
             "upgrade_failure": self.upgrade_failure,
-            "is_resizing": self.resizing.is_some(),
+            "is_vacating": self.resizing.is_some_and(|resizing| resizing.vacates_until.is_some()),
             "draining": self.draining,
             "socket": self.config.socket,
             "settings": self.config.as_text(),

@@ -90,12 +90,13 @@ pub fn slots_max(slots: u64, slot_bytes: u64) -> u32 {
     slots.max(total / slot_bytes).min(crate::limits::SLOTS_MAX) as u32
 }
 
-/// The pool of an engine process that is gone, with everything in it; it grows to so many slots if it had fewer.
+/// The pool of an engine process that is gone, with everything in it: it had so many slots `before`, and grows if it is to
+/// have more.
 ///
 /// # Errors
 /// `EINVAL` if it is no sealed memfd; `EPERM` if it cannot grow, as one of an earlier version; else what mmap says:
 /// `ENOMEM` for want of free hugepages.
-pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32) -> rustix::io::Result<PoolMemory> {
+pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32, before: u32) -> rustix::io::Result<PoolMemory> {
     let used = u64::from(slots_count) * slot_bytes;
     if !is_sealed(&fd, 0)? {
         return Err(rustix::io::Errno::INVAL);
@@ -109,11 +110,13 @@ pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32) -> rustix::io::Res
         _ => Pages::Huge2M,
     };
     let bytes = used.next_multiple_of(pages.bytes());
-    let has = rustix::fs::fstat(&fd)?.st_size as u64;
-    if has < bytes {
-        if pages == Pages::Small && bytes - has > available_bytes() {
-            return Err(rustix::io::Errno::NOMEM);
-        }
+    let file = rustix::fs::fstat(&fd)?;
+    // Touched later and by the kernel's leave only: better refused now than killed then. The file may be long and empty.
+    let there = (file.st_blocks as u64 * 512).max(u64::from(before) * slot_bytes);
+    if slots_count > before && pages == Pages::Small && bytes.saturating_sub(there) > available_bytes() {
+        return Err(rustix::io::Errno::NOMEM);
+    }
+    if (file.st_size as u64) < bytes {
         rustix::fs::ftruncate(&fd, bytes)?;
     }
     let memory = over(fd, used, slot_bytes, pages)?;
@@ -216,16 +219,22 @@ impl PoolMemory {
         bytes.saturating_sub(self.mapping.bytes() as u64)
     }
 
-    /// Gives the pages of what lies behind this pool back to the system. Who has it mapped must not use it any more.
+    /// Gives the pages of some of what lies behind this pool back to the system, from this offset in it on: says where to
+    /// go on, nowhere at the end. Who has it mapped must not use it any more.
     ///
     /// # Errors
     /// What the system says.
-    pub fn give_back_tail(&self) -> rustix::io::Result<()> {
+    pub fn give_back_tail(&self, from: u64) -> rustix::io::Result<Option<u64>> {
+        // Some tens of milliseconds for small pages.
+        const STEP: u64 = 256 << 20;
         let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        match self.tail_bytes() {
-            0 => Ok(()),
-            bytes => rustix::fs::fallocate(&self.fd, hole, self.mapping.bytes() as u64, bytes),
+        let bytes = self.tail_bytes().saturating_sub(from);
+        if bytes == 0 {
+            return Ok(None);
         }
+        let step = bytes.min(STEP.next_multiple_of(self.pages.bytes()));
+        rustix::fs::fallocate(&self.fd, hole, self.mapping.bytes() as u64 + from, step)?;
+        Ok((step < bytes).then_some(from + step))
     }
 
     /// Gives a piece its pages.

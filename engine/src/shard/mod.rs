@@ -741,15 +741,22 @@ impl<D: Device> Shard<D> {
     }
 
     fn retire_disk(&mut self) -> u32 {
-        let mut count = 0;
+        let (mut count, mut in_vain) = (0, 0);
         while self.retired.len() < self.retired.capacity() && count < RECOVERY_BUDGET {
             match self.cache.disk.as_mut().and_then(DiskSlots::retire) {
-                Some(slot) => self.retired.push(slot),
-                None if self.cache.disk.as_ref().is_some_and(DiskSlots::has_too_many)
-                    && self.cache.evict(Tier::Disk) => {}
+                Some(slot) => {
+                    self.retired.push(slot);
+                    (count, in_vain) = (count + 1, 0);
+                }
+                // What goes may have lain on a device that has not too many: not all of those for one that cannot now.
+                None if in_vain < 8 * self.devices.len()
+                    && self.cache.disk.as_ref().is_some_and(DiskSlots::has_too_many)
+                    && self.cache.evict(Tier::Disk) =>
+                {
+                    in_vain += 1;
+                }
                 None => break,
             }
-            count += 1;
         }
         count
     }

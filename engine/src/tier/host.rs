@@ -264,6 +264,9 @@ impl HostSlots {
     pub fn forget_free(&mut self) {
         if let Some(table) = &self.table {
             self.free.iter().for_each(|slot| table.clear(*slot));
+            let closed = self.open_before..self.slots.len() as u32;
+            let free = closed.filter(|slot| self.slots[*slot as usize].state == State::Free);
+            free.for_each(|slot| table.clear(slot));
         }
     }
     /// What the slot holds is not.

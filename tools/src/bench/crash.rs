@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use kvring_gpu::backend::host::HostMemory;
 use kvring_gpu::direct::DirectAgent;
-use kvring_ipc::handshake::{Request, ask};
+use kvring_ipc::handshake::{Request, Sizes, ask};
 use kvring_ipc::instance::Instance;
 use kvring_ipc::key::BlockKey;
 use kvring_ipc::layout::Layout;
@@ -82,6 +82,9 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
     config_of_asker.say("client_wait_ms", "10")?;
     let mut asker = Instance::open(config_of_asker, None, 0)?;
     let (mut killed, mut upgraded, mut leases, mut missed) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut grown, mut shrunk) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
+    let setting = server.stats()?["settings"]["cpu_cache_gb"].as_str().and_then(|gb| gb.parse::<f64>().ok());
+    let pool_bytes = (setting.ok_or("the server does not say how large its pool is")? * f64::from(1 << 30)) as u64;
     for round in 0..args.rounds.max(1) {
         let keys = resident[round % resident.len()];
         served(&mut all_there, keys, Instant::now())?;
@@ -98,9 +101,19 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
             while asker.match_prefix(keys).blocks != CHAIN {
                 std::thread::sleep(Duration::from_millis(1));
             }
-            let (gap, misses) = across_an_upgrade(&config.socket, &mut asker, keys)?;
+            let (gap, misses) = across(&Request::Upgrade, &config.socket, &mut asker, keys)?;
             upgraded.push(gap);
             missed.push(misses);
+        }
+        // The pool grows by a quarter, and is what it was.
+        for (bytes, (gaps, misses)) in [(5 * pool_bytes / 4, &mut grown), (pool_bytes, &mut shrunk)] {
+            while asker.match_prefix(keys).blocks != CHAIN {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let sizes = Sizes { cpu_cache_bytes: Some(bytes), ssd_cache_bytes: None };
+            let (gap, missed) = across(&Request::Resize(sizes), &config.socket, &mut asker, keys)?;
+            gaps.push(gap);
+            misses.push(missed);
         }
         leases.push(lease_of_a_dead_instance(&server)?);
     }
@@ -116,6 +129,10 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
         "engine_killed_to_served_ms": spread(killed),
         "upgrade_gap_ms": spread(upgraded),
         "requests_missed_by_an_upgrade": spread(missed),
+        "grow_gap_ms": spread(grown.0),
+        "requests_missed_by_growing": spread(grown.1),
+        "shrink_gap_ms": spread(shrunk.0),
+        "requests_missed_by_shrinking": spread(shrunk.1),
         "instance_killed_to_leases_back_ms": spread(leases),
     }))
 }
@@ -134,15 +151,16 @@ fn served(
     Ok(())
 }
 
-/// An upgrade under an instance that asks once a millisecond: the longest time in milliseconds from one match to
+/// An upgrade or a resize under an instance that asks once a millisecond: the longest time in milliseconds from one match to
 /// the next that was answered, and matches that were misses.
-fn across_an_upgrade(
+fn across(
+    request: &Request,
     socket: &Path,
     asker: &mut Instance,
     keys: &[BlockKey],
 ) -> Result<(f64, f64), Box<dyn std::error::Error>> {
     let sessions = asker.sessions_count();
-    ask(socket, &Request::Upgrade, Duration::from_secs(2))?;
+    ask(socket, request, Duration::from_secs(2))?;
     let asked = Instant::now();
     let (mut answered, mut gap, mut missed) = (asked, Duration::ZERO, 0);
     loop {
@@ -161,7 +179,7 @@ fn across_an_upgrade(
         }
         std::thread::sleep(Duration::from_millis(1));
         if asked.elapsed() > Duration::from_secs(30) {
-            return Err("no upgrade within 30 s".into());
+            return Err("no other engine process within 30 s".into());
         }
     }
 }
