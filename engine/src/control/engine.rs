@@ -642,8 +642,8 @@ impl Engine {
     /// told.
     fn touch_the_rest(&self, first_piece: u32, touched: u32) {
         let next = Arc::new(AtomicU32::new(first_piece));
-        let all = touched == self.pool.pieces_count();
-        let threads = if all { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
+        // Prepared, and grown perhaps: others need the cores more right now.
+        let threads = if touched > 0 { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
         for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(first_piece) as usize) {
             let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_threads.clone());
             let teller = self.teller.clone();
@@ -655,10 +655,10 @@ impl Engine {
                         return;
                     }
                     let has = piece < touched;
-                    if has && pauses {
-                        // To register one takes the shard a while: it serves in between.
+                    if has && pauses || touched > 0 && !has {
+                        // To register one takes the shard a while, and to touch one a core: it serves in between.
                         #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
-                        std::thread::sleep(Duration::from_millis(2));
+                        std::thread::sleep(Duration::from_millis(if has { 2 } else { 5 }));
                     }
                     let touched = if has { Ok(()) } else { pool.touch(piece) };
                     if let Err(errno) = touched {
