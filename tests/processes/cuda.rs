@@ -164,6 +164,46 @@ fn what_one_device_stores_another_loads() {
     }
 }
 
+/// What lies behind a smaller pool is given back, and is other memory when the pool grows again: a device that still copied
+/// by its first registration would read and write pages that are nobody's.
+#[test]
+fn a_pool_that_changes_its_size_is_registered_anew() {
+    let place = Place::new();
+    // Blocks on loan are waited for: nobody here gives a lease back.
+    let settings = [NO_SSD, ("lease_ttl_ms", "500")];
+    for (name, way) in ways() {
+        println!("{name}");
+        let mut gpu = Gpu::new(place.config(0, &settings), Fake::new(), way);
+        let pages: Vec<u32> = (0..40).collect();
+        let elsewhere: Vec<u32> = (0..40).map(|at| 63 - at * 5 % 64).collect();
+        for (round, gb) in ["0.0078125", "0.03125", "0.015625"].into_iter().enumerate() {
+            let chains: Vec<_> = (0..8).map(|n| chain(&format!("{name} {round} {n}"), 40)).collect();
+            let come = |gpu: &mut Gpu, keys: &[BlockKey]| {
+                if gpu.begin_load(keys, &elsewhere, 1).is_none() {
+                    return false;
+                }
+                let missed = gpu.end().missed;
+                for (at, (key, page)) in keys.iter().zip(&elsewhere).enumerate() {
+                    assert!(missed.contains(&(at as u32)) || gpu.has(*page, *key), "{name}, {gb}: wrong bytes");
+                }
+                missed.is_empty()
+            };
+            for keys in &chains {
+                keys.iter().zip(&pages).for_each(|(key, page)| gpu.compute(*page as usize, *key));
+                gpu.begin_store(keys, &pages);
+                gpu.end();
+            }
+            eventually("the last is there", || come(&mut gpu, &chains[7]));
+            let output = place.kvring(&["resize", "--dram", gb]).output().unwrap();
+            assert!(output.status.success(), "{}", text(&output));
+            eventually("and after it", || come(&mut gpu, &chains[7]));
+        }
+        assert!(gpu.agent.stop());
+        drop(gpu.agent);
+        assert_eq!((gpu.fake.crimes(), gpu.fake.pinned_bytes()), (0, 0), "nothing is left pinned");
+    }
+}
+
 #[test]
 fn every_way_is_checked_and_measured_by_the_benchmark() {
     let place = Place::new();

@@ -569,6 +569,10 @@ impl Server {
         if self.may_give_back_tail() {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
+        if self.resizing.is_some() {
+            // What the shard says is heard without a bell.
+            return Some(Timespec { tv_sec: 0, tv_nsec: 10_000_000 });
+        }
         // With a data plane, once a second: it may fail, and sessions it is done with come back.
         match self.connections.is_empty() && self.engine.is_none() {
             true => None,
