@@ -1070,6 +1070,9 @@ impl World {
                 self.now_ns += 20_000;
                 self.poll_once();
                 self.haunt();
+                if self.chance.happens(5) {
+                    self.reset_namespace();
+                }
                 let at = self.chance.below(self.clients.len().max(1) as u64) as usize;
                 if at < self.clients.len() {
                     match self.chance.below(5) {

@@ -268,6 +268,11 @@ impl<D: Device> Shard<D> {
         self.stats = Some(stats);
         self.tell_levels();
     }
+    /// Nothing is shown from now on: for whoever measures what showing costs.
+    pub fn hide(&mut self) {
+        self.cache.index.recorder = kvring_ipc::recorder::Recorder::default();
+        self.stats = None;
+    }
     /// The checksums of write-backs are made beside the shard from now on.
     pub fn hash_beside(&mut self, hasher: Hasher) {
         self.hasher = Some(hasher);

@@ -1,21 +1,35 @@
-//! What being seen costs: a server with its stats segment and flight recorder beside one without, the same work for
-//! both, alternating.
+//! What being seen costs: a shard with its stats segment and flight recorder, and without, the same work for both, in turns
+//! of some milliseconds. One shard, in this process: two servers differ by where their memory happens to lie.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use kvring_ipc::client::{Matched, Session};
+use kvring_engine::cache::Cache;
+use kvring_engine::device::Device;
+use kvring_engine::index::IndexOptions;
+use kvring_engine::shard::session::Session as Served;
+use kvring_engine::shard::{Shard, ShardOptions};
+use kvring_engine::tier::host::{HostSlots, SessionId, Writer};
+use kvring_ipc::client::{Matched, Pool, Session, monotonic_ns};
+use kvring_ipc::config::{Config, EvictionPolicy, Verify};
+use kvring_ipc::events::EventLog;
 use kvring_ipc::key::BlockKey;
+use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
+use kvring_ipc::segment::Segment;
+use kvring_ipc::stats::Stats;
 use serde_json::json;
 
-use super::{BenchServer, Measured, Run, chain, median, pin, rounded, store, two_cpus};
+use super::{Measured, Run, chain, median, pin, rounded, store, two_cpus};
 
 const BLOCK: usize = 64 << 10;
+const SLOTS: u32 = 2048;
 const CHAIN: usize = 64;
-const ROUNDS: usize = 12;
+/// Long beside a request, short beside what else the machine does.
+const TURN: Duration = Duration::from_millis(10);
 
-/// One server and its client.
+/// The client of a shard.
 struct Side {
-    _server: BenchServer,
     session: Session,
     keys: Vec<BlockKey>,
     target: Vec<u8>,
@@ -24,60 +38,149 @@ struct Side {
 
 type Failure = Box<dyn std::error::Error>;
 
+const HIDDEN: u32 = 0;
+const SHOWN: u32 = 1;
+const OVER: u32 = 2;
+/// What is said is done.
+const DONE: u32 = 1 << 16;
+
+/// A shard and a session with it.
+fn shard_and_session() -> Result<(Shard<Box<dyn Device + Send>>, Session), Failure> {
+    let bytes = SLOTS as usize * BLOCK;
+    let pages = [Pages::Huge2M, Pages::Small];
+    let map = |pages| Mapping::new(sealed_memfd("kvring-bench", bytes as u64, pages)?, bytes);
+    let pool = pages.into_iter().map(map).find_map(Result::ok).ok_or("no memory for a pool")?;
+    pool.populate(0, bytes)?;
+    let pool = Arc::new(pool);
+    let options = IndexOptions {
+        host_slots: SLOTS,
+        disk_slots: 0,
+        policy: EvictionPolicy::Lru,
+        protected_hits: 2,
+        secret: [1, 2],
+    };
+    let mut cache = Cache::new(&options, HostSlots::new(SLOTS, 1), None);
+    cache.index.log = Some(EventLog::create()?.0);
+    let config = Config::default();
+    let options = ShardOptions {
+        slot_bytes: BLOCK as u64,
+        lease_ttl_ns: config.lease_ttl.as_nanos() as u64,
+        load_wait_ns: config.load_wait.as_nanos() as u64,
+        writer_grace_ns: config.writer_grace.as_nanos() as u64,
+        read_depth: config.ssd_read_depth,
+        write_depth: config.ssd_write_depth,
+        write_bytes_per_day: None,
+        checksum: true,
+        verify: Verify::Crash,
+        clock: monotonic_ns,
+    };
+    let mut shard = Shard::new(cache, pool.clone(), Vec::new(), options, Arc::default());
+    shard.bear(0, 0..SLOTS)?;
+    let (segment, _) = Segment::create()?;
+    let writer = Writer { session: SessionId(1), instance: 1, rank: 0 };
+    let mut served = Box::new(Served::new(writer, segment.clone(), None));
+    served.moves_blocks = true;
+    shard.attach(served);
+    Ok((shard, Session::within(segment, Pool::new(pool, BLOCK, SLOTS))))
+}
+
+/// Polls as a server with `polling = busy` does, and shows itself or not as it is told.
+fn serve(mut shard: Shard<Box<dyn Device + Send>>, stats: &Stats, told: &AtomicU32, cpu: usize) {
+    pin(cpu);
+    loop {
+        let asked = told.load(Ordering::Acquire);
+        if asked & DONE == 0 {
+            match asked {
+                SHOWN => shard.show_in(stats.clone()),
+                HIDDEN => shard.hide(),
+                _ => return,
+            }
+            told.store(asked | DONE, Ordering::Release);
+        }
+        // Some rounds for one look: it is no part of what is measured.
+        for _ in 0..64 {
+            shard.poll(monotonic_ns());
+        }
+    }
+}
+
 /// Measures.
 pub fn measure(run: &mut Run) -> Measured {
     let Some(cpus) = two_cpus() else {
         return Err("bench instruments needs two CPUs: one for the server, one for the instance".into());
     };
-    let side = |instruments: &str| -> Result<Side, Failure> {
-        let settings = [
-            ("cpu_cache_gb", "0.125".into()),
-            ("ssd_cache_gb", "0".into()),
-            ("stats_segment", instruments.into()),
-            ("server_cpu", cpus.1.to_string()),
-        ];
-        let server = BenchServer::start(&std::env::temp_dir(), (BLOCK >> 10) as u64, &settings)?;
-        let mut session = server.session(BLOCK as u64)?;
-        let keys = chain("instruments", CHAIN as u32);
-        store(&mut session, &keys)?;
-        Ok(Side { _server: server, session, keys, target: vec![0; BLOCK], stored: 0 })
-    };
-    // Two without: what those differ by is no instrument's doing.
-    let mut sides = [side("on")?, side("off")?, side("off")?];
+    let (shard, session) = shard_and_session()?;
+    let (stats, _stats_fd) = Stats::create("kvring-bench-stats", Config::default().recorder_entries)?;
+    let told = Arc::new(AtomicU32::new(HIDDEN));
+    let (stats_of_shard, told_shard) = (stats.clone(), told.clone());
+    let shard = std::thread::Builder::new().spawn(move || serve(shard, &stats_of_shard, &told_shard, cpus.1))?;
     pin(cpus.0);
+    let keys = chain("instruments", CHAIN as u32);
+    let mut side = Side { session, keys, target: vec![0; BLOCK], stored: 0 };
+    let measured = measure_with(run, &mut side, &told);
+    told.store(OVER, Ordering::Release);
+    shard.join().map_err(|_| "the shard panicked")?;
+    measured
+}
+
+fn measure_with(run: &Run, side: &mut Side, told: &AtomicU32) -> Measured {
+    store(&mut side.session, &side.keys)?;
     let work: [(&str, Work); 4] = [
         ("load_and_copy_blocks_s", load_and_copy),
         ("copy_and_store_blocks_s", copy_and_store),
         ("store_uncopied_blocks_s", store_uncopied),
         ("match64_s", match_only),
     ];
-    let mut report = json!({"block_kib": BLOCK >> 10, "rounds": ROUNDS});
+    let rounds = (run.time.as_secs_f64() / (3.0 * TURN.as_secs_f64())).ceil() as usize;
+    let mut report = json!({"block_kib": BLOCK >> 10, "rounds": rounds});
     for (name, work) in work {
+        // Hidden twice: what those differ by is no instrument's doing.
         let mut rates: [Vec<f64>; 3] = Default::default();
-        for round in 0..ROUNDS {
+        for round in 0..rounds {
             for turn in 0..3 {
                 // Each of them first, in the middle and last as often as the others.
                 let at = if round % 2 == 0 { (round / 2 + turn) % 3 } else { (round / 2 + 5 - turn) % 3 };
-                let side = &mut sides[at];
+                let how = if at == 0 { SHOWN } else { HIDDEN };
+                told.store(how, Ordering::Release);
+                while told.load(Ordering::Acquire) & DONE == 0 {
+                    std::hint::spin_loop();
+                }
+                // What it was told has emptied some caches.
+                work(side)?;
                 let started = Instant::now();
                 let mut count = 0;
-                while started.elapsed() < run.time / 8 {
+                while started.elapsed() < TURN {
                     count += work(side)?;
                 }
                 rates[at].push(count as f64 / started.elapsed().as_secs_f64());
             }
         }
-        let ratio = |of: &[f64], to: &[f64]| rounded(median(of.iter().zip(to).map(|(of, to)| of / to).collect()), 4);
         let [on, off, again] = &rates;
         let between: Vec<f64> = off.iter().zip(again).map(|(off, again)| (off + again) / 2.0).collect();
+        let [ratio, low, high] = ratio_with_interval(on, &between);
+        let [control, control_low, control_high] = ratio_with_interval(again, off);
         report[name] = json!({
             "on": median(on.clone()).round(),
             "off": median(between.clone()).round(),
-            "ratio": ratio(on, &between),
-            "ratio_of_off_to_off": ratio(again, off),
+            "ratio": ratio,
+            "ratio_from": low,
+            "ratio_to": high,
+            "ratio_of_off_to_off": control,
+            "ratio_of_off_to_off_from": control_low,
+            "ratio_of_off_to_off_to": control_high,
         });
     }
     Ok(report)
+}
+
+/// The median ratio of pairs, and between which two of them it lies with 95 % (the order statistics at half the count less
+/// and more its root).
+fn ratio_with_interval(of: &[f64], to: &[f64]) -> [f64; 3] {
+    let mut ratios: Vec<f64> = of.iter().zip(to).map(|(of, to)| of / to).collect();
+    ratios.sort_by(f64::total_cmp);
+    let (count, middle) = (ratios.len() as f64, median(ratios.clone()));
+    let at = |place: f64| ratios[(place.max(0.0) as usize).min(ratios.len() - 1)];
+    [middle, at((count - 1.96 * count.sqrt()) / 2.0), at((count + 1.96 * count.sqrt()) / 2.0)].map(|x| rounded(x, 4))
 }
 
 type Work = fn(&mut Side) -> Result<u64, Failure>;
