@@ -276,10 +276,12 @@ mod test {
         let after = Mapping::new(&fd, 16384).unwrap();
         after.copy_in(12288, b"there");
         rustix::fs::fallocate(&fd, HOLE, 8192, 8192).unwrap();
+        // By a mapping of its own: that a system call changes memory behind one is more than the compiler is told.
+        let seen = Mapping::new(&fd, 16384).unwrap();
         let mut out = [0; 5];
-        after.copy_out(12288, &mut out);
+        seen.copy_out(12288, &mut out);
         assert_eq!(out, [0; 5], "its pages are gone, and it can be read");
-        after.copy_out(4096, &mut out);
+        seen.copy_out(4096, &mut out);
         assert_eq!(&out, b"hello");
         let add = rustix::fs::fcntl_add_seals(&fd, SealFlags::WRITE);
         assert_eq!(add, Err(rustix::io::Errno::PERM), "nobody forbids the others to write");
