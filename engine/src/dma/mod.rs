@@ -64,11 +64,16 @@ fn read_number(path: &str) -> u64 {
     std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
+/// Bytes that a line of /proc/meminfo names.
+fn meminfo(name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let rest = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    rest.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib << 10)
+}
+
 /// Memory that could be had without swapping (MemAvailable).
 pub fn available_bytes() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(u64::MAX, |kib| kib << 10)
+    meminfo("MemAvailable").unwrap_or(u64::MAX)
 }
 
 /// Whether the machine has as many hugepages, free or not, as this pool would take.
@@ -84,9 +89,7 @@ pub fn slots_of(config: &Config, slot_bytes: u64) -> u64 {
 
 /// How many slots a pool could have if it grew to all of the machine's memory: what is counted a slot has room for those.
 pub fn slots_max(slots: u64, slot_bytes: u64) -> u32 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let total = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10;
+    let total = meminfo("MemTotal").unwrap_or(0);
     slots.max(total / slot_bytes).min(crate::limits::SLOTS_MAX) as u32
 }
 
