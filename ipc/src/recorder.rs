@@ -2,6 +2,9 @@
 //!
 //! A ring of entries of one cache line. The shard writes and waits for nobody; a reader takes what is there and throws away
 //! what was overwritten while it read. What a reader gets is what was written, or less.
+//!
+//! Blocks are stored and evicted in rows: two of them in succession, of one request and one round, share an entry. A cache
+//! line is what an entry costs.
 
 use std::sync::Arc;
 
@@ -96,6 +99,14 @@ macro_rules! from_byte {
         }
     };
 }
+
+impl What {
+    /// Whether two of it may share an entry.
+    const fn is_shared(self) -> bool {
+        matches!(self, Self::Stored | Self::Evicted)
+    }
+}
+
 from_byte!(What: Answered, Stored, Evicted, Forgotten, Dropped, Read, Written, Missed, Attached, Ended, Expired, Reset);
 from_byte!(Cause: Unknown, Reset, DramChecksum, SsdChecksum, SsdRead, Aborted, WriterGone, Stalled, Asked, DeviceLost);
 from_byte!(Refusal: NoParent, NoRoom, Draining);
@@ -145,12 +156,15 @@ impl Entry {
         }
     }
 
+    fn head(&self) -> u64 {
+        let bytes = [self.what as u8, self.op, self.status, self.detail];
+        u64::from(u32::from_le_bytes(bytes)) | u64::from(self.session) << 32
+    }
+
     fn to_words(self) -> [u64; ENTRY_WORDS] {
         let [low, high] = self.key.to_words();
-        let bytes = [self.what as u8, self.op, self.status, self.detail];
-        let head = u64::from(u32::from_le_bytes(bytes)) | u64::from(self.session) << 32;
         let counts = u64::from(self.count) | u64::from(self.part) << 32;
-        [self.at_ns, head, self.tag, low, high, counts, self.took_ns, 0]
+        [self.at_ns, self.head(), self.tag, low, high, counts, self.took_ns, 0]
     }
 
     fn from_words([at_ns, head, tag, low, high, counts, took_ns, _]: [u64; ENTRY_WORDS]) -> Option<Self> {
@@ -169,7 +183,26 @@ impl Entry {
             took_ns,
         })
     }
+
+    /// What an entry's words say: one entry, or two where it has a second key.
+    fn read(words: [u64; ENTRY_WORDS]) -> impl Iterator<Item = Self> {
+        let entry = Self::from_words(words);
+        let (first, second) = match entry {
+            Some(shared) if shared.what.is_shared() => {
+                let first = Self { count: 0, took_ns: 0, ..shared };
+                let second = Self { key: BlockKey::from_words([words[SECOND_KEY], words[SECOND_KEY + 1]]), ..first };
+                (Some(first), (shared.count == 2).then_some(second))
+            }
+            _ => (entry, None),
+        };
+        first.into_iter().chain(second)
+    }
 }
+
+/// Where the key of an entry's second block stands: what stores and evicts has no duration. The low half of the word of
+/// counts is then 2.
+const SECOND_KEY: usize = 6;
+const COUNTS: usize = 5;
 
 /// The writer's side. With no entries, or without a segment, it records nothing.
 #[derive(Debug, Default)]
@@ -182,6 +215,16 @@ pub struct Recorder {
     pub serves: (u32, u64),
     /// Why blocks are being forgotten.
     pub cause: Cause,
+    /// What the last entry says beside its key, where a second block has room in it.
+    open: Option<Shared>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shared {
+    at_ns: u64,
+    head: u64,
+    tag: u64,
+    part: u32,
 }
 
 #[derive(Debug)]
@@ -191,13 +234,21 @@ struct Ring {
     mask: u64,
 }
 
+impl Ring {
+    fn entry(&self, number: u64) -> &[AtomicU64] {
+        self.mapping.words64(self.offset + (number & self.mask) as usize * ENTRY_BYTES, ENTRY_WORDS)
+    }
+}
+
 /// The count of entries ever written stands in the segment's first page, on a cache line of its own.
 const WRITTEN: usize = 512;
 
 impl Recorder {
     pub(crate) fn new(mapping: Arc<Mapping>, offset: usize, entries: u64) -> Self {
+        // It goes on where another left off: a reader knows entries by their number.
+        let written = mapping.words64(WRITTEN, 1)[0].load(Ordering::Relaxed);
         let ring = (entries > 0).then(|| Ring { mapping, offset, mask: entries - 1 });
-        Self { ring, ..Self::default() }
+        Self { ring, written, ..Self::default() }
     }
 
     /// Whether anything is recorded.
@@ -210,9 +261,10 @@ impl Recorder {
     #[inline]
     pub fn record(&mut self, entry: Entry) {
         let Some(ring) = &self.ring else { return };
+        self.open = None;
         // Release: pairs with the Acquire fence in `read`: who sees a new word sees the count before it.
         fence(Ordering::Release);
-        let words = ring.mapping.words64(ring.offset + (self.written & ring.mask) as usize * ENTRY_BYTES, ENTRY_WORDS);
+        let words = ring.entry(self.written);
         for (word, value) in words.iter().zip(entry.to_words()) {
             word.store(value, Ordering::Relaxed);
         }
@@ -224,9 +276,25 @@ impl Recorder {
     /// Writes what happened to a block, now and for the request that is being served.
     #[inline]
     pub fn block(&mut self, what: What, key: BlockKey, detail: u8, part: u32) {
-        if self.is_on() {
-            let (session, tag) = self.serves;
-            self.record(Entry { session, tag, key, detail, part, ..Entry::plain(what, self.now_ns) });
+        let Some(ring) = &self.ring else { return };
+        let (session, tag) = self.serves;
+        let count = u32::from(what.is_shared());
+        let entry = Entry { session, tag, key, detail, count, part, ..Entry::plain(what, self.now_ns) };
+        if count == 0 {
+            return self.record(entry);
+        }
+        let said = Shared { at_ns: entry.at_ns, head: entry.head(), tag, part };
+        if self.open == Some(said) {
+            self.open = None;
+            let words = ring.entry(self.written - 1);
+            for (word, value) in words[SECOND_KEY..].iter().zip(key.to_words()) {
+                word.store(value, Ordering::Relaxed);
+            }
+            // Release: pairs with the Acquire in `read`: who sees that there is a second key sees it.
+            words[COUNTS].store(2 | u64::from(part) << 32, Ordering::Release);
+        } else {
+            self.record(entry);
+            self.open = Some(said);
         }
     }
 
@@ -257,15 +325,18 @@ impl Recording {
         self.ring.mapping.words64(WRITTEN, 1)[0].load(Ordering::Acquire)
     }
 
-    /// What it holds, oldest first, and how many entries were written before those.
+    /// What happened as far as it reaches back, oldest first: two events where two blocks share an entry. And how many
+    /// entries were written before those.
     pub fn read(&self) -> (Vec<Entry>, u64) {
         let written = self.written();
         let first = written.saturating_sub(self.entries);
         let mut read = Vec::with_capacity((written - first) as usize);
         for number in first..written {
-            let at = self.ring.offset + (number & self.ring.mask) as usize * ENTRY_BYTES;
-            let words: &[AtomicU64] = self.ring.mapping.words64(at, ENTRY_WORDS);
-            read.push(std::array::from_fn(|i| words[i].load(Ordering::Relaxed)));
+            let words = self.ring.entry(number);
+            // Acquire: the second key is read after what says that there is one.
+            let counts = words[COUNTS].load(Ordering::Acquire);
+            let word = |i: usize| if i == COUNTS { counts } else { words[i].load(Ordering::Relaxed) };
+            read.push(std::array::from_fn(word));
         }
         // Acquire: the words were read before the count is read again.
         fence(Ordering::Acquire);
@@ -273,7 +344,7 @@ impl Recording {
         let now = self.ring.mapping.words64(WRITTEN, 1)[0].load(Ordering::Relaxed);
         let sound = now.saturating_add(1).saturating_sub(self.entries);
         let lost = sound.saturating_sub(first).min(read.len() as u64);
-        let entries = read.into_iter().skip(lost as usize).filter_map(Entry::from_words).collect();
+        let entries = read.into_iter().skip(lost as usize).flat_map(Entry::read).collect();
         (entries, first + lost)
     }
 }
@@ -312,11 +383,76 @@ mod test {
     }
 
     #[test]
+    fn two_of_a_row_share_an_entry_and_are_read_as_two() {
+        let stats = Stats::private(64).unwrap();
+        let (mut recorder, recording) = (stats.recorder(), stats.recording());
+        let key = |n| BlockKey::from_words([n, !n]);
+        let stored = |n, at_ns| Entry { session: 7, tag: 8, key: key(n), ..Entry::plain(What::Stored, at_ns) };
+        recorder.serves = (7, 8);
+        let mut all: Vec<Entry> = (0..5).map(|n| stored(n, 0)).collect();
+        (0..5).for_each(|n| recorder.block(What::Stored, key(n), 0, 0));
+        // Another round, another request, another tier, another end: each begins an entry.
+        recorder.now_ns = 1;
+        recorder.block(What::Stored, key(5), 0, 0);
+        recorder.serves = (7, 9);
+        recorder.block(What::Stored, key(6), 0, 0);
+        all.extend([stored(5, 1), Entry { tag: 9, ..stored(6, 1) }]);
+        let evicted = |n, detail, part| Entry { tag: 9, detail, part, what: What::Evicted, ..stored(n, 1) };
+        for (n, detail, part) in [(7, 0, 1), (8, 0, 1), (9, 0, 0), (10, 1, 0)] {
+            recorder.block(What::Evicted, key(n), detail, part);
+            all.push(evicted(n, detail, part));
+        }
+        // What comes between parts them; and of this kind each has an entry.
+        for n in [11, 12] {
+            recorder.block(What::Dropped, key(n), 2, 0);
+            all.push(Entry { what: What::Dropped, ..evicted(n, 2, 0) });
+        }
+        recorder.block(What::Evicted, key(13), 1, 0);
+        all.push(evicted(13, 1, 0));
+        assert_eq!(recording.read(), (all.clone(), 0));
+        assert_eq!(recording.written(), 3 + 2 + 3 + 2 + 1);
+        // Another writer goes on, with an entry of its own.
+        let mut next = stats.recorder();
+        (next.now_ns, next.serves) = (1, (7, 9));
+        next.block(What::Evicted, key(14), 1, 0);
+        all.push(evicted(14, 1, 0));
+        assert_eq!(recording.read(), (all, 0));
+    }
+
+    #[test]
     fn without_entries_nothing_is_recorded() {
         let stats = Stats::private(0).unwrap();
         let mut recorder = stats.recorder();
         recorder.record(entry(1));
         assert!(!recorder.is_on() && stats.recording().read().0.is_empty());
+    }
+
+    #[test]
+    fn beside_a_writer_no_second_key_is_read_before_it_is_there() {
+        let (stats, fd) = Stats::create("test-recorder", 256).unwrap();
+        stats.begin(&crate::stats::Text::default(), 1, 1, 1).unwrap();
+        let recording = Stats::open(&fd).unwrap().recording();
+        let mut recorder = stats.recorder();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for n in 0..300_000 {
+                    recorder.now_ns = n / 16;
+                    recorder.block(What::Stored, BlockKey::from_words([n, !n]), 0, 0);
+                    if n % 1024 == 0 {
+                        std::thread::sleep(std::time::Duration::from_micros(100));
+                    }
+                }
+            });
+            let mut seen = 0;
+            while seen < 299_999 {
+                let (entries, lost) = recording.read();
+                for (found, n) in entries.iter().zip(lost * 2..) {
+                    let key = BlockKey::from_words([n, !n]);
+                    assert_eq!(*found, Entry { session: 0, key, ..Entry::plain(What::Stored, n / 16) });
+                    seen = n;
+                }
+            }
+        });
     }
 
     #[test]

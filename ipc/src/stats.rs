@@ -21,7 +21,8 @@ use crate::recorder::{ENTRY_BYTES, Recorder, Recording};
 use crate::sync::{AtomicU64, Ordering};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"KVRSTATS");
-const VERSION: u64 = 1;
+/// 2: two blocks may share an entry of the recorder; 1 is read as well.
+const VERSION: u64 = 2;
 
 /// Most of each: a segment is a little over 1 MiB without its recorder.
 pub const COUNTERS_MAX: usize = 256;
@@ -193,8 +194,10 @@ impl Stats {
         if magic != MAGIC {
             return Err("its server is only starting".into());
         }
-        if version != VERSION {
-            return Err(format!("it is of version {version}, this program reads {VERSION}: use the server's kvring"));
+        if !(1..=VERSION).contains(&version) {
+            return Err(format!(
+                "it is of version {version}, this program reads 1 to {VERSION}: use the server's kvring"
+            ));
         }
         let entries = stats.get(Head::RecorderEntries) as usize;
         let fits = (entries == 0 || entries.is_power_of_two())
@@ -455,6 +458,10 @@ mod test {
         assert_eq!(words.map(|word| word.load(Ordering::Relaxed)), [9, 8, 7]);
         assert_eq!((reader.heartbeat(), reader.state()), ((2000, 0), ServerState::Serving));
         assert_eq!(Mapping::new(&fd, 4096).unwrap_err(), Errno::PERM);
+        for (version, is_read) in [(0, false), (1, true), (2, true), (3, false)] {
+            stats.set(Head::Version, version);
+            assert_eq!(Stats::open(&fd).is_ok(), is_read, "version {version}");
+        }
         let other = crate::mapping::sealed_memfd("other", 8 << 20, Pages::Small).unwrap();
         assert!(Stats::open(&other).is_err());
     }

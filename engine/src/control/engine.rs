@@ -23,6 +23,7 @@ use rustix::event::{EventfdFlags, Timespec, epoll};
 use super::health;
 use super::verify::{Survey, Surveyed};
 use crate::cache::Cache;
+use crate::checksum;
 use crate::device::aio::Aio;
 use crate::device::files::{self, FilesError};
 use crate::device::gone::Gone;
@@ -545,8 +546,10 @@ impl Engine {
             begin_stats(stats, text, epoch);
         }
         if with_disk && config.checksum {
-            let (bell, slot_bytes) = (teller.bell.clone(), slot_bytes as usize);
-            match Hasher::start(pool.mapping.clone(), slot_bytes, move || doorbells::ring_own(&*bell)) {
+            let (bell, memory, bytes) = (teller.bell.clone(), pool.mapping.clone(), slot_bytes as usize);
+            let mut scratch = vec![0; checksum::SCRATCH_BYTES];
+            let checksum = move |slot| checksum::of_mapping(&memory, slot as usize * bytes, bytes, &mut scratch);
+            match Hasher::start(checksum, move || doorbells::ring_own(&*bell)) {
                 Ok(hasher) => shard.hash_beside(hasher),
                 Err(error) => tracing::warn!("no thread for checksums: {error}: the shard makes them"),
             }

@@ -1,14 +1,11 @@
 //! A thread beside the shard that makes the checksums of write-backs: nobody waits for one, and at the
 //! SSD's speed they would take a third of the shard's time.
 
-use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
-use kvring_ipc::mapping::Mapping;
 
 use crate::cache::WriteBack;
-use crate::checksum;
 use crate::index::BlockId;
 
 /// Checksums that may be asked for at once.
@@ -36,19 +33,20 @@ pub struct Hasher {
 }
 
 impl Hasher {
-    /// Starts the thread; `ring` is called after each checksum.
+    /// Starts the thread. `checksum` makes it of what a host slot holds; `ring` is called after each.
     ///
     /// # Errors
     /// What the system says of a thread.
-    pub fn start(pool: Arc<Mapping>, slot_bytes: usize, ring: impl Fn() + Send + 'static) -> std::io::Result<Self> {
+    pub fn start(
+        mut checksum: impl FnMut(u32) -> u64 + Send + 'static,
+        ring: impl Fn() + Send + 'static,
+    ) -> std::io::Result<Self> {
         // Both hold all that can be asked: neither side ever waits, nor allocates.
         let (ask, asked) = bounded::<Hashing>(HASHES_MAX as usize);
         let (tell, made) = bounded(HASHES_MAX as usize);
         let thread = std::thread::Builder::new().name("kvring-hash".into()).spawn(move || {
-            let mut scratch = vec![0; checksum::SCRATCH_BYTES];
             for hashing in asked {
-                let offset = hashing.write.host_slot as usize * slot_bytes;
-                let data_crc = checksum::of_mapping(&pool, offset, slot_bytes, &mut scratch);
+                let data_crc = checksum(hashing.write.host_slot);
                 if tell.send(Hashing { data_crc, ..hashing }).is_err() {
                     return;
                 }

@@ -273,6 +273,11 @@ impl<D: Device> Shard<D> {
         self.cache.index.recorder = kvring_ipc::recorder::Recorder::default();
         self.stats = None;
     }
+    /// What the disk holds gets and has checksums from now on, or not: for whoever measures what they cost.
+    pub fn make_checksums(&mut self, whether: bool) {
+        self.options.checksum = whether;
+    }
+
     /// The checksums of write-backs are made beside the shard from now on.
     pub fn hash_beside(&mut self, hasher: Hasher) {
         self.hasher = Some(hasher);
@@ -1185,7 +1190,7 @@ impl<D: Device> Shard<D> {
         let mut run = Run::new(tag, Op::Reserve);
         let mut parent = self.cache.parent(parent, first);
         let mut next_key = session.segment.read_key(keys, 0);
-        let (first_key, mut granted) = (next_key, 0);
+        let (first_key, mut granted, mut present) = (next_key, 0, 0);
         for index in 0..keys.count {
             let key = next_key;
             if index + 1 < keys.count {
@@ -1213,28 +1218,22 @@ impl<D: Device> Shard<D> {
                 Reserve::Present => (Status::Present, None),
                 Reserve::Dropped => (Status::Dropped, None),
             };
-            let column = match status {
-                Status::Ok => {
-                    granted += 1;
-                    self.metrics.reserve_blocks_count.add(1);
-                    SessionColumn::Reserved
-                }
-                Status::Present => {
-                    self.metrics.reserve_blocks_present_count.add(1);
-                    SessionColumn::Present
-                }
-                _ => {
-                    self.metrics.reserve_blocks_dropped_count.add(1);
-                    SessionColumn::Dropped
-                }
-            };
-            if let Some(stats) = &self.stats {
-                stats::add(&stats.session(at)[column as usize], 1);
-            }
+            granted += u32::from(status == Status::Ok);
+            present += u32::from(status == Status::Present);
             if let Some(closed) = run.add(index, status, grant) {
                 session.complete(&closed);
                 rooms -= 1;
             }
+        }
+        let dropped = keys.count - granted - present;
+        self.metrics.reserve_blocks_count.add(granted.into());
+        self.metrics.reserve_blocks_present_count.add(present.into());
+        self.metrics.reserve_blocks_dropped_count.add(dropped.into());
+        if let Some(stats) = &self.stats {
+            let row = stats.session(at);
+            stats::add(&row[SessionColumn::Reserved as usize], granted.into());
+            stats::add(&row[SessionColumn::Present as usize], present.into());
+            stats::add(&row[SessionColumn::Dropped as usize], dropped.into());
         }
         let completion = Completion { last: true, ..run.completion };
         session.complete(&completion);
@@ -1244,15 +1243,14 @@ impl<D: Device> Shard<D> {
     }
 
     fn answer_commit(&mut self, at: usize, tag: Tag, grants: Span) {
-        let mut taken = 0;
+        let (mut taken, mut complete) = (0, 0);
         for index in 0..grants.count {
             let Some(session) = self.sessions[at].as_deref_mut() else { return };
             let grant = session.segment.read_grant(grants, index);
-            let Ok(complete) = self.cache.commit(grant, session.writer) else { continue };
+            let Ok(block) = self.cache.commit(grant, session.writer) else { continue };
             taken += 1;
-            let Some(block) = complete else { continue };
-            self.metrics.commit_blocks_count.add(1);
-            self.tally(at, |row| stats::add(&row[SessionColumn::Committed as usize], 1));
+            let Some(block) = block else { continue };
+            complete += 1;
             let key = self.cache.index.key_of(block);
             self.cache.index.recorder.block(What::Stored, key, 0, 0);
             if self.is_verified_always(block) {
@@ -1266,6 +1264,8 @@ impl<D: Device> Shard<D> {
                 self.dirty.push_back(Dirty { grant, block });
             }
         }
+        self.metrics.commit_blocks_count.add(complete);
+        self.tally(at, |row| stats::add(&row[SessionColumn::Committed as usize], complete));
         let payload = [taken, 0, 0, 0, 0, 0];
         let status = if taken == u64::from(grants.count) { Status::Ok } else { Status::Stale };
         if let Some(session) = self.sessions[at].as_deref_mut() {

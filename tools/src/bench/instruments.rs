@@ -20,7 +20,7 @@ use kvring_ipc::segment::Segment;
 use kvring_ipc::stats::Stats;
 use serde_json::json;
 
-use super::{Measured, Run, chain, median, pin, rounded, store, two_cpus};
+use super::{Failure, Measured, Run, chain, median, pin, ratio_with_interval, store, two_cpus};
 
 const BLOCK: usize = 64 << 10;
 const SLOTS: u32 = 2048;
@@ -35,8 +35,6 @@ struct Side {
     target: Vec<u8>,
     stored: u64,
 }
-
-type Failure = Box<dyn std::error::Error>;
 
 const HIDDEN: u32 = 0;
 const SHOWN: u32 = 1;
@@ -171,16 +169,6 @@ fn measure_with(run: &Run, side: &mut Side, told: &AtomicU32) -> Measured {
         });
     }
     Ok(report)
-}
-
-/// The median ratio of pairs, and between which two of them it lies with 95 % (the order statistics at half the count less
-/// and more its root).
-fn ratio_with_interval(of: &[f64], to: &[f64]) -> [f64; 3] {
-    let mut ratios: Vec<f64> = of.iter().zip(to).map(|(of, to)| of / to).collect();
-    ratios.sort_by(f64::total_cmp);
-    let (count, middle) = (ratios.len() as f64, median(ratios.clone()));
-    let at = |place: f64| ratios[(place.max(0.0) as usize).min(ratios.len() - 1)];
-    [middle, at((count - 1.96 * count.sqrt()) / 2.0), at((count + 1.96 * count.sqrt()) / 2.0)].map(|x| rounded(x, 4))
 }
 
 type Work = fn(&mut Side) -> Result<u64, Failure>;

@@ -1,6 +1,7 @@
 //! `kvring bench`: each number beside a floor or a ceiling from the same run, alternating, medians and
 //! ratios; and what may be wrong with it.
 
+mod checksum;
 pub mod copy;
 pub mod crash;
 mod device;
@@ -52,9 +53,9 @@ enum What {
     Device(device::DeviceArgs),
     /// Eviction, from ten thousand to a million blocks.
     Evict,
-    /// What checksums cost: the SSD path with them and without, alternating.
-    Checksum(ssd::SsdArgs),
-    /// What the stats segment and the flight recorder cost: a server with them and without, alternating.
+    /// What checksums cost the SSD: one shard that makes them and does not, in turns.
+    Checksum(checksum::ChecksumArgs),
+    /// What the stats segment and the flight recorder cost: one shard with them and without, in turns.
     Instruments,
     /// How long the death of the engine process, its upgrade, and the death of an instance last.
     Crash(crash::CrashArgs),
@@ -70,7 +71,8 @@ pub struct Run {
     pub doubts: Vec<String>,
 }
 
-type Measured = Result<Value, Box<dyn std::error::Error>>;
+type Failure = Box<dyn std::error::Error>;
+type Measured = Result<Value, Failure>;
 
 /// Runs one benchmark, or all.
 pub fn run(args: BenchArgs) -> Outcome {
@@ -102,7 +104,7 @@ pub fn run(args: BenchArgs) -> Outcome {
         Some(What::Device(_) | What::Cache(_)) => unreachable!("they have reports of their own"),
         Some(What::Ssd(ssd)) => ssd::measure(&mut run, &ssd)?,
         Some(What::Evict) => evict::measure(&mut run)?,
-        Some(What::Checksum(ssd)) => ssd::measure_checksums(&mut run, &ssd)?,
+        Some(What::Checksum(checksum)) => checksum::measure(&mut run, &checksum)?,
         Some(What::Instruments) => instruments::measure(&mut run)?,
         Some(What::Crash(crash)) => crash::measure(&mut run, &crash)?,
         Some(What::Recover(recover)) => recover::measure(&mut run, &recover)?,
@@ -277,6 +279,16 @@ fn median(mut values: Vec<f64>) -> f64 {
     } else {
         (at(values.len() / 2) + at((values.len() / 2).wrapping_sub(1))) / 2.0
     }
+}
+
+/// The median ratio of pairs, and between which two of them it lies with 95 % (the order statistics at half the count less
+/// and more its root).
+fn ratio_with_interval(of: &[f64], to: &[f64]) -> [f64; 3] {
+    let mut ratios: Vec<f64> = of.iter().zip(to).map(|(of, to)| of / to).collect();
+    ratios.sort_by(f64::total_cmp);
+    let (count, middle) = (ratios.len() as f64, median(ratios.clone()));
+    let at = |place: f64| ratios[(place.max(0.0) as usize).min(ratios.len() - 1)];
+    [middle, at((count - 1.96 * count.sqrt()) / 2.0), at((count + 1.96 * count.sqrt()) / 2.0)].map(|x| rounded(x, 4))
 }
 
 fn rounded(value: f64, digits: i32) -> f64 {

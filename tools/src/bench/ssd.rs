@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -99,79 +98,6 @@ fn prepare(args: &SsdArgs, checksums: &str, ssd_dir: Option<&Path>) -> Result<Si
         }
     }
     Ok(Side { server, session, chains })
-}
-
-type Failure = Box<dyn std::error::Error>;
-
-/// With checksums and without, alternating: what they cost.
-pub fn measure_checksums(run: &mut Run, args: &SsdArgs) -> Measured {
-    // One directory for all: two files on one disk differ by more than checksums cost. One of them twice: what those
-    // two differ by is no checksum's doing. And once beside a thread that reads memory as fast as the disk moves
-    // it and does nothing else: what the machine's memory has to do with it. Other bytes than the disk's, so no floor.
-    const SIDES: [&str; 4] = ["on", "off", "off", "off"];
-    const READER: usize = 3;
-    let scratch = tempfile::Builder::new().prefix("kvring-bench-").tempdir_in(&args.dir)?;
-    let mut reads: [Vec<f64>; 4] = Default::default();
-    let mut writes: [Vec<f64>; 4] = Default::default();
-    let memory = vec![1u64; (256 << 20) / 8];
-    let beside_reader = |at: usize, gb_s: Option<&f64>, measure: &mut dyn FnMut() -> Result<f64, Failure>| {
-        let Some(gb_s) = gb_s.filter(|_| at == READER) else { return measure() };
-        let over = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| read_memory(&memory, *gb_s, &over));
-            let measured = measure();
-            over.store(true, Ordering::Relaxed);
-            measured
-        })
-    };
-    for round in 0..args.rounds.max(1) {
-        // In the first round in this order, later each of them first and last as often.
-        for turn in 0..4 {
-            let at = if round % 2 == 0 { (round / 2 + turn) % 4 } else { (round / 2 + 7 - turn) % 4 };
-            let Side { server, mut session, chains } = prepare(args, SIDES[at], Some(scratch.path()))?;
-            let speed = reads[1].last().copied();
-            let mut read = || read_chains(run.time, &server, &mut session, &chains, round);
-            reads[at].push(beside_reader(at, speed.as_ref(), &mut read)?);
-            let speed = writes[1].last().copied();
-            let mut write = || write_chains(run.time, &server, &mut session, round);
-            writes[at].push(beside_reader(at, speed.as_ref(), &mut write)?);
-        }
-    }
-    let ratio = |of: &[f64], to: &[f64]| {
-        let ratios: Vec<f64> = of.iter().zip(to).map(|(of, to)| of / to).collect();
-        rounded(median(ratios), 3)
-    };
-    let side = |[on, off, again, reading]: [Vec<f64>; 4]| {
-        let between: Vec<f64> = off.iter().zip(&again).map(|(off, again)| (off + again) / 2.0).collect();
-        json!({
-            "on_gb_s": rounded(median(on.clone()), 3),
-            "off_gb_s": rounded(median(off.clone()), 3),
-            "ratio": ratio(&on, &between),
-            "off_again_gb_s": rounded(median(again.clone()), 3),
-            "ratio_of_off_to_off": ratio(&again, &off),
-            "off_beside_reader_gb_s": rounded(median(reading.clone()), 3),
-            "ratio_beside_reader": ratio(&reading, &between),
-            "rounds": format!("on {on:.2?}, off {off:.2?}, off again {again:.2?}, beside a reader {reading:.2?}"),
-        })
-    };
-    Ok(json!({"block_kib": args.block_kib, "read": side(reads), "write": side(writes)}))
-}
-
-/// Reads memory at a speed, and does nothing with it.
-fn read_memory(memory: &[u64], gb_s: f64, over: &AtomicBool) {
-    let started = Instant::now();
-    let mut bytes = 0.0;
-    for piece in memory.chunks((1 << 20) / 8).cycle() {
-        if over.load(Ordering::Relaxed) {
-            return;
-        }
-        std::hint::black_box(piece.iter().fold(0u64, |sum, word| sum ^ word));
-        bytes += size_of_val(piece) as f64;
-        let due = Duration::from_secs_f64(bytes / 1e9 / gb_s.max(0.01));
-        if let Some(early) = due.checked_sub(started.elapsed()).filter(|early| early.as_micros() > 200) {
-            std::thread::sleep(early);
-        }
-    }
 }
 
 /// Measures.

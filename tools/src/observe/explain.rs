@@ -417,7 +417,7 @@ fn in_words(report: &Value) -> String {
     let list = |field: &str| report[field].as_array().cloned().unwrap_or_default();
     let reach = &report["recorder"];
     let seconds = short_ns((reach["seconds"].as_f64().unwrap_or(0.0) * 1e9) as u64);
-    let _ = writeln!(out, "the recorder reaches back {seconds} ({} entries)", reach["entries"]);
+    let _ = writeln!(out, "the recorder reaches back {seconds} ({} events)", reach["entries"]);
     if let Some(key) = report["key"].as_str() {
         let history = list("history");
         if history.is_empty() {
