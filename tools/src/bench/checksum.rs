@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use kvring_engine::cache::Cache;
 use kvring_engine::checksum;
+use kvring_engine::device::aio::Aio;
 use kvring_engine::device::medium::Medium;
-use kvring_engine::device::uring::{Finds, RingOptions, Uring};
+use kvring_engine::device::uring::{self, Finds, RingOptions, Uring};
 use kvring_engine::device::{Device, DeviceMemory, files};
 use kvring_engine::index::IndexOptions;
 use kvring_engine::metrics::Metrics;
@@ -142,8 +143,17 @@ fn shard_and_side(run: &mut Run, args: &ChecksumArgs) -> Result<(AnyShard, Side,
     let mut locks = Vec::new();
     for (device, headers) in opened.into_iter().zip(images) {
         let memory = DeviceMemory { pool: pool.clone(), headers, piece_bytes: piece_bytes as usize };
-        let options = RingOptions::plain(config.iouring_entries, config.fixed_buffers);
-        devices.push(Box::new(Uring::new(device.files, None, memory, options, Finds::AnyWay)?));
+        let entries = config.iouring_entries;
+        devices.push(match uring::probe() {
+            Ok(()) => {
+                let options = RingOptions::plain(entries, config.fixed_buffers);
+                Box::new(Uring::new(device.files, None, memory, options, Finds::AnyWay)?)
+            }
+            Err(error) => {
+                run.doubts.push(format!("{error}: libaio drives the SSD"));
+                Box::new(Aio::new(device.files, memory, entries)?)
+            }
+        });
         locks.extend(device.lock);
     }
     let options = ShardOptions {

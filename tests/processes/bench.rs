@@ -1,0 +1,46 @@
+//! The benchmarks that have a shard of their own.
+
+use super::*;
+
+fn measured(place: &Place, arguments: &[&str]) -> serde_json::Value {
+    let output = place.kvring(arguments).current_dir(place.dir.path()).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn what_checksums_cost_is_measured_beside_reading_alone() {
+    let place = Place::new();
+    let small = ["bench", "checksum", "--json", "--seconds", "0.05", "--size-gb", "0.125", "--block-kib", "64"];
+    let report = measured(&place, &small);
+    for (side, ratios) in [
+        ("read", &["on_to_off", "off_to_off"][..]),
+        ("write", &["on_to_off", "off_to_off", "read_only_to_off", "handed_over_only_to_off", "on_to_read_only"]),
+    ] {
+        assert!(report[side]["off_gb_s"].as_f64().unwrap() > 0.0, "{report}");
+        // How long a turn of a tenth of a second takes beside other tests, nobody knows: not what it says, but that it does.
+        for ratio in ratios {
+            assert!(
+                ["from", "ratio", "to"].iter().all(|at| report[side][ratio].get(*at).is_some()),
+                "{ratio}: {report}"
+            );
+        }
+    }
+    let left: Vec<_> = std::fs::read_dir(place.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("kvring-bench-")), "{left:?}");
+    // Too small to be measured is said, with what is enough.
+    let output = place.kvring(&["bench", "checksum", "--size-gb", "0.5"]).output().unwrap();
+    assert!(!output.status.success() && text(&output).contains("make it 2 at least"), "{}", text(&output));
+}
+
+#[test]
+fn what_instruments_cost_is_measured_beside_nothing_twice() {
+    let report = measured(&Place::new(), &["bench", "instruments", "--json", "--seconds", "0.2"]);
+    for work in ["load_and_copy_blocks_s", "copy_and_store_blocks_s", "store_uncopied_blocks_s", "match64_s"] {
+        let row = &report[work];
+        assert!(
+            ["on", "off", "ratio", "ratio_of_off_to_off"].iter().all(|of| row[of].as_f64().unwrap() > 0.0),
+            "{row}"
+        );
+    }
+}
