@@ -337,7 +337,7 @@ class Instance:
         return self._native.events(limit)
 
     def reset(self) -> int:
-        """Forgets every block of the server, for every instance; says how many. Waits at most 6 s.
+        """Forgets every block of the server, for every instance; says how many. Waits at most 8 s.
 
         Raises ConnectionError without a server, and where a restart may still find blocks on the SSD.
         """
