@@ -163,11 +163,11 @@ fn prometheus_reads_what_happened_and_the_dashboard_asks_for_nothing_else() {
     let path = place.path("m");
     let listen = format!("unix:{}", path.display());
     place.serve(&["--block-kib", "64", "--metrics-listen", &listen]);
+    let get = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
     let mut agent = place.agent(2, &[]);
     assert_eq!(store(&mut agent, &chain("a", 40)), 40);
     assert_eq!(load(&mut agent, &chain("a", 40)), 40);
     eventually("written", || place.metric("ssd_write_bytes") >= 40 * BLOCK as u64);
-    let get = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
     eventually("metrics are served", || scrape(&path, get).is_some());
     let answer = scrape(&path, get).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
@@ -227,6 +227,20 @@ fn prometheus_reads_what_happened_and_the_dashboard_asks_for_nothing_else() {
     eventually("the next engine process serves metrics", || has_epoch("2.0"));
     signal(place.server_pid(), rustix::process::Signal::KILL);
     eventually("and the one after it", || has_epoch("3.0"));
+}
+
+#[test]
+fn a_server_that_shows_nothing_is_up_as_long_as_it_answers() {
+    // One that shows nothing at all, and one that waits for its first worker.
+    for how in [&["--block-kib", "64", "--stats-segment", "off"][..], &[]] {
+        let mut place = Place::new();
+        let path = place.path("m");
+        place.serve(&[&["--metrics-listen", &format!("unix:{}", path.display())], how].concat());
+        let get = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+        eventually("metrics are served", || scrape(&path, get).is_some());
+        let answer = scrape(&path, get).unwrap();
+        assert!(answer.contains("kvring_up 1") && !answer.contains("kvring_epoch"), "{answer}");
+    }
 }
 
 #[test]

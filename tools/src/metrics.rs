@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::config::MetricsListen;
+use kvring_ipc::handshake::{Reply, Request, ask};
 use kvring_ipc::stats::{HistogramName, SESSION_HISTOGRAM, SESSION_WORDS, Snapshot};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -27,8 +28,8 @@ use crate::observe::{Health, Sample, Server, Which};
 
 /// How long a connection may take, all in all.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long the server may take to say which namespaces there are.
-const NAMESPACES_PATIENCE: Duration = Duration::from_millis(500);
+/// How long the server may take to answer, and to say which namespaces there are.
+const ANSWER_PATIENCE: Duration = Duration::from_millis(500);
 /// How long that counts.
 const NAMESPACES_KEPT: Duration = Duration::from_secs(30);
 /// Namespaces that have metrics of their own.
@@ -193,7 +194,7 @@ fn namespaces_now(socket: &Path) -> Vec<Value> {
     match &*known {
         Some((at, namespaces)) if at.elapsed() < NAMESPACES_KEPT => namespaces.clone(),
         _ => {
-            let namespaces = namespaces_of(socket, NAMESPACES_PATIENCE).unwrap_or_default();
+            let namespaces = namespaces_of(socket, ANSWER_PATIENCE).unwrap_or_default();
             *known = Some((Instant::now(), namespaces.clone()));
             namespaces
         }
@@ -211,7 +212,11 @@ pub fn text(socket: &Path) -> String {
     let mut registry = Registry::default();
     match shown {
         Ok(shown) => registry.register_collector(Box::new(shown)),
-        Err(_) => registry.register_collector(Box::new(Nothing)),
+        // It shows nothing before its first worker has come, nor with `stats_segment = off`: it answers all the same.
+        Err(_) => {
+            let answers = matches!(ask(socket, &Request::Stats, ANSWER_PATIENCE), Ok(Reply::Stats(_)));
+            registry.register_collector(Box::new(Unseen { answers }));
+        }
     }
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -219,13 +224,17 @@ pub fn text(socket: &Path) -> String {
     text
 }
 
-/// A server without a pool yet.
-#[derive(Debug)]
-struct Nothing;
+const UP: &str = "1 while it serves or waits for its first instance, 0 if it hangs or does not answer.";
 
-impl Collector for Nothing {
+/// A server that shows nothing.
+#[derive(Debug)]
+struct Unseen {
+    answers: bool,
+}
+
+impl Collector for Unseen {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
-        gauge(&mut encoder, "kvring_up", "1 while the shard serves, 0 if there is none yet or it hangs.", None, 0.0)
+        gauge(&mut encoder, "kvring_up", UP, None, f64::from(u8::from(self.answers)))
     }
 }
 
@@ -331,7 +340,7 @@ impl Collector for Shown {
 impl Shown {
     fn encode_server(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let up = f64::from(u8::from(self.health == Health::Serving));
-        gauge(encoder, "kvring_up", "1 while the shard serves, 0 if there is none yet or it hangs.", None, up)?;
+        gauge(encoder, "kvring_up", UP, None, up)?;
         let (beat_ns, sleeps_until_ns) = self.server.stats.heartbeat();
         let age = monotonic_ns().saturating_sub(beat_ns.max(sleeps_until_ns)) as f64 / 1e9;
         let help = "Since the shard should have shown itself last; above 2 it hangs.";

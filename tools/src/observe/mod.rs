@@ -179,7 +179,7 @@ impl std::fmt::Display for Health {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Serving => write!(f, "serving"),
-            Self::Halted => write!(f, "HUNG: its process is stopped (SIGSTOP, a debugger, or the freezer)"),
+            Self::Halted => write!(f, "HUNG: its process is stopped (SIGSTOP)"),
             Self::Hung { for_ns } => write!(f, "HUNG: its shard has not moved for {:.1} s", *for_ns as f64 / 1e9),
             Self::Died => write!(f, "DEAD: its process died while it served"),
             Self::Stopped => write!(f, "stopped"),
