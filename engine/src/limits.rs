@@ -11,6 +11,8 @@ pub const LEASES_MAX: usize = 4096;
 pub const LEASES_PER_SESSION_MAX: u32 = 1024;
 /// Sessions of one process, and of one instance: 32 ranks, a scheduler, and as many that are on their way out.
 pub const SESSIONS_PER_PEER_MAX: usize = 66;
+/// Sessions of one user who is not the server's, and connections of his that have none.
+pub const SESSIONS_PER_USER_MAX: usize = 144;
 /// Connections of one process that have no session.
 pub const ASKERS_PER_PEER_MAX: usize = 16;
 /// Slots that an instance may fill or have on loan at once, however many share the pool: else its part of it.

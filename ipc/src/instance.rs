@@ -432,13 +432,18 @@ impl Instance {
     fn exchange_in<T>(
         &mut self,
         number: u32,
+        deadline: Instant,
         miss: T,
         exchange: impl FnOnce(&mut Session, Instant) -> Result<T, PostError>,
     ) -> T {
-        let deadline = Instant::now() + self.config.client_wait;
         self.await_successor(deadline);
         self.look_for_session(None);
         if number == self.sessions_count { self.exchange_now(miss, deadline, exchange) } else { miss }
+    }
+
+    /// How long a call that begins now may wait.
+    fn answer_by(&self) -> Instant {
+        Instant::now() + self.config.client_wait
     }
 
     /// A server that has handed over serves again in a moment: a call waits for it as it would for an answer.
@@ -563,7 +568,7 @@ impl Instance {
 
     /// Asks for leased blocks to be read into the pool ahead of a load. Does not wait.
     pub fn prefetch(&mut self, lease: Lease, first: u32, count: u32) {
-        self.exchange_in(lease.session, (), |session, _| {
+        self.exchange_in(lease.session, self.answer_by(), (), |session, _| {
             let end = first.saturating_add(count).min(MATCH_BLOCKS_MAX);
             let mut posted = Ok(());
             for from in (first..end).step_by(BATCH_BLOCKS_MAX as usize) {
@@ -594,8 +599,8 @@ impl Instance {
         let total = keys.len() as u32;
         let mut loaded = Loaded::default();
         let (mut arrived, mut ssd) = (0, 0);
-        self.exchange_in(lease.session, (), |session, _| {
-            let deadline = Instant::now() + wait;
+        let deadline = Instant::now() + wait;
+        self.exchange_in(lease.session, deadline.min(self.answer_by()), (), |session, _| {
             // All batches are posted before the first is waited for: the device sees the whole load.
             let mut posted: Vec<(Tag, u32)> = Vec::new();
             let mut from = 0;
@@ -640,10 +645,15 @@ impl Instance {
     pub fn reserve(&mut self, parent: BlockKey, first: u32, keys: &[BlockKey]) -> Vec<Reserved> {
         let mut reserved = vec![Reserved::Dropped; keys.len()];
         let mut parent = parent;
+        let deadline = self.answer_by();
         self.look_for_session(None);
         let session_number = self.sessions_count;
         for (start, batch) in (0..).step_by(BATCH_BLOCKS_MAX as usize).zip(keys.chunks(BATCH_BLOCKS_MAX as usize)) {
-            self.exchange_in(session_number, (), |session, deadline| {
+            // The call is bounded, not each of its batches.
+            if start > 0 && Instant::now() >= deadline {
+                break;
+            }
+            self.exchange_in(session_number, deadline, (), |session, deadline| {
                 let tag = session.post_reserve(parent, first + start, batch)?;
                 let mut answered = Vec::new();
                 let ended = session.wait(tag, deadline, |_, completion| answered.push(completion))?;
@@ -681,12 +691,14 @@ impl Instance {
     /// Commits filled slots; says how many the server took.
     pub fn commit(&mut self, slots: &[HeldSlot]) -> u32 {
         let mut taken = 0;
+        let deadline = self.answer_by();
         self.look_for_session(None);
         let session_number = self.sessions_count;
         let grants: Vec<Grant> =
             slots.iter().filter(|slot| slot.session == session_number).map(|slot| slot.grant).collect();
         for batch in grants.chunks(BATCH_BLOCKS_MAX as usize) {
-            taken += self.exchange_in(session_number, 0, |session, deadline| {
+            // After the deadline it is told all the same, and not waited for.
+            taken += self.exchange_in(session_number, deadline, 0, |session, deadline| {
                 let tag = session.post_commit(batch)?;
                 let mut taken = 0;
                 session.wait(tag, deadline, |_, completion| taken = completion.payload[0] as u32)?;

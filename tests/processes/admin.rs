@@ -169,3 +169,35 @@ fn a_namespace_is_counted_and_forgotten_by_itself_after_a_crash_too() {
     assert_eq!(known, [(id("b"), 30), ("0".repeat(32), 5)], "namespaces are known after a crash");
     assert_eq!(put(&mut agent, "a", 20), 20, "and it may be stored anew");
 }
+
+#[test]
+fn the_log_says_who_asked_for_what() {
+    let place = Place::new();
+    let mut agent = place.agent(0, &[]);
+    store(&mut agent, &chain("a", 5));
+    let key = chain("a", 5)[4].to_string();
+    let namespace = "0".repeat(32);
+    let asked = [
+        (&["verify"][..], "verification"),
+        (&["evict", "--tier", "dram", "--blocks", "1"], "eviction of 1 blocks"),
+        (&["evict", "--key", &key], "to forget"),
+        (&["drain"], "drain"),
+        (&["drain", "--undo"], "end of drain"),
+        (&["reset", "--namespace", &namespace], "reset of namespace"),
+        (&["reset", "--all"], "reset of everything"),
+        (&["resize", "--dram", "0.07"], "cpu_cache_bytes: Some"),
+        (&["upgrade"], "upgrade"),
+        (&["stop"], "stop"),
+    ];
+    for (arguments, what) in asked {
+        let child = place.kvring(arguments).spawn().unwrap();
+        let pid = child.id();
+        let output = child.wait_with_output().unwrap();
+        let line = format!("process {pid} (user {}) asks: ", rustix::process::geteuid().as_raw());
+        eventually("it is in the log", || {
+            let log = std::fs::read_to_string(place.path("s.log")).unwrap();
+            log.lines().any(|l| l.contains(&line) && l.contains(what))
+        });
+        println!("{arguments:?}: {}", text(&output).trim());
+    }
+}

@@ -15,6 +15,7 @@ mod replay;
 mod resize;
 mod security;
 mod spdk;
+mod steps;
 mod survival;
 
 use std::path::{Path, PathBuf};
@@ -109,11 +110,16 @@ impl Place {
 
     /// This very program, as an instance in a process of its own: `role` is an ignored test that plays it.
     fn actor(&self, role: &str, instance_id: u32, seed: u64) -> Child {
+        self.actor_command(role, instance_id, seed).spawn().unwrap()
+    }
+
+    fn actor_command(&self, role: &str, instance_id: u32, seed: u64) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([role, "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
         command.env("KVTEST_DIR", self.dir.path()).env("KVTEST_SEED", seed.to_string());
         command.env("KVTEST_INSTANCE", instance_id.to_string()).stdin(Stdio::null()).stdout(Stdio::piped());
-        command.stderr(Stdio::null()).spawn().unwrap()
+        command.stderr(Stdio::null());
+        command
     }
 
     /// An instance that is filling ten slots, and never commits.

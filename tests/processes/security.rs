@@ -2,6 +2,7 @@
 
 use super::*;
 use kvring_ipc::handshake::{Attach, Channel};
+use kvring_ipc::instance::Reserved;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 
@@ -73,6 +74,8 @@ fn another_user_is_kept_out_unless_his_group_is_allowed() {
         let said = text(&output);
         assert!(!output.status.success() && said.contains("only the server's user may"), "{arguments:?}: {said}");
     }
+    let output = run_by(&place, NOBODY, 12345, &["verify"]);
+    assert!(!output.status.success() && text(&output).contains("only the server's user may"), "{}", text(&output));
     assert_eq!(load(&mut agent, &chain("a", 1)), 1, "nobody has evicted anything");
     drop(agent);
     assert!(!status_by(&place, NOBODY, NOBODY).status.success());
@@ -146,7 +149,57 @@ fn nobody_frees_another_s_slots_by_saying_that_it_is_drained() {
     holder.wait().unwrap();
 }
 
-/// Every call of an instance is bounded, whatever the server does: it is stopped, dead, or slow.
+/// A server that answers, but late: it runs for 9 ms and stands still for 9, so that each answer comes in time and many do
+/// not. What a call may wait is for the call, however many batches it is made of.
+#[test]
+fn no_call_of_many_batches_waits_for_each_of_them() {
+    let mut place = Place::new();
+    let pid = place.serve(&["--block-kib", "4", "--ssd-cache-gb", "0", "--cpu-cache-gb", "0.0625"]);
+    let config = [("client_wait_ms", "20"), ("server_launch_mode", "external"), ("ssd_cache_gb", "0")];
+    let mut instance = Instance::open(place.config(1, &config), Layout::opaque(4096), 0).unwrap();
+    let keys = chain("a", 8192);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let mut longest = Duration::ZERO;
+    let mut granted = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                signal(pid, rustix::process::Signal::STOP);
+                std::thread::sleep(Duration::from_millis(9));
+                signal(pid, rustix::process::Signal::CONT);
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        for _ in 0..10 {
+            let mut timed = |call: &mut dyn FnMut(&mut Instance)| {
+                let from = Instant::now();
+                call(&mut instance);
+                longest = longest.max(from.elapsed());
+            };
+            let mut held = Vec::new();
+            timed(&mut |i| {
+                let slots = i.reserve(BlockKey::default(), 0, &keys).into_iter();
+                held =
+                    slots.filter_map(|slot| if let Reserved::Slot(slot) = slot { Some(slot) } else { None }).collect();
+            });
+            granted += held.len();
+            timed(&mut |i| {
+                i.commit(&held);
+            });
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    println!("longest {longest:?}, {granted} slots granted");
+    // 32 batches of up to 20 ms each were 300 ms and more.
+    assert!(longest < Duration::from_millis(120), "{longest:?}");
+    eventually("and no slot is lost", || {
+        instance.match_prefix(&keys[..1]);
+        instance.is_connected()
+            && place.metric("host_slots_free_count") + place.metric("blocks_count") >= place.metric("host_slots_count")
+    });
+}
+
+/// Every call of an instance is bounded, whatever the server does: it is stopped, or dead.
 #[test]
 fn no_call_waits_longer_than_it_may() {
     let mut place = Place::new();

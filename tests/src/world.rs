@@ -433,6 +433,11 @@ impl World {
 
     /// Attaches so many sessions of one instance for each rank.
     pub fn join_as(&mut self, ranks: u32, times: u32) {
+        self.join_by(0, ranks, times);
+    }
+
+    /// The same for an instance of this user.
+    pub fn join_by(&mut self, user: u32, ranks: u32, times: u32) {
         let instance = self.next_id;
         for rank in (0..times).flat_map(|_| 0..ranks) {
             let id = SessionId(self.next_id);
@@ -441,7 +446,9 @@ impl World {
             let pool = Pool::new(self.pool.clone(), self.shape.slot_bytes as usize, self.host_slots);
             let session = Session::within(segment.clone(), pool);
             let writer = Writer { session: id, instance, rank };
-            self.shard().attach(Box::new(ServerSession::new(writer, segment, None)));
+            let mut session_there = Box::new(ServerSession::new(writer, segment, None));
+            session_there.user = user;
+            self.shard().attach(session_there);
             let client = Client {
                 id,
                 instance,

@@ -158,6 +158,26 @@ fn an_instance_uses_its_part_of_the_pool_and_leaves_the_others_theirs() {
 }
 
 #[test]
+fn a_user_who_invents_instances_divides_what_is_his() {
+    let mut shape = Shape::draw(&mut Chance::new(5));
+    shape.faults = Default::default();
+    (shape.tp_size, shape.may_die, shape.may_lie, shape.may_crash) = (1, false, false, false);
+    (shape.host_slots, shape.disk_slots, shape.chains, shape.chain_blocks) = (400, 0, 4, 250);
+    (shape.shared_prefixes, shape.lease_ttl_ns) = (false, 1_000_000_000_000);
+    let mut world = World::with_shape(shape, Chance::new(6));
+    world.join_by(7, 1, 1);
+    // 60 instances of one process: the pool is not divided by them.
+    for _ in 0..60 {
+        world.join_by(8, 1, 1);
+    }
+    assert_eq!(world.reserve(0, 0, 250).len(), 200, "half of the pool");
+    assert_eq!(world.reserve(0, 1, 250).len(), 0);
+    assert_eq!(world.reserve(1, 2, 250).len(), 64, "the least that anybody may use: its part would be less");
+    let more: usize = (2..61).map(|at| world.reserve(at, 3, 250).len()).sum();
+    assert!(more <= 136, "what is left: {more}");
+}
+
+#[test]
 fn ranks_that_share_slots_share_a_share() {
     let mut shape = Shape::draw(&mut Chance::new(5));
     shape.faults = Default::default();

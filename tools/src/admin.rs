@@ -424,6 +424,22 @@ pub fn stop(args: &AdminArgs) -> Outcome {
     Err("the server was told to stop and is still there after 10 s".into())
 }
 
+/// Nobody has the server's lock any more: there is nobody to wait for.
+///
+/// # Errors
+/// That.
+fn is_left_alone(socket: &std::path::Path, since: Instant) -> Outcome {
+    // A start waits for whoever holds the lock: it is not tried again and again.
+    if since.elapsed() < Duration::from_secs(1) || ask(socket, &Request::Stats, PATIENCE).is_ok() {
+        return Ok(());
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    match kvring_ipc::launch::try_lock(&kvring_ipc::launch::beside_socket(socket, "lock"))? {
+        Some(_) => Err("the server has ended meanwhile: see its log, and start it anew".into()),
+        None => Ok(()),
+    }
+}
+
 /// Has another engine process take over, from the program file as it is now, and waits until it serves.
 pub fn upgrade(args: &AdminArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
@@ -436,6 +452,7 @@ pub fn upgrade(args: &AdminArgs) -> Outcome {
     }
     let deadline = Instant::now() + Duration::from_secs(30);
     while Instant::now() < deadline {
+        is_left_alone(&socket, started)?;
         // Between the two nobody answers.
         let now = stats(&socket).ok();
         let is_another = |now: &Value| now["epoch"] != before["epoch"];
@@ -504,6 +521,7 @@ pub fn resize(args: &ResizeArgs) -> Outcome {
     let bar = ProgressBar::new_spinner();
     bar.enable_steady_tick(Duration::from_millis(100));
     while started.elapsed() < RESIZE_PATIENCE {
+        is_left_alone(&socket, started)?;
         // Between the two nobody answers.
         let now = stats(&socket).ok();
         let is_another = |now: &Value| now["epoch"] != before["epoch"];

@@ -22,7 +22,7 @@ use rustix::event::{Timespec, epoll};
 use crate::device::files;
 use crate::device::medium::Medium;
 use crate::index::Tier;
-use crate::limits::{ASKERS_PER_PEER_MAX, SESSIONS_MAX, SESSIONS_PER_PEER_MAX};
+use crate::limits::{ASKERS_PER_PEER_MAX, SESSIONS_MAX, SESSIONS_PER_PEER_MAX, SESSIONS_PER_USER_MAX};
 use crate::shard::End;
 use crate::shard::lost::Turn;
 use crate::shard::session::Session;
@@ -348,7 +348,7 @@ impl Server {
     }
 
     /// Tiers of other sizes are another engine process' doing. A pool that is to be smaller is made ready for it.
-    fn resize(&mut self, number: u64, sizes: Sizes) -> Result<(), Refusal> {
+    fn resize(&mut self, sizes: Sizes) -> Result<(), Refusal> {
         if self.inheritance.sizes.is_none() {
             return Err(Refusal::for_good(
                 "the keeper is of an earlier version, which cannot: `kvring stop`, and start the server anew".into(),
@@ -373,10 +373,6 @@ impl Server {
         {
             let slot_bytes = engine.pool.slot_bytes;
             return Err(Refusal::for_good(format!("cpu_cache_gb is too small: a block has {slot_bytes} bytes")));
-        }
-        if let Some(connection) = self.connections.get(&number) {
-            let (pid, uid) = (connection.peer.pid.as_raw_nonzero(), connection.peer.uid);
-            tracing::info!("process {pid} (user {uid}) asks: {sizes:?}");
         }
         let mut vacates_until = None;
         let slots = self.engine.as_ref().map(|engine| crate::dma::slots_of(&config, engine.pool.slot_bytes) as u32);
@@ -610,7 +606,11 @@ impl Server {
         let asks = |c: &&Connection| c.session.is_none() && c.peer.pid == peer.pid;
         let askers = self.connections.values().filter(asks).count();
         // Who is to be refused is told why, but not without end.
-        if askers >= 2 * ASKERS_PER_PEER_MAX {
+        let his = |c: &&Connection| c.session.is_none() && c.peer.uid == peer.uid;
+        let is_ours = peer.is_user(ours);
+        if askers >= 2 * ASKERS_PER_PEER_MAX
+            || !is_ours && self.connections.values().filter(his).count() >= SESSIONS_PER_USER_MAX
+        {
             return;
         }
         let refusal = if !may {
@@ -670,6 +670,7 @@ impl Server {
             self.reply(number, &Refusal::for_good(reason).into_reply());
             return self.on_hang_up(number);
         }
+        self.log_who_asks(number, &request);
         match request {
             Request::Attach(attach) => {
                 if let Err(refusal) = self.attach(number, &attach) {
@@ -777,7 +778,7 @@ impl Server {
                 self.drop_if_no_session(number);
             }
             Request::Resize(sizes) => {
-                let done = self.resize(number, sizes);
+                let done = self.resize(sizes);
                 let reply = done.map_or_else(Refusal::into_reply, |()| Reply::Upgrading);
                 self.reply(number, &reply);
                 self.drop_if_no_session(number);
@@ -788,6 +789,8 @@ impl Server {
             }
             Request::Stop => {
                 self.leaving = Some(Leaving::Stop);
+                // The keeper first: what has an answer is so, should this process die now.
+                let _ = self.inheritance.channel.send(&ToKeeper::Leaving { hand_over: false }, &[]);
                 self.reply(number, &Reply::Stopping);
             }
             Request::Upgrade => {
@@ -802,6 +805,32 @@ impl Server {
     }
 
     /// What an operator asks of the shard: only the server's user, and what changes anything is logged.
+    /// Whatever changes something, or makes the server do much, names who wanted it, be it granted or not.
+    fn log_who_asks(&mut self, number: u64, request: &Request) {
+        let what = match request {
+            Request::Stop => "stop".to_owned(),
+            Request::Upgrade => "upgrade".to_owned(),
+            Request::Reset => "reset of everything".to_owned(),
+            Request::ResetNamespace { namespace } => format!("reset of namespace {namespace:?}"),
+            Request::Verify { bytes_per_s } => format!("verification of {bytes_per_s} bytes a second"),
+            Request::Resize(sizes) => format!("{sizes:?}"),
+            Request::Evict { tier, blocks } => format!("eviction of {blocks} blocks from {tier:?}"),
+            Request::Forget { key } => format!("to forget {key:?}"),
+            // Asking again how far a drain has come is no news.
+            Request::Drain { on } if *on == self.draining => return,
+            Request::Drain { on: true } => "drain".to_owned(),
+            Request::Drain { on: false } => "end of drain".to_owned(),
+            _ => return,
+        };
+        let Some(peer) = self.connections.get(&number).map(|connection| &connection.peer) else { return };
+        let (pid, uid) = (peer.pid.as_raw_nonzero(), peer.uid);
+        if self.is_same_user(number) {
+            tracing::info!("process {pid} (user {uid}) asks: {what}");
+        } else {
+            self.warn_of_refusal(&format!("process {pid} (user {uid}) asks: {what}: only the server's user may"));
+        }
+    }
+
     fn administer(&mut self, number: u64, request: &Request) -> Result<(), Refusal> {
         if !self.is_same_user(number) {
             return Err(Refusal::for_good("only the server's user may administer it".into()));
@@ -816,11 +845,7 @@ impl Server {
             Request::Namespaces { from } => AdminOp::Namespaces { from: *from },
             Request::ResetNamespace { namespace } => {
                 let id = key(namespace)?;
-                return self.tell_shard(
-                    number,
-                    ToShard::ResetNamespace(number, id),
-                    Some(format!("reset of namespace {id}")),
-                );
+                return self.tell_shard(number, ToShard::ResetNamespace(number, id));
             }
             Request::Evict { tier, blocks } => AdminOp::Evict {
                 tier: match tier.as_str() {
@@ -834,25 +859,22 @@ impl Server {
             Request::Drain { on } => AdminOp::Drain { on: *on },
             _ => return Ok(()),
         };
-        let is_question = matches!(op, AdminOp::Blocks { .. } | AdminOp::Block { .. } | AdminOp::Namespaces { .. });
-        // Asking again how far a drain has come is no news.
-        let is_known = matches!(op, AdminOp::Drain { on } if self.engine.is_some() && std::mem::replace(&mut self.draining, on) == on);
-        let news = (!is_question && !is_known).then(|| format!("{op:?}"));
-        self.tell_shard(number, ToShard::Admin(number, op), news)
+        if let AdminOp::Drain { on } = op
+            && self.engine.is_some()
+        {
+            self.draining = on;
+        }
+        self.tell_shard(number, ToShard::Admin(number, op))
     }
 
     /// The shard answers later; what changes anything is logged.
-    fn tell_shard(&mut self, number: u64, message: ToShard, news: Option<String>) -> Result<(), Refusal> {
+    fn tell_shard(&mut self, number: u64, message: ToShard) -> Result<(), Refusal> {
         let Some(engine) = &self.engine else {
             return Err(Refusal::for_now("there is nothing yet: no worker has attached".into()));
         };
         engine.tell(message);
         if let Some(connection) = self.connections.get_mut(&number) {
             connection.awaits_shard = true;
-            if let Some(news) = news {
-                let (pid, uid) = (connection.peer.pid.as_raw_nonzero(), connection.peer.uid);
-                tracing::info!("process {pid} (user {uid}) asks: {news}");
-            }
         }
         Ok(())
     }
@@ -887,6 +909,13 @@ impl Server {
         if its >= SESSIONS_PER_PEER_MAX {
             let pid = peer.pid.as_raw_nonzero();
             return Err(Refusal::for_now(format!("process {pid} has {its} sessions: no process may have more")));
+        }
+        let is_his = |attached: &Attached| attached.peer.uid == peer.uid;
+        let attached = self.connections.values().filter_map(|connection| connection.session.as_ref());
+        let its = attached.filter(|attached| is_his(attached)).count();
+        if its >= SESSIONS_PER_USER_MAX && !peer.is_user(rustix::process::geteuid().as_raw()) {
+            let reason = format!("user {} has {its} sessions: none but the server's own may have more", peer.uid);
+            return Err(Refusal::for_now(reason));
         }
         if attach.protocol != PROTOCOL_VERSION {
             return Err(Refusal::for_good(format!(
@@ -1049,6 +1078,7 @@ impl Server {
         let mut session = Box::new(Session::new(writer, segment, Some(bell)));
         session.moves_blocks = moves_blocks;
         (session.pid, session.instance_id) = (pid.unsigned_abs(), attach.instance_id);
+        session.user = peer.uid;
         connection.session = Some(Attached { id, instance, peer, goodbye: false, hung_up: false, died: false });
         engine.tell(ToShard::Attach(session));
         Ok(())

@@ -97,10 +97,6 @@ pub struct Shard<D> {
     loads: Loads,
     /// Loads with blocks that wait for a slot.
     hungry_count: u32,
-    /// Slots that each instance may fill or have on loan at once.
-    share: u32,
-    /// Instances that have a session.
-    instances: u32,
     dirty: VecDeque<Dirty>,
     budget: Option<Budget>,
     /// Write-back waits for the budget.
@@ -226,8 +222,6 @@ impl<D: Device> Shard<D> {
             live: Vec::with_capacity(SESSIONS_MAX),
             loads: Loads::new(host_slots),
             hungry_count: 0,
-            share: host_slots,
-            instances: 0,
             // A block is queued once for each time it becomes resident; the oldest are dropped.
             dirty: VecDeque::with_capacity(host_slots as usize),
             hasher: None,
@@ -539,13 +533,32 @@ impl<D: Device> Shard<D> {
         self.cache.index.recorder.record(entry);
     }
 
-    /// Each instance may use an equal part of the pool at once: what one holds, the others do not need.
+    /// Each user may use an equal part of the pool at once, and each of his instances an equal part of that: what one
+    /// holds, the others do not need. Who invents instances divides what is his.
     fn divide(&mut self) {
-        let instance = |at: &usize| self.sessions[*at].as_ref().map(|session| session.writer.instance);
-        let is_first = |nth: usize, at: &usize| !self.live[..nth].iter().any(|other| instance(other) == instance(at));
-        let instances = self.live.iter().enumerate().filter(|(nth, at)| is_first(*nth, at)).count() as u32;
-        self.instances = instances;
-        self.share = (self.cache.host.count() / instances.max(1)).max(SHARE_SLOTS_MIN);
+        let users = (0..self.live.len()).filter(|nth| self.is_first(*nth, |session| session.user)).count();
+        for nth in 0..self.live.len() {
+            if !self.is_first(nth, |session| session.user) {
+                continue;
+            }
+            let Some(user) = self.nth(nth).map(|session| session.user) else { continue };
+            let his = |nth: &usize| self.nth(*nth).is_some_and(|session| session.user == user);
+            let is_first = |nth: &usize| self.is_first(*nth, |session| session.writer.instance);
+            let instances = (0..self.live.len()).filter(his).filter(is_first).count();
+            for session in self.sessions.iter_mut().flatten().filter(|session| session.user == user) {
+                session.sharers = (users * instances) as u32;
+            }
+        }
+    }
+
+    fn nth(&self, nth: usize) -> Option<&Session> {
+        self.sessions[self.live[nth]].as_deref()
+    }
+
+    /// Whether no session before it has the same.
+    fn is_first(&self, nth: usize, what: impl Fn(&Session) -> u32) -> bool {
+        let its = self.nth(nth).map(&what);
+        !(0..nth).any(|other| self.nth(other).map(&what) == its)
     }
 
     /// Whether a session may have another lease: while there are plenty, anybody may.
@@ -554,14 +567,16 @@ impl<D: Device> Shard<D> {
         let Some(session) = self.sessions[at].as_deref().filter(|_| count > LEASES_MAX / 2) else { return true };
         let its = self.sessions().filter(|other| other.writer.instance == session.writer.instance);
         let held: u32 = its.map(|other| self.cache.leases.held(other.writer.session)).sum();
-        held < LEASES_MAX as u32 / self.instances.max(2)
+        held < LEASES_MAX as u32 / session.sharers.max(2)
     }
 
     /// Slots that an instance may still take into use.
     fn share_left(&self, instance: u32) -> u32 {
-        let its = self.sessions().filter(|session| session.writer.instance == instance);
-        let loaned: u32 = its.map(|session| self.cache.leases.loaned(session.writer.session)).sum();
-        self.share.saturating_sub(loaned + self.cache.host.filling_count(instance))
+        let its = || self.sessions().filter(|session| session.writer.instance == instance);
+        let sharers = its().map(|session| session.sharers).max().unwrap_or(1);
+        let share = (self.cache.host.count() / sharers).max(SHARE_SLOTS_MIN);
+        let loaned: u32 = its().map(|session| self.cache.leases.loaned(session.writer.session)).sum();
+        share.saturating_sub(loaned + self.cache.host.filling_count(instance))
     }
 
     /// Ends a session. With `Goodbye` and `Dead` it is given back, for its memory to be let go.

@@ -33,6 +33,10 @@ pub struct Session {
     pub instance_id: u32,
     /// See `instance_id`.
     pub pid: u32,
+    /// Its user: instances are named by clients, users by the kernel.
+    pub user: u32,
+    /// Instances that the pool is divided by for this one: those of its user, times users.
+    pub sharers: u32,
     /// Its leases and slots were taken back: it is not polled any more.
     pub ended: bool,
 }
@@ -51,6 +55,8 @@ impl Session {
             bell,
             instance_id: 0,
             pid: 0,
+            user: 0,
+            sharers: 1,
             ended: false,
         }
     }
