@@ -42,6 +42,9 @@ pub struct Calibration {
     pub staged_below_bytes: u64,
     /// A batch smaller than this goes through the kernel, over mapped host memory.
     pub direct_below_bytes: u64,
+    /// And not if its spans are larger than this on average: the copy engine is as fast over those, and takes no
+    /// processor from the engine's own kernels.
+    pub direct_span_max_bytes: u64,
     /// As many rows make a two-dimensional copy; 0 for never.
     pub rows_min: u32,
     /// Linear copies are handed over in batches.
@@ -51,7 +54,13 @@ pub struct Calibration {
 impl Default for Calibration {
     /// What is right where nothing has been measured: copies one by one, the way that every driver has.
     fn default() -> Self {
-        Self { staged_below_bytes: 0, direct_below_bytes: 0, rows_min: 0, is_batched: false }
+        Self {
+            staged_below_bytes: 0,
+            direct_below_bytes: 0,
+            direct_span_max_bytes: u64::MAX,
+            rows_min: 0,
+            is_batched: false,
+        }
     }
 }
 
@@ -119,7 +128,8 @@ impl Plan {
         merge(spans);
         cut(spans, limits.registration_bytes);
         let bytes: u64 = spans.iter().map(|span| span.bytes).sum();
-        if bytes < calibration.direct_below_bytes {
+        let is_small = bytes <= calibration.direct_span_max_bytes.saturating_mul(spans.len() as u64);
+        if bytes < calibration.direct_below_bytes && is_small {
             self.add_pieces(spans.drain(..));
             self.ops.push(Op::Direct { pieces: 0..self.pieces.len() });
             return;
@@ -371,7 +381,13 @@ mod test {
             }
             let (registration_bytes, pitch_max, staging_bytes) = limits;
             let (staged_below_bytes, direct_below_bytes, rows_min) = calibration;
-            let calibration = Calibration { staged_below_bytes, direct_below_bytes, rows_min, is_batched: true };
+            let calibration = Calibration {
+                staged_below_bytes,
+                direct_below_bytes,
+                direct_span_max_bytes: 64 << 10,
+                rows_min,
+                is_batched: true,
+            };
             (spans, Limits { registration_bytes, pitch_max, staging_bytes }, calibration)
         })
     }

@@ -954,11 +954,15 @@ impl Config {
 
     /// With the sizes that somebody has asked a running server for.
     pub fn resize(&mut self, sizes: Sizes) {
-        // A size in bytes divided by a power of two is a number that its text gives back.
-        let gib = |bytes: u64| (bytes as f64 / f64::from(1 << 30)).to_string();
+        // The shortest text that means these bytes: as somebody would have said it.
+        let text_of = |bytes: u64| {
+            let exact = bytes as f64 / f64::from(1 << 30);
+            let shorter = (0..=12).map(|digits| format!("{exact:.digits$}")).find(|text| gib(text) == Some(bytes));
+            shorter.unwrap_or_else(|| exact.to_string())
+        };
         for (name, bytes) in [("cpu_cache_gb", sizes.cpu_cache_bytes), ("ssd_cache_gb", sizes.ssd_cache_bytes)] {
             if let Some(bytes) = bytes {
-                let accepted = self.say(name, &gib(bytes));
+                let accepted = self.say(name, &text_of(bytes));
                 debug_assert!(accepted.is_ok());
             }
         }

@@ -159,7 +159,15 @@ pub enum Reply {
     /// Answer to `Verify`.
     Verifying,
     /// Answer to `Upgrade` and `Resize`: it is being prepared.
-    Upgrading,
+    Upgrading {
+        /// By which engine process: it may be another one than was asked for its state before. 0: an earlier version,
+        /// which does not say.
+        #[serde(default)]
+        epoch: u64,
+        /// How many have failed before.
+        #[serde(default)]
+        upgrades_failed: u64,
+    },
     /// Answer to `Blocks`, `Evict`, `Forget` and `Drain`.
     Admin(serde_json::Value),
 }

@@ -44,3 +44,37 @@ fn what_instruments_cost_is_measured_beside_nothing_twice() {
         );
     }
 }
+
+#[test]
+fn the_ssd_is_measured_beside_transfers_alone_and_what_may_be_wrong_is_said() {
+    let place = Place::new();
+    let small = ["bench", "ssd", "--seconds", "0.1", "--size-gb", "0.0625", "--block-kib", "64", "--rounds", "2"];
+    let saved = place.path("run.json").display().to_string();
+    let report = measured(&place, &[&small[..], &["--json", "--output", &saved]].concat());
+    for side in ["read", "write"] {
+        for what in ["kvring_gb_s", "raw_gb_s"] {
+            assert!(report[side][what].as_f64().is_some_and(|rate| rate > 0.0), "{side} {what}: {report}");
+        }
+    }
+    let doubts = report["doubts"].to_string();
+    for doubt in ["too short", "CPUs"] {
+        assert!(doubts.contains(doubt), "{doubt}: {doubts}");
+    }
+    assert!(report["ceilings"].to_string().contains("transfers alone"), "{report}");
+    let saved: serde_json::Value = serde_json::from_slice(&std::fs::read(saved).unwrap()).unwrap();
+    assert!(saved["settings"]["cpu_cache_gb"].is_string(), "{saved}");
+    let left: Vec<_> = std::fs::read_dir(place.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("kvring-bench-")), "{left:?}");
+}
+
+#[test]
+fn seconds_are_refused_where_they_mean_nothing() {
+    let place = Place::new();
+    for (arguments, instead) in [
+        (&["bench", "device", "--ioengine=sim", "--size", "1m", "--seconds", "1"][..], "--runtime"),
+        (&["bench", "cache", "chat", "--seconds", "1"], "--requests"),
+    ] {
+        let output = place.kvring(arguments).output().unwrap();
+        assert!(!output.status.success() && text(&output).contains(instead), "{arguments:?}: {}", text(&output));
+    }
+}

@@ -60,6 +60,8 @@ fn what_keeps_a_server_from_starting_comes_with_what_mends_it() {
     assert!(remedy(&place, "ssd", &["--ssd-cache-gb", "1000000"]).contains("ssd_cache_gb"));
     assert!(remedy(&place, "memory", &["--cpu-cache-gb", "100000"]).starts_with("cpu_cache_gb = "));
     let hugepages = remedy(&place, "hugepages", &["--hugepages", "require", "--cpu-cache-gb", "100000"]);
+    assert!(hugepages.starts_with("cpu_cache_gb = "), "no machine has so many: {hugepages}");
+    let hugepages = remedy(&place, "hugepages", &["--hugepages", "require", "--cpu-cache-gb", "0.5"]);
     assert!(hugepages.starts_with("echo ") && hugepages.ends_with("/nr_hugepages"), "{hugepages}");
     assert!(
         remedy(&place, "socket", &["--server-recv-port", "/nowhere/at/all/s"]).starts_with("mkdir -p /nowhere/at/all")

@@ -209,14 +209,19 @@ impl Scene {
 
     /// A server, an instance, and blocks in both tiers.
     fn prepare(&mut self) {
+        self.serve();
+        let agent = self.agent.get_or_insert_with(|| self.place.agent(0, EXTERNAL));
+        let keys = &self.keys;
+        eventually("the blocks are there", || store(agent, keys) + load(agent, keys) >= 20);
+    }
+
+    /// A server, whoever has to start it.
+    fn serve(&mut self) {
         if self.place.stats().is_none() {
             self.reap();
             self.start(None);
             self.place.wait_for_server();
         }
-        let agent = self.agent.get_or_insert_with(|| self.place.agent(0, EXTERNAL));
-        let keys = &self.keys;
-        eventually("the blocks are there", || store(agent, keys) + load(agent, keys) >= 20);
     }
 
     fn reap(&mut self) {
@@ -295,12 +300,13 @@ impl Scene {
         tracer.end();
         println!("Start {who:?} {at}: {told:?}");
         if told.killed_before.is_some() && who != Who::Keeper {
-            // It was the first: the start has failed.
-            eventually("nobody is left", || self.nobody_is_left());
+            // It was the first: if it had not served yet, the start has failed. Else another one follows it.
+            eventually("nobody is left, or somebody serves", || self.nobody_is_left() || self.place.stats().is_some());
         } else {
             self.look(Deed::Start, who == Who::Keeper && told.killed_before.is_some());
         }
-        self.prepare();
+        self.serve();
+        // Before anybody stores it again.
         eventually("what was on the SSD is there", || self.place.metric("ssd_recovered_blocks_count") >= 20);
         Some(told)
     }
@@ -338,10 +344,12 @@ impl Scene {
         self.reap();
     }
 
-    fn look_for_leaks(&self) {
+    fn look_for_leaks(&mut self) {
         let mut seen = serde_json::Value::Null;
         let deadline = Instant::now() + Duration::from_secs(20);
         while Instant::now() < deadline {
+            // An instance that asks for nothing looks for no server.
+            self.agent.iter_mut().for_each(|agent| drop(load(agent, &self.keys)));
             seen = self.place.stats().unwrap_or_default()["metrics"].clone();
             let of = |name: &str| seen[name].as_u64().unwrap_or(u64::MAX);
             let rest = of("host_slots_quarantined_count").saturating_add(of("leases_count"));

@@ -2,7 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use kvring_tests::world::World;
+use kvring_tests::world::{STEPS, World};
+
+#[test]
+fn a_seed_does_the_same_twice() {
+    for seed in 1..21 {
+        let [once, again] = [(); 2].map(|()| {
+            let mut world = World::new(seed);
+            world.run(STEPS);
+            (format!("{:?}", world.tally), world.metrics.all())
+        });
+        assert_eq!(once, again, "seed {seed}");
+    }
+}
 
 #[test]
 fn two_hundred_worlds() {
@@ -11,7 +23,7 @@ fn two_hundred_worlds() {
     for seed in base..base + 200 {
         let result = std::panic::catch_unwind(|| {
             let mut world = World::new(seed);
-            world.run(3000);
+            world.run(STEPS);
             (world.tally, world.metrics.all())
         });
         match result {
@@ -22,7 +34,9 @@ fn two_hundred_worlds() {
                 }
             }
             Err(panic) => {
-                eprintln!("seed {seed} failed: replay it with `cargo xtask sim {seed}`");
+                eprintln!(
+                    "seed {seed} failed: replay it with `cargo xtask sim {seed}`, or, with debug assertions as here, with `KVRING_SIM_SEED={seed} cargo test -p kvring-tests --test simulation`"
+                );
                 std::panic::resume_unwind(panic);
             }
         }

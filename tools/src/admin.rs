@@ -60,7 +60,14 @@ pub struct ConfigArgs {
 pub fn config(args: &ConfigArgs) -> Outcome {
     let loaded = args.settings.load()?;
     // Without a server there is nothing to compare with.
-    let server = stats(&loaded.config.socket).ok().map(|mut stats| stats["settings"].take());
+    let asked = ask(&loaded.config.socket, &Request::Stats, PATIENCE);
+    if matches!(asked, Err(ChannelError::TimedOut)) {
+        eprintln!("note: a server is there and does not answer: what it runs with is not shown");
+    }
+    let server = match asked {
+        Ok(Reply::Stats(mut stats)) => Some(stats["settings"].take()),
+        _ => None,
+    };
     let mut lines = Vec::new();
     for (name, value) in loaded.config.as_text() {
         let origin = loaded.origins.get(name.as_str()).map_or("default", String::as_str);
@@ -443,10 +450,14 @@ fn is_left_alone(socket: &std::path::Path, since: Instant) -> Outcome {
 /// Has another engine process take over, from the program file as it is now, and waits until it serves.
 pub fn upgrade(args: &AdminArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
-    let before = stats(&socket)?;
+    let mut before = stats(&socket)?;
     let started = Instant::now();
     match ask(&socket, &Request::Upgrade, PATIENCE).map_err(|error| explained(error, &socket))? {
-        Reply::Upgrading => {}
+        // Whoever was asked first may have died, and its successor have taken the wish.
+        Reply::Upgrading { epoch, upgrades_failed } if epoch > 0 => {
+            (before["epoch"], before["upgrades_failed"]) = (epoch.into(), upgrades_failed.into());
+        }
+        Reply::Upgrading { .. } => {}
         Reply::Refused { reason, .. } => return Err(reason.into()),
         reply => return Err(format!("an unexpected answer: {reply:?}").into()),
     }
@@ -511,10 +522,14 @@ const RESIZE_PATIENCE: Duration = Duration::from_secs(180);
 pub fn resize(args: &ResizeArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
     let sizes = Sizes { cpu_cache_bytes: args.dram, ssd_cache_bytes: args.ssd };
-    let before = stats(&socket)?;
+    let mut before = stats(&socket)?;
     let started = Instant::now();
     match ask(&socket, &Request::Resize(sizes), PATIENCE).map_err(|error| explained(error, &socket))? {
-        Reply::Upgrading => {}
+        // Whoever was asked first may have died, and its successor have taken the wish.
+        Reply::Upgrading { epoch, upgrades_failed } if epoch > 0 => {
+            (before["epoch"], before["upgrades_failed"]) = (epoch.into(), upgrades_failed.into());
+        }
+        Reply::Upgrading { .. } => {}
         Reply::Refused { reason, .. } => return Err(reason.into()),
         reply => return Err(format!("an unexpected answer: {reply:?}").into()),
     }

@@ -196,16 +196,19 @@ fn look_at_kernel(report: &mut Report, config: &Config) {
     report.bad("io_uring", level, format!("{error}{instead}"), remedy);
 }
 
+/// Beyond the hard limit only root can raise it; $$ is the shell that starts the server.
+const MORE_DESCRIPTORS: &str = "sudo prlimit --pid $$ --nofile=4096:4096 (LimitNOFILE=4096 in a unit)";
+
 fn look_at_limits(report: &mut Report, config: &Config) {
     let files = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
     match files {
         0..64 => {
             let found = format!("at most {files} descriptors: a server needs 64, and five a session");
-            report.bad("limits", Level::Problem, found, "ulimit -n 4096 (LimitNOFILE=4096)");
+            report.bad("limits", Level::Problem, found, MORE_DESCRIPTORS);
         }
         64..1024 => {
             let found = format!("at most {files} descriptors: five a session");
-            report.bad("limits", Level::Warning, found, "ulimit -n 4096 (LimitNOFILE=4096)");
+            report.bad("limits", Level::Warning, found, MORE_DESCRIPTORS);
         }
         _ => report.ok("limits", format!("{files} descriptors")),
     }
@@ -244,7 +247,13 @@ fn look_at_memory(report: &mut Report, config: &Config, serves: bool) {
             let level = if wanted == Hugepages::Require { Level::Problem } else { Level::Warning };
             let free = free.unwrap_or(0);
             let found = format!("{needed} of {} KiB are needed and {free} are free", page >> 10);
-            report.bad("hugepages", level, found, format!("echo {} > {sysfs}/nr_hugepages", total + needed - free));
+            // Pages of it that are free may be taken for it, whatever they are used for now.
+            let remedy = if (needed - free) * page > available {
+                format!("cpu_cache_gb = {:.0}", ((available + free * page) as f64 * 0.8 / f64::from(1 << 30)).max(1.0))
+            } else {
+                format!("echo {} > {sysfs}/nr_hugepages", total + needed - free)
+            };
+            report.bad("hugepages", level, found, remedy);
             false
         }
     };
@@ -421,7 +430,7 @@ fn look_at_health(report: &mut Report, name: &str, health: &Health) {
 }
 
 /// The block device under a path, if it is one's own: the whole disk, where it is a partition.
-fn queue_of(path: &Path) -> Option<PathBuf> {
+pub fn queue_of(path: &Path) -> Option<PathBuf> {
     let metadata = std::fs::metadata(path).ok()?;
     let device = if metadata.file_type().is_block_device() { metadata.st_rdev() } else { metadata.st_dev() };
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));

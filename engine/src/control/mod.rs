@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender};
 use kvring_ipc::config::{Config, OnMismatch};
 use kvring_ipc::handshake::{Attach, Channel, ChannelError, Reply, Request, Sizes, Welcome};
 use kvring_ipc::layout::{Difference, Layout};
@@ -145,6 +146,8 @@ pub struct Server {
     draining: bool,
     refusal_told: Option<Instant>,
     upgrades_failed_count: u64,
+    /// Somebody waits for another engine process.
+    is_upgrading: bool,
     /// What the last one that failed said.
     upgrade_failure: Option<String>,
     /// What somebody has asked for, until another engine process follows or does not.
@@ -152,6 +155,15 @@ pub struct Server {
     /// The pool's file ends behind the pool, and somebody may be using what lies there; from where on it is to be given back.
     tail_from: Option<u64>,
     verify: Arc<VerifyState>,
+    /// From whoever waits for the drives.
+    flushed: (Sender<Flushed>, Receiver<Flushed>),
+}
+
+/// A reset whose headers the drives have flushed, or not.
+struct Flushed {
+    asked_by: u64,
+    blocks: u32,
+    durable: bool,
 }
 
 /// A resize that is under way.
@@ -238,10 +250,12 @@ impl Server {
             draining: false,
             refusal_told: None,
             upgrades_failed_count: 0,
+            is_upgrading: false,
             upgrade_failure: None,
             resizing: None,
             tail_from: None,
             verify: Arc::default(),
+            flushed: crossbeam_channel::unbounded(),
         };
         // The data plane before the socket: whoever connects is served at once.
         let on_mismatch = server.config.ssd_on_mismatch;
@@ -347,6 +361,10 @@ impl Server {
         self.tail_from.is_some() && is_unused && self.resizing.is_none() && self.leaving.is_none()
     }
 
+    fn upgrading(&self) -> Reply {
+        Reply::Upgrading { epoch: self.inheritance.epoch, upgrades_failed: self.upgrades_failed_count }
+    }
+
     /// Tiers of other sizes are another engine process' doing. A pool that is to be smaller is made ready for it.
     fn resize(&mut self, sizes: Sizes) -> Result<(), Refusal> {
         if self.inheritance.sizes.is_none() {
@@ -400,6 +418,7 @@ impl Server {
 
     /// No other engine process follows: everything stays what it was.
     fn is_not_upgraded(&mut self, why: Option<String>) {
+        self.is_upgrading = false;
         self.upgrades_failed_count += 1;
         self.upgrade_failure = why;
         self.resizing = None;
@@ -548,7 +567,7 @@ impl Server {
             Err(error) => {
                 let _ = epoll::delete(&self.epoll, &self.inheritance.channel);
                 self.keeper_is_gone = true;
-                if self.resizing.is_some() {
+                if self.resizing.is_some() || self.is_upgrading {
                     self.is_not_upgraded(Some("the keeper is gone".into()));
                 }
                 self.sign_the_lock();
@@ -592,6 +611,8 @@ impl Server {
         let channel = Channel::accepted(fd);
         let peer = match Peer::of(&channel) {
             Ok(peer) => peer,
+            // It did not wait for an answer.
+            Err(rustix::io::Errno::SRCH) => return,
             Err(errno) => {
                 let reason = format!(
                     "who connects cannot be seen from here ({errno}): run server and instances in one PID namespace (--pid=host)"
@@ -779,7 +800,7 @@ impl Server {
             }
             Request::Resize(sizes) => {
                 let done = self.resize(sizes);
-                let reply = done.map_or_else(Refusal::into_reply, |()| Reply::Upgrading);
+                let reply = done.map_or_else(Refusal::into_reply, |()| self.upgrading());
                 self.reply(number, &reply);
                 self.drop_if_no_session(number);
             }
@@ -796,10 +817,11 @@ impl Server {
             Request::Upgrade => {
                 if self.inheritance.prepares_upgrades {
                     let _ = self.inheritance.channel.send(&ToKeeper::Upgrade, &[]);
+                    self.is_upgrading = true;
                 } else {
                     self.leaving = Some(Leaving::HandOver { is_awaited: false });
                 }
-                self.reply(number, &Reply::Upgrading);
+                self.reply(number, &self.upgrading());
             }
         }
     }
@@ -1128,23 +1150,41 @@ impl Server {
         }
     }
 
+    /// Has the drives flush what they hold of the headers, behind: that may take long, and deaths are heard meanwhile.
+    fn flush(&self, asked_by: u64, blocks: u32) {
+        let (dirs, back) = (self.config.ssd_cache_dirs.clone(), self.flushed.0.clone());
+        let flush = move || {
+            let durable = Medium::all(&dirs).is_ok_and(|media| files::flush_headers(&media).is_ok());
+            let _ = back.send(Flushed { asked_by, blocks, durable });
+        };
+        if std::thread::Builder::new().name("kvring-flush".into()).spawn(flush).is_err() {
+            let _ = self.flushed.0.send(Flushed { asked_by, blocks, durable: false });
+        }
+    }
+
+    fn answer_reset(&mut self, asked_by: u64, blocks: u32, durable: bool) {
+        self.reply(asked_by, &Reply::Reset { blocks: u64::from(blocks), durable });
+        if let Some(connection) = self.connections.get_mut(&asked_by) {
+            connection.awaits_shard = false;
+        }
+        self.drop_if_no_session(asked_by);
+    }
+
     fn hear_shard(&mut self) {
+        while let Ok(Flushed { asked_by, blocks, durable }) = self.flushed.1.try_recv() {
+            self.answer_reset(asked_by, blocks, durable);
+        }
         while let Some(message) = self.engine.as_ref().and_then(|engine| engine.from_shard.try_recv().ok()) {
             match message {
                 FromShard::Gone(session) => drop(session),
                 FromShard::Reset { asked_by, blocks, durable } => {
-                    // Written is not durable: what the drive's cache holds goes with the power.
-                    let with_disk = self.config.ssd_cache_bytes > 0;
-                    let flush = || {
-                        Medium::all(&self.config.ssd_cache_dirs).is_ok_and(|media| files::flush_headers(&media).is_ok())
-                    };
-                    let durable = durable && (!with_disk || flush());
                     tracing::info!("reset: {blocks} blocks forgotten");
-                    self.reply(asked_by, &Reply::Reset { blocks: u64::from(blocks), durable });
-                    if let Some(connection) = self.connections.get_mut(&asked_by) {
-                        connection.awaits_shard = false;
+                    // Written is not durable: what the drive's cache holds goes with the power.
+                    if durable && self.config.ssd_cache_bytes > 0 {
+                        self.flush(asked_by, blocks);
+                    } else {
+                        self.answer_reset(asked_by, blocks, durable);
                     }
-                    self.drop_if_no_session(asked_by);
                 }
                 FromShard::Device(at, turn) => {
                     let name =

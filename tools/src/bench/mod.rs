@@ -29,9 +29,9 @@ pub struct BenchArgs {
     /// Print one JSON object.
     #[arg(long, global = true)]
     json: bool,
-    /// Seconds of each single measurement.
-    #[arg(long, global = true, default_value_t = 2.0)]
-    seconds: f64,
+    /// Seconds of each single measurement [default: 2]
+    #[arg(long, global = true)]
+    seconds: Option<f64>,
     /// Save the report with all that is needed to believe it, for `kvring report`; of `device`, fio's report.
     #[arg(long, global = true, value_name = "FILE")]
     output: Option<std::path::PathBuf>,
@@ -76,8 +76,18 @@ type Measured = Result<Value, Failure>;
 
 /// Runs one benchmark, or all.
 pub fn run(args: BenchArgs) -> Outcome {
-    if !(0.05..=600.0).contains(&args.seconds) {
-        return Err(format!("--seconds {}: expected 0.05 to 600", args.seconds).into());
+    let seconds = args.seconds.unwrap_or(2.0);
+    if !(0.05..=600.0).contains(&seconds) {
+        return Err(format!("--seconds {seconds}: expected 0.05 to 600").into());
+    }
+    // What has words of its own for it.
+    let instead = match &args.what {
+        Some(What::Device(_)) => Some("--runtime"),
+        Some(What::Cache(_)) => Some("--requests"),
+        _ => None,
+    };
+    if let (Some(instead), Some(_)) = (instead, args.seconds) {
+        return Err(format!("--seconds is not for this: say {instead}").into());
     }
     let args = match args {
         BenchArgs { what: Some(What::Device(device)), json, output, .. } => {
@@ -88,7 +98,7 @@ pub fn run(args: BenchArgs) -> Outcome {
         }
         args => args,
     };
-    let mut run = Run { time: Duration::from_secs_f64(args.seconds), doubts: general_doubts() };
+    let mut run = Run { time: Duration::from_secs_f64(seconds), doubts: general_doubts(seconds) };
     let stolen = stolen_ticks();
     let what = args.what.as_ref().map(|_| ());
     if let Some(path) = &args.output {
@@ -129,7 +139,8 @@ pub fn run(args: BenchArgs) -> Outcome {
     report["doubts"] = run.doubts.into();
     report["ceilings"] = ceilings.iter().map(Ceiling::json).collect();
     if let Some(path) = &args.output {
-        crate::report::save(path, "bench", &report, None)?;
+        let settings = Settings::default().load()?.config.as_text();
+        crate::report::save(path, "bench", &report, Some(json!(settings)))?;
     }
     if let (None, false) = (&what, args.json) {
         // A handful of numbers; the rest is in --json.
@@ -214,7 +225,11 @@ fn ceilings(report: &Value) -> Vec<Ceiling> {
     let ssd = part("ssd");
     for (name, side) in [("load from SSD", "read"), ("write-back to SSD", "write")] {
         let side = &ssd[side];
-        add(name, &side["kvring_gb_s"], &side["fio_gb_s"], "GB/s", "fio on the same disk", false, &side["samples"]);
+        for (limit, limit_is) in
+            [("raw_gb_s", "transfers alone on the same disk"), ("fio_gb_s", "fio on the same disk")]
+        {
+            add(name, &side["kvring_gb_s"], &side[limit], "GB/s", limit_is, false, &side["samples"]);
+        }
     }
     found
 }
@@ -250,8 +265,15 @@ fn print_tree(value: &Value, depth: usize) {
     }
 }
 
-fn general_doubts() -> Vec<String> {
+fn general_doubts(seconds: f64) -> Vec<String> {
     let mut doubts = Vec::new();
+    if seconds < 1.0 {
+        doubts.push(format!("each measurement takes {seconds} s: too short to be trusted; --seconds 2 is the least"));
+    }
+    let busy = busy_share(Duration::from_millis(200));
+    if busy > 0.1 {
+        doubts.push(format!("before anything began the CPUs were {:.0} % busy: other processes", busy * 100.0));
+    }
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     if cpus < 4 {
         doubts.push(format!("{cpus} CPUs: server, instance and everything else share them"));
@@ -262,6 +284,21 @@ fn general_doubts() -> Vec<String> {
         doubts.push(format!("the CPU frequency governor is {}: performance is steadier", governor.trim()));
     }
     doubts
+}
+
+/// Part of the CPUs' time that is not idle, over some time (proc_stat(5): the fourth and fifth fields are idle).
+fn busy_share(time: Duration) -> f64 {
+    let look = || {
+        let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+        let line = stat.lines().next().unwrap_or_default().to_owned();
+        let ticks: Vec<f64> = line.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
+        (ticks.iter().sum::<f64>(), ticks.iter().skip(3).take(2).sum::<f64>())
+    };
+    let before = look();
+    std::thread::sleep(time);
+    let after = look();
+    let (all, idle) = (after.0 - before.0, after.1 - before.1);
+    if all > 0.0 { 1.0 - idle / all } else { 0.0 }
 }
 
 /// Time that a hypervisor gave to others, in ticks of 10 ms (proc_stat(5), eighth field).

@@ -54,6 +54,7 @@ pub fn key_of(text: &str) -> Result<BlockKey, String> {
 pub fn explain(args: &ExplainArgs) -> Outcome {
     let which = if args.previous { Which::Previous } else { Which::Current };
     let server = Server::find(&args.settings.load()?.config.socket, which)?;
+    server.say_if_it_hangs();
     let recording = server.stats.recording();
     if recording.capacity() == 0 {
         return Err("recorder_entries = 0: this server has no flight recorder; start it with one".into());
@@ -63,7 +64,7 @@ pub fn explain(args: &ExplainArgs) -> Outcome {
     let sample = server.sample();
     let found = ["ssd_recovered_blocks_count", "dram_recovered_blocks_count"].map(|name| sample.counter(name));
     let has_past = server.stats.owner().0 > 1 || found != [0, 0];
-    let record = Record::new(entries, lost, policy, has_past);
+    let record = Record::new(entries, lost, policy, has_past, kvring_ipc::client::monotonic_ns());
     let report = match (args.tag, args.key) {
         (Some(tag), _) => record.request(tag, args.session)?,
         (None, Some(key)) => record.block(key),
@@ -84,6 +85,8 @@ pub struct Record {
     policy: String,
     /// Blocks may have been there before the recorder began: an engine process before this one had them.
     has_past: bool,
+    /// By the clock that entries are dated by (CLOCK_MONOTONIC), which every process has.
+    now_ns: u64,
     /// What happened to each block, in order.
     of_block: HashMap<BlockKey, Vec<usize>>,
     resets: Vec<usize>,
@@ -98,7 +101,7 @@ struct Why {
 
 impl Record {
     /// Of these entries, before which `lost` others were written.
-    pub fn new(entries: Vec<Entry>, lost: u64, policy: String, has_past: bool) -> Self {
+    pub fn new(entries: Vec<Entry>, lost: u64, policy: String, has_past: bool, now_ns: u64) -> Self {
         let mut of_block: HashMap<_, Vec<usize>> = HashMap::new();
         let mut resets = Vec::new();
         for (at, entry) in entries.iter().enumerate() {
@@ -110,11 +113,12 @@ impl Record {
                 _ => {}
             }
         }
-        Self { entries, lost, policy, has_past, of_block, resets }
+        Self { entries, lost, policy, has_past, now_ns, of_block, resets }
     }
 
+    /// Now: what is told as so long ago was so long ago.
     fn end_ns(&self) -> u64 {
-        self.entries.last().map_or(0, |entry| entry.at_ns)
+        self.now_ns
     }
 
     fn span_ns(&self) -> u64 {
@@ -519,7 +523,7 @@ mod test {
 
     fn reason(entries: Vec<Entry>, lost: u64) -> (String, String) {
         let last = entries.iter().position(Record::is_missing_match).unwrap();
-        let told = Record::new(entries, lost, "lru".into(), false).told(last);
+        let told = Record::new(entries, lost, "lru".into(), false, 1 << 40).told(last);
         (told["reason"].as_str().unwrap().into(), told["why"].as_str().unwrap().into())
     }
 
@@ -572,7 +576,7 @@ mod test {
         };
         let entries =
             vec![read(1_000_000, 111), load(1_000_000, 700_000), read(9_000_000, 444), load(9_000_000, 800_000)];
-        let record = Record::new(entries, 0, "lru".into(), false);
+        let record = Record::new(entries, 0, "lru".into(), false, 1 << 40);
         let report = record.request(9, Some(1)).unwrap();
         let waited = |at: usize| {
             report["requests"][at]["reads"]

@@ -88,6 +88,14 @@ impl Server {
         if now_ns > due_ns { Health::Hung { for_ns: now_ns - beat_ns.max(sleeps_until_ns) } } else { Health::Serving }
     }
 
+    /// On standard error: what is read of one that hangs is what it last wrote.
+    pub fn say_if_it_hangs(&self) {
+        let health = self.health();
+        if matches!(health, Health::Halted | Health::Hung { .. }) {
+            eprintln!("note: {health}: this is what it wrote before");
+        }
+    }
+
     /// All that it shows, as it is now.
     pub fn sample(&self) -> Sample {
         let load = |word: &std::sync::atomic::AtomicU64| word.load(std::sync::atomic::Ordering::Relaxed);

@@ -69,7 +69,9 @@ pub fn stat(args: &StatArgs) -> Outcome {
 
 /// A table of sessions.
 pub fn sessions(args: &StatArgs) -> Outcome {
-    let sample = args.server()?.sample();
+    let server = args.server()?;
+    server.say_if_it_hangs();
+    let sample = server.sample();
     if args.json {
         let rows: Vec<_> = sample.sessions.iter().map(session_json).collect();
         println!("{}", serde_json::to_string_pretty(&rows)?);
@@ -82,6 +84,7 @@ pub fn sessions(args: &StatArgs) -> Outcome {
 /// A table of devices.
 pub fn devices(args: &StatArgs) -> Outcome {
     let server = args.server()?;
+    server.say_if_it_hangs();
     let sample = server.sample();
     if args.json {
         println!("{}", serde_json::to_string_pretty(&devices_json(&server, &sample))?);

@@ -40,13 +40,14 @@ pub fn trace(args: &TraceArgs) -> Outcome {
     }
     let which = if args.previous { Which::Previous } else { Which::Current };
     let server = Server::find(&args.settings.load()?.config.socket, which)?;
+    server.say_if_it_hangs();
     let recording = server.stats.recording();
     if recording.capacity() == 0 {
         return Err("recorder_entries = 0: this server has no flight recorder; start it with one".into());
     }
     let (entries, _) = recording.read();
-    let end_ns = entries.last().map_or(0, |entry| entry.at_ns);
-    let from_ns = args.last.map_or(0, |last| end_ns.saturating_sub((last * 1e9) as u64));
+    let now_ns = kvring_ipc::client::monotonic_ns();
+    let from_ns = args.last.map_or(0, |last| now_ns.saturating_sub((last * 1e9) as u64));
     let entries: Vec<_> = entries.into_iter().filter(|entry| entry.at_ns >= from_ns).collect();
     let trace = events(&server, &entries);
     if args.output.as_os_str() == "-" {

@@ -139,7 +139,7 @@ fn seed_of_commit() -> u64 {
 fn simulate(seed: u64) -> Outcome<Tally> {
     let result = std::panic::catch_unwind(|| {
         let mut world = World::new(seed);
-        world.run(5000);
+        world.run(kvring_tests::world::STEPS);
         world.tally
     });
     result.map_err(|_| format!("seed {seed} failed: replay it with `cargo xtask sim {seed}`"))

@@ -13,7 +13,12 @@ const BYTES: u64 = 4 << 20;
 /// Spans of these sizes are compared.
 const SPANS: [u64; 7] = [4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10];
 /// Whole batches of these sizes are compared.
-const BATCHES: [u64; 4] = [64 << 10, 256 << 10, 1 << 20, 4 << 20];
+const BATCHES: [u64; 3] = [64 << 10, 256 << 10, 1 << 20];
+/// Larger spans are the copy engine's, however small the batch.
+const DIRECT_SPAN_MAX: u64 = 64 << 10;
+/// Buffers that a measurement goes through: gathering the next has to overlap with copying the last, as it does in a
+/// batch of many.
+const BUFFERS: u64 = 4;
 /// What is not done by then is not done: a driver that hangs at the start would hang later.
 const AT_MOST: Duration = Duration::from_secs(10);
 /// Another way has to be better by this much to be taken: it is more work for the device.
@@ -71,19 +76,23 @@ impl Bench<'_> {
             let staged = Calibration { staged_below_bytes: u64::MAX, ..best };
             let mut below = 0;
             for span in SPANS {
-                if self.scattered(BYTES, span, staged)? * MARGIN < self.scattered(BYTES, span, best)? {
-                    below = span + 1;
+                if self.scattered(BYTES, span, staged)? * MARGIN >= self.scattered(BYTES, span, best)? {
+                    // Larger ones gain less: what wins there is noise.
+                    break;
                 }
+                below = span + 1;
             }
             best.staged_below_bytes = below;
             let mut below = 0;
             for bytes in BATCHES {
                 let direct = Calibration { direct_below_bytes: u64::MAX, ..best };
-                if self.scattered(bytes, 16 << 10, direct)? * MARGIN < self.scattered(bytes, 16 << 10, best)? {
-                    below = bytes + 1;
+                if self.scattered(bytes, 16 << 10, direct)? * MARGIN >= self.scattered(bytes, 16 << 10, best)? {
+                    break;
                 }
+                below = bytes + 1;
             }
             best.direct_below_bytes = below;
+            best.direct_span_max_bytes = DIRECT_SPAN_MAX;
         }
         Ok(best)
     }
@@ -133,7 +142,7 @@ impl Bench<'_> {
 
     fn once(&mut self, direction: Direction, spans: &[Span], calibration: Calibration) -> Done<f64> {
         let lane = direction as usize;
-        let staging_bytes = self.backend.staging_bytes;
+        let staging_bytes = self.backend.staging_bytes.min(BYTES / BUFFERS);
         let limits = Limits { registration_bytes: u64::MAX, pitch_max: self.backend.pitch_max, staging_bytes };
         self.plan.make(&mut spans.to_vec(), &limits, &calibration);
         self.backend.calibration = calibration;

@@ -197,6 +197,8 @@ pub struct CudaBackend {
     words_address: u64,
     has_words: bool,
     has_batch: bool,
+    /// A call of it has succeeded: it is not for want of support that another one fails.
+    batch_has_worked: bool,
     kernel: Option<Kernel>,
     list_pieces: usize,
     registration: Option<Arc<Registration>>,
@@ -276,6 +278,7 @@ impl CudaBackend {
         });
         let mut backend = Self {
             has_batch: options.may_batch && context.api().batch_copy.is_some(),
+            batch_has_worked: false,
             calibration: Calibration::default(),
             pitch_max: u64::try_from(pitch_max).unwrap_or(0),
             staging_bytes: 0,
@@ -412,9 +415,9 @@ impl CudaBackend {
         let pieces_per_block = placement.runs_per_block() + part_bytes.div_ceil(PIECE_BYTES_MAX as usize) + 8;
         let mut taken = Taken { blocks: 0, bounces: false };
         self.spans.clear();
+        let mut bytes_so_far = 0;
         for (index, block) in batch.blocks.iter().enumerate() {
-            let bytes_so_far: u64 = self.spans.iter().map(|span| span.bytes).sum();
-            let is_full = bytes_so_far as usize + part_bytes > self.options.batch_bytes
+            let is_full = bytes_so_far + part_bytes > self.options.batch_bytes
                 || (index + 1) * pieces_per_block > self.list_pieces;
             let comes_twice = batch.blocks[..index].iter().any(|before| before.slot == block.slot);
             if index > 0 && (is_full || comes_twice) {
@@ -422,7 +425,13 @@ impl CudaBackend {
             }
             let slot_at = pool.offset_of(block.slot);
             let bounces = match registration.state_of(slot_at + start, part_bytes) {
-                State::Pending => break,
+                State::Pending => {
+                    // All that will be needed is asked for at once, not a piece a turn.
+                    for later in &batch.blocks[index + 1..] {
+                        let _ = registration.state_of(pool.offset_of(later.slot) + start, part_bytes);
+                    }
+                    break;
+                }
                 State::Ready(_) => false,
                 State::Failed => true,
             };
@@ -439,6 +448,7 @@ impl CudaBackend {
             let base = if bounces { index * part_bytes } else { slot_at + start };
             let spans = &mut self.spans;
             placement.copies(block.pages, batch.tensors.clone(), |copy| {
+                bytes_so_far += copy.bytes;
                 spans.push(Span {
                     host: (base + copy.offset_in_slot - start) as u64,
                     device: copy.address as u64,
@@ -685,9 +695,9 @@ impl CudaBackend {
                 };
                 // SAFETY: as in `submit_operations`.
                 match unsafe { self.context.copy_batch(&mut some, stream) } {
-                    Some(Ok(())) => at = until,
+                    Some(Ok(())) => (at, self.batch_has_worked) = (until, true),
                     None => break,
-                    Some(Err(error)) if error.class() == Class::Unsupported => {
+                    Some(Err(error)) if error.class() == Class::Unsupported && !self.batch_has_worked => {
                         self.note_once(format!("copies are handed over one by one: {error}"));
                         self.has_batch = false;
                         break;

@@ -22,7 +22,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("filename", "file, block device or address of SPDK; by default job.N.0 in the working directory"),
     (
         "ioengine",
-        "io_uring (default), io_uring_cmd (NVMe commands through io_uring), libaio, spdk (KVRING_SPDK_* say where it is), sim (memory, with simulated latency) or kvring (through the whole cache)",
+        "io_uring (default), nvme or, as fio calls it, io_uring_cmd (NVMe commands through io_uring), libaio, spdk (KVRING_SPDK_* say where it is), sim (memory, with simulated latency) or kvring (through the whole cache)",
     ),
     ("rwmixread", "percent of reads in rw and randrw"),
     ("rate", "bytes a second, at the most, reads and writes together"),
@@ -284,7 +284,7 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
     })?;
     let engine = get(said, "ioengine", Engine::IoUring, |v| match v {
         "io_uring" => Some(Engine::IoUring),
-        "io_uring_cmd" => Some(Engine::IoUringCmd),
+        "io_uring_cmd" | "nvme" => Some(Engine::IoUringCmd),
         "libaio" => Some(Engine::Libaio),
         "spdk" => Some(Engine::Spdk),
         "sim" => Some(Engine::Sim),
@@ -297,9 +297,19 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
             return Err(format!("{place}: {key}=1 is for ioengine=io_uring and io_uring_cmd: leave it out"));
         }
     }
+    if !get(said, "registerfiles", true, switch)? {
+        let place = &said["registerfiles"].1;
+        return Err(format!("{place}: registerfiles=0: files are always registered here: leave it out"));
+    }
     get(said, "cmd_type", (), |v| (v == "nvme").then_some(()))?;
     if engine == Engine::IoUringCmd && !said.contains_key("filename") {
         return Err(format!("job {name}: ioengine=io_uring_cmd needs filename=/dev/ngXnY"));
+    }
+    if let Some((value, place)) = said.get("filename")
+        && value.replace("\\:", "").contains(':')
+        && !value.starts_with("trtype")
+    {
+        return Err(format!("{place}: filename={value}: one file a job (a colon in a name is said as \\:)"));
     }
     let address = said.get("filename").map(|(value, _)| spdk_address(value));
     if (engine == Engine::Spdk) != address.as_ref().is_some_and(|address| address.starts_with(spdk::PREFIX)) {
@@ -326,7 +336,7 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
         ramp_time: get(said, "ramp_time", Duration::ZERO, millis(Duration::from_secs(1)))?,
         direct: get(said, "direct", true, switch)?,
         own_files: !said.contains_key("filename"),
-        filename: address.map_or_else(|| format!("{name}.0.0").into(), PathBuf::from),
+        filename: address.map_or_else(|| format!("{name}.0.0"), |name| name.replace("\\:", ":")).into(),
         rwmixread: get(said, "rwmixread", 50, whole(0, 100))?,
         rate: get(said, "rate", None, |v| bytes(v).filter(|b| *b > 0).map(Some))?,
         rate_iops: get(said, "rate_iops", None, |v| v.parse().ok().filter(|n| *n > 0).map(Some))?,
@@ -434,6 +444,9 @@ mod test {
             ("[a]\nioengine=libaio\nsqthread_poll\n", "sqthread_poll=1"),
             ("[a]\nioengine=spdk\n", "belong together"),
             ("[a]\nfilename=trtype:PCIe traddr:0000:10:00.0\n", "belong together"),
+            ("[a]\nfilename=a:b\n", "one file a job"),
+            ("[a]\nregisterfiles=0\n", "files are always registered"),
+            ("[a]\nregisterfiles=banana\n", "registerfiles"),
             ("[a]\nioengine=psync\n", "ioengine=psync: expected io_uring"),
             ("[a]\nverify=md5\n", "verify=md5: expected crc64"),
             ("[a]\nbsrange=64k-4k\n", "bsrange=64k-4k"),

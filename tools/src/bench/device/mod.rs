@@ -69,6 +69,18 @@ impl clap::Args for DeviceArgs {
     }
 }
 
+/// What one job of these keys moves, in GB a second: a device without a cache over it.
+pub fn rate(keys: &[(&str, String)]) -> Result<f64, Box<dyn std::error::Error>> {
+    let keys: Vec<_> = keys.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    let done = run::run(&job::jobs(&[], &keys)?)?;
+    if let Some(bad) = done.iter().find(|done| done.error != 0) {
+        return Err(std::io::Error::from_raw_os_error(bad.error).into());
+    }
+    let report = report::as_json(&done);
+    let of = |side: &str| report["jobs"][0][side]["bw_bytes"].as_f64().unwrap_or(0.0);
+    Ok((of("read") + of("write")) / 1e9)
+}
+
 /// Runs the jobs, group after group, and reports.
 pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
     let read = |path: &PathBuf| {
