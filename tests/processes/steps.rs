@@ -349,7 +349,9 @@ impl Scene {
         let deadline = Instant::now() + Duration::from_secs(20);
         while Instant::now() < deadline {
             // An instance that asks for nothing looks for no server.
-            self.agent.iter_mut().for_each(|agent| drop(load(agent, &self.keys)));
+            if let Some(agent) = &mut self.agent {
+                load(agent, &self.keys);
+            }
             seen = self.place.stats().unwrap_or_default()["metrics"].clone();
             let of = |name: &str| seen[name].as_u64().unwrap_or(u64::MAX);
             let rest = of("host_slots_quarantined_count").saturating_add(of("leases_count"));
