@@ -10,6 +10,7 @@ pub mod checksum;
 pub mod control;
 pub mod device;
 pub mod dma;
+pub mod free;
 pub mod fsck;
 pub mod index;
 pub mod lease;

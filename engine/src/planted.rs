@@ -43,6 +43,7 @@ bugs! {
     ShrinkForgetsWriters: "a pool that has grown again does not wait for who may be writing where it grew",
     MovedOnLoan: "a block that is on loan is moved to another slot",
     MovedUncopied: "a block is moved to another slot without its bytes",
+    ChangesMissed: "what changes in the pool while the next engine process prepares is not looked at again",
     OrphanLeaks: "a recovered slot whose block has no parent is never free again",
 }
 

@@ -13,6 +13,7 @@ use crate::index::{BlockId, Place, Tier};
 use crate::planted::{self, Bug};
 use crate::tier::disk::DiskSlots;
 use crate::tier::header::Header;
+use crate::tier::host::Changes;
 use crate::tier::piece::HeaderPiece;
 
 /// Blocks that an earlier process's cache has left, as far as they were taken back.
@@ -44,6 +45,8 @@ pub struct Recovery {
 }
 
 const DEPTHS: usize = MATCH_BLOCKS_MAX as usize + 1;
+/// Slots of the disk that are looked at, whether they are free, for the price of one header.
+const SWEEP: u32 = 32;
 
 /// What became of a recovered header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,28 +101,50 @@ impl Cache {
 
     /// Takes back what the pool's table says: blocks that were in the pool, with all that come before
     /// them, are resident again when this returns. With `with_disk` the others follow, as they are found.
+    /// Nobody else writes the table any more. What [`Cache::follow_pool`] has taken is taken already.
     pub fn begin_recovery(&mut self, with_disk: bool) {
-        let found = self.host.recover();
-        let disk = self.disk.as_mut().filter(|_| with_disk);
-        if let Some(disk) = disk {
-            disk.begin_recovery();
-            self.recovery.late = vec![Vec::new(); DEPTHS];
+        self.follow_pool();
+        self.host.end_recovery();
+        match self.disk.as_mut().filter(|_| with_disk) {
+            Some(disk) => {
+                disk.begin_recovery();
+                self.recovery.late = vec![Vec::new(); DEPTHS];
+            }
+            None => self.forget_orphans(),
         }
+    }
+
+    /// Takes what the pool's table says now, while the engine process that writes it still serves: at its end only what
+    /// has changed since is left to be taken. May be called again; nobody is served from this cache yet.
+    pub fn follow_pool(&mut self) {
+        let Changes { gone, mut found } = self.host.recover();
+        for (slot, block) in gone {
+            if self.index.is_at(block, Tier::Host, slot) {
+                self.index.detach(block);
+            }
+        }
+        // With a block that is gone went all that continue it, those that are there yet as well: they are taken anew.
+        while let Some((_, slot)) = self.index.dropped_slots.pop() {
+            self.recovery.recovered.host -= 1;
+            found.extend(self.host.untake(slot));
+        }
+        // What was not taken was found again.
+        self.recovery.orphans.clear();
         let mut late: BTreeMap<u32, Vec<Header>> = BTreeMap::new();
         for (at, header) in found.iter().enumerate() {
             self.fetch_ahead(Tier::Host, &found, at);
             match self.adopt(Tier::Host, header) {
-                Adopted::Yes(_) => {}
+                Adopted::Yes(id) => self.host.took(header, id),
                 Adopted::No => self.host.release(header.slot),
                 Adopted::NoParent => late.entry(header.depth).or_default().push(*header),
             }
         }
         for header in late.into_values().flatten() {
             match self.adopt(Tier::Host, &header) {
-                Adopted::Yes(_) => {}
-                // Its parent may be on the disk.
-                Adopted::NoParent if self.is_recovering() => self.recovery.orphans.push_back(header),
-                Adopted::No | Adopted::NoParent => self.host.release(header.slot),
+                Adopted::Yes(id) => self.host.took(&header, id),
+                // It may be on the disk.
+                Adopted::NoParent => self.recovery.orphans.push_back(header),
+                Adopted::No => self.host.release(header.slot),
             }
         }
     }
@@ -173,10 +198,8 @@ impl Cache {
                     }
                     None => self.recovery.next_depth(),
                 }
-            } else {
-                for orphan in std::mem::take(&mut self.recovery.orphans) {
-                    self.host.release(orphan.slot);
-                }
+            } else if !self.disk.as_mut().is_some_and(|disk| disk.sweep(SWEEP)) {
+                self.forget_orphans();
                 self.recovery = Recovery { recovered: self.recovery.recovered, ..Recovery::default() };
                 if let Some(disk) = &mut self.disk {
                     disk.end_recovery();

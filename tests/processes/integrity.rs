@@ -142,3 +142,22 @@ fn verify_finds_rot_in_a_running_cache_and_mends_it_from_the_other_copy() {
     assert_eq!(verify(&place), (true, [19, 20, 0, 0]));
     assert_eq!(load(&mut agent, &keys), 20, "nothing was lost, and every byte is right");
 }
+
+/// Written is not durable: a drive may hold it. Here none can be asked to flush, since nobody finds its file any more.
+#[test]
+fn a_reset_that_no_drive_has_flushed_is_not_said_to_be_for_good() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64"]);
+    let mut agent = place.agent(0, &[]);
+    let keys = chain("a", 30);
+    let reset = |place: &Place| place.kvring(&["reset", "--all"]).output().unwrap();
+    assert_eq!(store(&mut agent, &keys), 30);
+    let file = place.path("ssd").join("kvring.cache");
+    std::fs::rename(&file, place.path("elsewhere")).unwrap();
+    let said = reset(&place);
+    assert!(!said.status.success() && text(&said).contains("a restart may find blocks again"), "{}", text(&said));
+    assert_eq!(agent.match_prefix(&keys).blocks, 0, "forgotten it is");
+    std::fs::rename(place.path("elsewhere"), &file).unwrap();
+    let said = reset(&place);
+    assert!(said.status.success(), "{}", text(&said));
+}

@@ -101,6 +101,13 @@ fn a_crash_loop_costs_the_pool_and_not_the_service() {
     eventually("an empty pool", || store(&mut agent, &keys) == 20);
     assert_eq!(place.metric("commit_blocks_count"), 20);
     assert_eq!(load(&mut agent, &keys), 20);
+    // The new pool is not what those before died of.
+    signal(place.server_pid(), Signal::KILL);
+    eventually("the third costs nothing", || load(&mut agent, &keys) == 20);
+    assert_eq!(place.metric("commit_blocks_count"), 0, "nobody has stored it again");
+    signal(place.server_pid(), Signal::KILL);
+    eventually("after the fourth it serves", || place.stats().is_some_and(|stats| stats["epoch"] == 5));
+    assert_eq!(load(&mut agent, &keys), 0, "an empty pool");
 }
 
 /// A server whose program is a file of its own, which an upgrade may find replaced.

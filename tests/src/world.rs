@@ -158,6 +158,8 @@ pub struct Tally {
     pub takeovers: u64,
     /// Blocks found in the pool after those.
     pub blocks_recovered: u64,
+    /// Of these crashes, those after which a process took over that had followed the one before.
+    pub followed: u64,
     /// Takeovers with tiers of other sizes.
     pub resizes: u64,
 }
@@ -175,6 +177,7 @@ impl Tally {
         self.resets += other.resets;
         self.takeovers += other.takeovers;
         self.blocks_recovered += other.blocks_recovered;
+        self.followed += other.followed;
         self.resizes += other.resizes;
     }
 }
@@ -182,10 +185,10 @@ impl Tally {
 impl std::fmt::Display for Tally {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { operations, blocks_stored, blocks_loaded, blocks_missed, deaths, lies, .. } = self;
-        let Self { crashes, takeovers, blocks_recovered, resets, resizes, .. } = self;
+        let Self { crashes, takeovers, blocks_recovered, followed, resets, resizes, .. } = self;
         write!(
             f,
-            "{operations} operations, {blocks_stored} blocks stored, {blocks_loaded} loaded and compared, {blocks_missed} missed, {deaths} deaths, {lies} lies, {crashes} power cuts, {takeovers} crashes with {blocks_recovered} blocks taken over in the pool, {resets} resets, {resizes} resizes"
+            "{operations} operations, {blocks_stored} blocks stored, {blocks_loaded} loaded and compared, {blocks_missed} missed, {deaths} deaths, {lies} lies, {crashes} power cuts, {takeovers} crashes with {blocks_recovered} blocks taken over in the pool ({followed} by a process that had followed), {resets} resets, {resizes} resizes"
         )
     }
 }
@@ -204,6 +207,8 @@ pub struct World {
     shard: Option<Shard<Sim>>,
     /// Slots that the pool has now, of as many as there is memory for; and slots of a device that are used.
     host_slots: u32,
+    /// An engine process that waits for its turn.
+    prepared: Option<Prepared>,
     disk_limit: u32,
     /// Slots of the SSD whose place was given back.
     retired: Vec<u32>,
@@ -249,6 +254,14 @@ fn mapping(bytes: u64) -> Arc<Mapping> {
     Arc::new(Mapping::new(&fd, bytes as usize).expect("a mapping"))
 }
 
+/// The cache of an engine process whose turn has not come, and what it was made for.
+struct Prepared {
+    host_slots: u32,
+    disk_limit: u32,
+    images: Vec<Arc<Mapping>>,
+    cache: Cache,
+}
+
 /// `None` if these are a key's bytes; else where they differ, and whose they are.
 fn difference(chains: &[Vec<BlockKey>], key: BlockKey, block: &[u8]) -> Option<String> {
     let at = bytes::first_difference(key, block)?;
@@ -283,6 +296,7 @@ impl World {
             host_slots: shape.host_slots,
             disk_limit: u32::MAX,
             retired: Vec::new(),
+            prepared: None,
             unborn: Vec::new(),
             born_late_permille: 1000,
             metrics: Arc::default(),
@@ -311,12 +325,16 @@ impl World {
     }
 
     fn geometry(&self) -> DiskGeometry {
+        self.geometry_of(self.disk_limit)
+    }
+
+    fn geometry_of(&self, disk_limit: u32) -> DiskGeometry {
         let devices_count = self.shape.devices;
         let slots_per_device = self.shape.disk_slots.div_ceil(devices_count).max(1);
         DiskGeometry {
             devices_count,
             slots_per_device,
-            slots_limit: slots_per_device.min(self.disk_limit),
+            slots_limit: slots_per_device.min(disk_limit),
             header_slots: slots_per_device,
             slots_per_file: slots_per_device.div_ceil(2),
             slot_bytes: self.shape.slot_bytes,
@@ -348,30 +366,62 @@ impl World {
         self.namespaces = tokens.iter().map(|tokens| namespace(tokens).id()).collect();
     }
 
-    /// Starts a shard over what the disks hold.
-    fn start(&mut self) {
+    /// What the next engine process makes, of these sizes, before it is its turn.
+    fn prepare(&mut self, host_slots: u32, disk_limit: u32) {
         let shape = &self.shape;
-        let geometry = self.geometry();
-        let platters = std::mem::take(&mut self.platters);
-        let with_disk = !platters.is_empty();
-        let header_bytes = geometry.header_sectors() * SECTOR_BYTES;
-        let images: Vec<_> = platters.iter().map(|_| mapping(header_bytes)).collect();
-        let zone = |platter: &Platter| platter[0][SECTOR_BYTES as usize..][..header_bytes as usize].to_vec();
-        self.header_zones = platters.iter().map(zone).collect();
+        let geometry = self.geometry_of(disk_limit);
+        let with_disk = shape.disk_slots > 0;
+        let images = if with_disk { geometry.devices_count } else { 0 };
+        let images: Vec<_> = (0..images).map(|_| mapping(geometry.header_sectors() * SECTOR_BYTES)).collect();
         let options = IndexOptions {
-            host_slots: self.host_slots,
+            host_slots,
             disk_slots: if with_disk { geometry.slots_count() } else { 0 },
             policy: shape.policy,
             protected_hits: 2,
             secret: [self.chance.next_u64(), self.chance.next_u64()],
         };
         let disk = with_disk.then(|| DiskSlots::new(geometry, LAYOUT, images.clone()));
-        let mut host = HostSlots::new(self.host_slots, shape.tp_size);
-        let (table, _) = SlotTable::open(self.table.clone()).expect("the table is sound at every moment");
-        table.resize(self.host_slots);
-        host.keep_in(table);
-        let mut cache = Cache::new(&options, host, disk);
+        let mut host = HostSlots::new(host_slots, shape.tp_size);
+        host.keep_in(self.slot_table());
+        let cache = Cache::new(&options, host, disk);
+        self.prepared = Some(Prepared { host_slots, disk_limit, images, cache });
+    }
+
+    fn slot_table(&self) -> SlotTable {
+        SlotTable::open(self.table.clone()).expect("the table is sound at every moment").0
+    }
+
+    /// Another engine process makes itself ready while this one serves, and takes what is in the pool already.
+    fn prepare_ahead(&mut self) {
+        let (host_slots, disk_limit) =
+            if self.chance.happens(500) { (self.host_slots, self.disk_limit) } else { self.other_sizes() };
+        self.prepare(host_slots, disk_limit);
+        self.follow();
+    }
+    fn follow(&mut self) {
+        if let Some(prepared) = &mut self.prepared {
+            prepared.cache.follow_pool();
+            prepared.cache.check();
+        }
+    }
+
+    /// Starts a shard over what the disks hold.
+    fn start(&mut self) {
+        let is_ready =
+            |prepared: &Prepared| prepared.host_slots == self.host_slots && prepared.disk_limit == self.disk_limit;
+        match self.prepared.as_ref().is_some_and(is_ready) {
+            true => self.tally.followed += 1,
+            false => self.prepare(self.host_slots, self.disk_limit),
+        }
+        let Prepared { images, mut cache, .. } = self.prepared.take().expect("it was made");
+        let platters = std::mem::take(&mut self.platters);
+        let with_disk = !platters.is_empty();
+        let header_bytes = self.geometry().header_sectors() * SECTOR_BYTES;
+        let zone = |platter: &Platter| platter[0][SECTOR_BYTES as usize..][..header_bytes as usize].to_vec();
+        self.header_zones = platters.iter().map(zone).collect();
+        self.slot_table().resize(self.host_slots);
         cache.begin_recovery(with_disk);
+        let shape = &self.shape;
         self.tally.blocks_recovered += u64::from(cache.recovery.recovered.host);
         // Reading what the disks hold takes its time, and serving does not wait for it.
         self.disk_read_at_ns = with_disk.then(|| self.now_ns + self.chance.below(3_000_000));
@@ -499,7 +549,9 @@ impl World {
             5..6 if self.shape.may_crash => self.resize(),
             6..7 if self.chance.happens(500) => self.reset(),
             6..7 => self.reset_namespace(),
-            7..100 => self.now_ns += self.chance.below(400_000),
+            7..8 if self.shape.may_crash && self.prepared.is_some() => self.follow(),
+            7..8 if self.shape.may_crash => self.prepare_ahead(),
+            8..100 => self.now_ns += self.chance.below(400_000),
             100..300 => self.post_match(at),
             300..480 => self.post_load(at),
             480..500 => self.post_prefetch(at),
@@ -1054,6 +1106,7 @@ impl World {
         self.clients.clear();
         self.zombies.clear();
         // Memory does not outlive the machine, nor do sizes that it was asked for while it ran.
+        self.prepared = None;
         self.host_slots = self.shape.host_slots;
         self.table = mapping(table_shape(&self.shape).bytes() as u64);
         SlotTable::create(self.table.clone(), table_shape(&self.shape), self.shape.host_slots, "");
@@ -1069,9 +1122,10 @@ impl World {
     /// Another engine process takes over with tiers of other sizes. The end of a smaller pool is emptied first, as far as
     /// time goes.
     fn resize(&mut self) {
-        let host_slots = 1 + self.chance.below(u64::from(self.shape.host_slots)) as u32;
-        let slots_per_device = self.geometry().slots_per_device;
-        let disk_limit = 1 + self.chance.below(u64::from(slots_per_device)) as u32;
+        let (host_slots, disk_limit) = match &self.prepared {
+            Some(Prepared { host_slots, disk_limit, .. }) => (*host_slots, *disk_limit),
+            None => self.other_sizes(),
+        };
         if host_slots < self.host_slots {
             // What was answered before is heard before: else nobody knows what he may write to.
             self.shard().vacate(Some(host_slots));
@@ -1111,6 +1165,12 @@ impl World {
             // It was a mistake: while who was filling a slot behind the smaller pool may be at it yet.
             self.take_over_with(self.shape.host_slots, disk_limit);
         }
+    }
+
+    fn other_sizes(&mut self) -> (u32, u32) {
+        let host_slots = 1 + self.chance.below(u64::from(self.shape.host_slots)) as u32;
+        let slots_per_device = self.geometry().slots_per_device;
+        (host_slots, 1 + self.chance.below(u64::from(slots_per_device)) as u32)
     }
 
     /// What was given back holds nothing.

@@ -156,6 +156,16 @@ impl Machine {
         came
     }
 
+    /// Forgets everything, for good, as the control plane does; says after how many writes that was promised.
+    fn reset(&mut self, dirs: &[PathBuf], log: &Log) -> usize {
+        self.shard.reset();
+        while !self.shard.is_reset() {
+            self.shard.poll(monotonic_ns());
+        }
+        files::flush_headers(&Medium::all(dirs).unwrap()).unwrap();
+        log.lock().unwrap().len()
+    }
+
     fn drain(&mut self) {
         while !self.shard.is_drained() {
             self.shard.poll(monotonic_ns());
@@ -172,9 +182,9 @@ fn dirs_in(root: &Path) -> Vec<PathBuf> {
     ["a", "b"].map(|name| root.join(name)).to_vec()
 }
 
-/// What a cut after `cut` writes may leave: all of the older ones, and of the last few each whole, torn at
-/// a sector, or not at all, in any order.
-fn leave(images: &mut [Vec<u8>], log: &[Written], cut: usize, chance: Option<&mut Chance>) {
+/// What a cut after `cut` writes may leave: all of the older ones, and those before a flush, and of the last few each
+/// whole, torn at a sector, or not at all, in any order.
+fn leave(images: &mut [Vec<u8>], log: &[Written], cut: usize, flushed: Option<usize>, chance: Option<&mut Chance>) {
     let apply = |images: &mut [Vec<u8>], written: &Written, bytes: usize| {
         let at = written.offset as usize;
         images[written.device][at..at + bytes].copy_from_slice(&written.bytes[..bytes]);
@@ -182,7 +192,7 @@ fn leave(images: &mut [Vec<u8>], log: &[Written], cut: usize, chance: Option<&mu
     let Some(chance) = chance else {
         return log[..cut].iter().for_each(|written| apply(images, written, written.bytes.len()));
     };
-    let safe = cut.saturating_sub(UNFLUSHED);
+    let safe = cut.saturating_sub(UNFLUSHED).max(flushed.unwrap_or(0));
     log[..safe].iter().for_each(|written| apply(images, written, written.bytes.len()));
     let mut rest: Vec<&Written> = log[safe..cut].iter().collect();
     while !rest.is_empty() {
@@ -208,15 +218,24 @@ fn at_every_moment_of_a_run() {
     let file = |dirs: &[PathBuf], device: usize| Medium::Directory(dirs[device].clone()).path_of(0);
     // What was there before the first write.
     let empty: Vec<Vec<u8>> = (0..2).map(|device| std::fs::read(file(&dirs, device)).unwrap()).collect();
-    let chains: Vec<Vec<BlockKey>> = (0..16).map(chain).collect();
-    for round in 0..48 {
-        let keys = &chains[if round < 16 { round } else { chance.below(16) as usize }];
-        machine.load(keys);
-        machine.store(keys);
-        if chance.happens(300) {
-            machine.drain();
+    let chains: Vec<Vec<BlockKey>> = (0..32).map(chain).collect();
+    let live = |machine: &mut Machine, chance: &mut Chance, chains: &[Vec<BlockKey>]| {
+        for round in 0..32 {
+            let keys = &chains[if round < 16 { round } else { chance.below(16) as usize }];
+            machine.load(keys);
+            machine.store(keys);
+            if chance.happens(300) {
+                machine.drain();
+            }
         }
+    };
+    live(&mut machine, &mut chance, &chains[..16]);
+    // Sometimes while much is being written.
+    if chance.happens(500) {
+        machine.drain();
     }
+    let forgotten_at = machine.reset(&dirs, &log);
+    live(&mut machine, &mut chance, &chains[16..]);
     machine.drain();
     assert!(machine.metrics.evict_ssd_count.get() > 0, "slots of the disk were written more than once");
     drop(machine);
@@ -226,14 +245,18 @@ fn at_every_moment_of_a_run() {
     for cut in 0..=log.len() {
         for variant in 0..4 {
             let mut images = empty.clone();
-            leave(&mut images, &log, cut, (variant > 0).then_some(&mut chance));
+            let flushed = (cut >= forgotten_at).then_some(forgotten_at);
+            leave(&mut images, &log, cut, flushed, (variant > 0).then_some(&mut chance));
             for (device, image) in images.iter().enumerate() {
                 std::fs::write(file(&dirs, device), image).unwrap();
             }
             let mut again = Machine::start(&dirs, &nothing);
             cuts += 1;
-            for keys in &chains {
-                came += again.load(keys);
+            for (number, keys) in chains.iter().enumerate() {
+                let here = again.load(keys);
+                came += here;
+                let is_forgotten = number < 16 && flushed.is_some();
+                assert!(here == 0 || !is_forgotten, "chain {number} was forgotten: it is back after {cut} writes");
             }
             again.drain();
             lost += again.metrics.ssd_checksum_errors_count.get();

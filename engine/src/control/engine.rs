@@ -277,6 +277,8 @@ pub struct Prepared {
     is_kept: bool,
     /// Pieces of the pool that are in this process' page table.
     touched: u32,
+    /// Whether its tables have their pages.
+    populated: bool,
     cache: Cache,
     events: OwnedFd,
     stats: Option<(Stats, OwnedFd)>,
@@ -323,6 +325,10 @@ impl Prepared {
         while prepared.touched < pieces && monotonic_ns() < until_ns && prepared.pool.touch(prepared.touched).is_ok() {
             prepared.touched += 1;
         }
+        dma::populate(&prepared.tables(), || false);
+        prepared.populated = true;
+        // Last, so that little has changed when it is asked again.
+        prepared.cache.follow_pool();
         Ok(Some(prepared))
     }
 
@@ -361,7 +367,28 @@ impl Prepared {
             });
             told.ok()
         });
-        Ok(Self { layout, geometry, images, pool, table, table_fd, is_kept, touched: 0, cache, events, stats })
+        Ok(Self {
+            layout,
+            geometry,
+            images,
+            pool,
+            table,
+            table_fd,
+            is_kept,
+            touched: 0,
+            populated: false,
+            cache,
+            events,
+            stats,
+        })
+    }
+
+    /// Where index and slots lie, in the order in which a recovery needs them.
+    fn tables(&self) -> Vec<Vec<Arc<Mapping>>> {
+        let Cache { index, host, disk, .. } = &self.cache;
+        let [keys, blocks, host_links, disk_links] = index.tables();
+        let of_disk = [blocks, disk_links].into_iter().chain(disk.as_ref().map(DiskSlots::memory)).collect();
+        vec![vec![keys], of_disk, host.tables().to_vec(), vec![host_links]]
     }
 
     /// Whether it is made over this table.
@@ -473,14 +500,29 @@ impl Engine {
         forget: bool,
         epoch: u64,
     ) -> Result<Self, BuildError> {
-        let Prepared { layout, geometry, images, pool, table, table_fd, is_kept, touched, mut cache, events, stats } =
-            prepared;
+        let stop_threads = Arc::new(AtomicBool::new(false));
+        if !prepared.populated {
+            populate_behind(prepared.tables(), stop_threads.clone());
+        }
+        let Prepared {
+            layout,
+            geometry,
+            images,
+            pool,
+            table,
+            table_fd,
+            is_kept,
+            touched,
+            mut cache,
+            events,
+            stats,
+            ..
+        } = prepared;
         let slot_bytes = layout.block_bytes;
         let media: Vec<Medium> = opened.iter().map(|device| device.medium.clone()).collect();
         let with_disk = geometry.is_some();
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|errno| BuildError::System { what: "eventfd", errno: errno.into() })?);
-        let stop_threads = Arc::new(AtomicBool::new(false));
         let (to_shard, for_shard) = crossbeam_channel::unbounded();
         let teller = Teller { to_shard, bell };
         let to_read: Vec<_> = opened.iter().map(|device| device.reused.then(|| device.medium.clone())).collect();
@@ -763,6 +805,14 @@ fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: V
     };
     if let Err(error) = std::thread::Builder::new().name("kvring-recover".into()).spawn(read) {
         tracing::error!("cannot start a thread to read what the SSD holds: {error}: it is forgotten");
+    }
+}
+
+/// Gives tables their pages while the cache serves: whoever needs one before gets it, and waits for that one.
+fn populate_behind(tables: Vec<Vec<Arc<Mapping>>>, stop: Arc<AtomicBool>) {
+    let populate = move || dma::populate(&tables, || stop.load(Ordering::Relaxed));
+    if let Err(error) = std::thread::Builder::new().name("kvring-tables".into()).spawn(populate) {
+        tracing::warn!("cannot start a thread for the index's memory: {error}: it comes as it is used");
     }
 }
 

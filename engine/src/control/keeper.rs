@@ -219,7 +219,9 @@ pub struct Keeper {
     epoch_fd: OwnedFd,
     number: u64,
     crashes: u32,
+    /// Deaths within the window, and those of them that were of this pool.
     recent: VecDeque<Instant>,
+    recent_of_pool: VecDeque<Instant>,
     /// Tries since the last engine process that served.
     unserved: u32,
     fell_back: bool,
@@ -349,6 +351,7 @@ impl Keeper {
             number: 0,
             crashes: 0,
             recent: VecDeque::new(),
+            recent_of_pool: VecDeque::new(),
             unserved: 0,
             fell_back: false,
             socket_id: id_of(&path),
@@ -436,14 +439,20 @@ impl Keeper {
         #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
         let now = Instant::now();
         self.crashes += 1;
-        self.recent.push_back(now);
-        while self.recent.front().is_some_and(|at| now - *at > self.config.crash_window) {
-            self.recent.pop_front();
+        for deaths in [&mut self.recent, &mut self.recent_of_pool] {
+            deaths.push_back(now);
+            while deaths.front().is_some_and(|at| now - *at > self.config.crash_window) {
+                deaths.pop_front();
+            }
         }
-        if self.recent.len() as u32 >= self.config.crash_limit && self.kept.is_some() {
+        if self.kept.is_none() {
+            // Not of the next pool, if it comes to one.
+            self.recent_of_pool.clear();
+        }
+        if self.recent_of_pool.len() as u32 >= self.config.crash_limit {
             tracing::error!(
                 "the engine process died ({status}): {} times in {} s: the pool starts empty",
-                self.recent.len(),
+                self.recent_of_pool.len(),
                 self.config.crash_window.as_secs()
             );
             self.let_go();
@@ -455,6 +464,7 @@ impl Keeper {
     /// The pool is given up, and whoever has it mapped is told.
     fn let_go(&mut self) {
         self.epoch.give_up_pool();
+        self.recent_of_pool.clear();
         // To free a big pool takes long, and may be this process' part.
         let kept = self.kept.take();
         let _ = std::thread::Builder::new().name("kvring-free".into()).spawn(move || drop(kept));

@@ -1,8 +1,8 @@
 //! Memory for DMA: the pool, a sealed memfd on hugepages where there are any (ARCHITECTURE §4); and
 //! what big tables ask of the memory they lie in.
 
-#[expect(unsafe_code, reason = "madvise and prefetch of memory that is ours")]
-mod advice;
+#[expect(unsafe_code, reason = "tables in memory of their own, and prefetch")]
+mod table;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use kvring_ipc::config::{Config, Hugepages};
 use kvring_ipc::mapping::{Mapping, Pages, growing_memfd, is_sealed};
 
-pub use advice::{prefetch, table};
+pub use table::{Table, populate, prefetch};
 
 /// Pieces of the pool are touched and registered one by one, so that serving starts with the first.
 /// io_uring takes 16,384 buffers of at most 1 GiB (io_uring/rsrc.c).

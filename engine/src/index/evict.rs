@@ -7,19 +7,25 @@
 //! obstacle puts it back ([`Evict::unpark`]). So every step over a block is paid for by its last
 //! insertion, and evicting n blocks costs O(n) whatever the tier holds.
 
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
 use kvring_ipc::config::EvictionPolicy;
+use kvring_ipc::mapping::Mapping;
 
 use super::BlockId;
+use crate::dma;
 
 const NONE: u32 = u32::MAX;
-const PARKED: u16 = u16::MAX;
-/// LFU's buckets; hits beyond share the last one.
-const BUCKETS: usize = 256;
+/// No list: of a link that nobody has written yet as well.
+const PARKED: u16 = 0;
+/// LFU's buckets, by hits; hits beyond share the last one.
+const BUCKETS: u16 = 255;
 /// S3-FIFO's two queues, SLRU's two segments.
-const SMALL: u16 = 0;
-const MAIN: u16 = 1;
+const SMALL: u16 = 1;
+const MAIN: u16 = 2;
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Zeroable)]
 struct Link {
     prev: u32,
     next: u32,
@@ -43,7 +49,8 @@ struct List {
 pub struct Evict {
     policy: EvictionPolicy,
     protected_hits: u32,
-    links: Box<[Link]>,
+    links: dma::Table<Link>,
+    /// By number; there is none with PARKED's.
     lists: Box<[List]>,
     /// S3-FIFO: fingerprints of blocks that left the small queue, one a place, the newest wins.
     ghosts: Box<[u64]>,
@@ -55,20 +62,23 @@ impl Evict {
     pub fn new(policy: EvictionPolicy, protected_hits: u32, blocks: usize, slots_count: u32) -> Self {
         let lists = match policy {
             EvictionPolicy::Lfu => BUCKETS,
-            EvictionPolicy::Slru | EvictionPolicy::S3Fifo => 2,
-            _ => 1,
+            EvictionPolicy::Slru | EvictionPolicy::S3Fifo => MAIN,
+            _ => SMALL,
         };
         let ghosts = if policy == EvictionPolicy::S3Fifo { (slots_count as usize).next_power_of_two() } else { 0 };
-        let link = Link { prev: NONE, next: NONE, hits: 0, list: PARKED, home: 0 };
-        let links = crate::dma::table(link, blocks);
         Self {
             policy,
             protected_hits,
-            links,
-            lists: vec![List { front: NONE, back: NONE, count: 0 }; lists].into_boxed_slice(),
+            links: dma::Table::new(blocks),
+            lists: vec![List { front: NONE, back: NONE, count: 0 }; usize::from(lists) + 1].into_boxed_slice(),
             ghosts: vec![0; ghosts].into_boxed_slice(),
             slots_count,
         }
+    }
+
+    /// Where it lies.
+    pub fn memory(&self) -> Arc<Mapping> {
+        self.links.memory()
     }
 
     /// A block has come into the tier. `fingerprint` names its key to the ghosts.
@@ -172,13 +182,13 @@ impl Evict {
     /// Brings what is remembered of a key closer.
     pub fn prefetch_ghost(&self, fingerprint: u64) {
         if let Some(ghost) = self.ghosts.get(fingerprint as usize & self.ghosts.len().wrapping_sub(1)) {
-            crate::dma::prefetch(ghost);
+            dma::prefetch(ghost);
         }
     }
 
     /// Brings a block's place in the lists closer.
     pub fn prefetch(&self, block: BlockId) {
-        crate::dma::prefetch(&self.links[block.0 as usize]);
+        dma::prefetch(&self.links[block.0 as usize]);
     }
 
     /// Brings those closer between which the block stands.
@@ -186,7 +196,7 @@ impl Evict {
         let Link { prev, next, .. } = self.links[block.0 as usize];
         for neighbour in [prev, next] {
             if let Some(link) = self.links.get(neighbour as usize) {
-                crate::dma::prefetch(link);
+                dma::prefetch(link);
             }
         }
     }
@@ -209,14 +219,15 @@ impl Evict {
         let back = |list: u16| (self.lists[list as usize].back, list);
         let (block, list) = match self.policy {
             EvictionPolicy::Lru | EvictionPolicy::Fifo => back(SMALL),
-            EvictionPolicy::Mru | EvictionPolicy::Filo => (self.lists[0].front, SMALL),
-            EvictionPolicy::Lfu => back((0..BUCKETS as u16).find(|list| self.lists[*list as usize].count > 0)?),
-            EvictionPolicy::Slru if self.lists[0].count > 0 => back(SMALL),
+            EvictionPolicy::Mru | EvictionPolicy::Filo => (self.lists[SMALL as usize].front, SMALL),
+            EvictionPolicy::Lfu => back((1..=BUCKETS).find(|list| self.lists[*list as usize].count > 0)?),
+            EvictionPolicy::Slru if self.lists[SMALL as usize].count > 0 => back(SMALL),
             EvictionPolicy::Slru => back(MAIN),
             // The small queue is a tenth of the tier; below that it is left to fill.
             EvictionPolicy::S3Fifo => {
-                let small_full = self.lists[0].count > self.slots_count / 10 || self.lists[1].count == 0;
-                back(if small_full && self.lists[0].count > 0 { SMALL } else { MAIN })
+                let [small, main] = [SMALL, MAIN].map(|list| self.lists[list as usize].count);
+                let small_full = small > self.slots_count / 10 || main == 0;
+                back(if small_full && small > 0 { SMALL } else { MAIN })
             }
         };
         (block != NONE).then_some((block, list))
@@ -300,5 +311,5 @@ impl Evict {
 }
 
 fn bucket(hits: u32) -> u16 {
-    hits.min(BUCKETS as u32 - 1) as u16
+    hits.clamp(1, u32::from(BUCKETS)) as u16
 }

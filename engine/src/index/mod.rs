@@ -13,10 +13,16 @@ pub mod evict;
 pub mod namespaces;
 pub mod table;
 
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
 use kvring_ipc::events::{Event, EventLog};
 use kvring_ipc::key::BlockKey;
+use kvring_ipc::mapping::Mapping;
 use kvring_ipc::recorder::{Recorder, What};
 
+use crate::dma;
+use crate::free::Free;
 use crate::planted::{self, Bug};
 use evict::Evict;
 use namespaces::Namespaces;
@@ -59,15 +65,16 @@ impl Place {
 }
 
 /// Whether a slot is there, is being filled, or neither.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Zeroable)]
+#[repr(u8)]
 enum Presence {
-    Absent,
+    Absent = 0,
     Filling,
     Ready,
 }
 
-/// One block: one cache line.
-#[derive(Debug, Clone, Copy)]
+/// One block: one cache line. All zeros is none: memory that nobody has touched yet.
+#[derive(Debug, Clone, Copy, Zeroable)]
 #[repr(align(64))]
 pub struct Block {
     /// Its key.
@@ -150,8 +157,8 @@ const _: () = assert!(size_of::<Block>() == 64);
 /// The index.
 #[derive(Debug)]
 pub struct Index {
-    blocks: Box<[Block]>,
-    free: Vec<u32>,
+    blocks: dma::Table<Block>,
+    free: Free,
     table: Table,
     evict: [Evict; 2],
     /// The slot that the next eviction will probably free: worth fetching what belongs to it.
@@ -187,10 +194,9 @@ impl Index {
         // A block has a slot in some tier, or it is detached and held by a lease.
         let capacity = options.host_slots as usize + options.disk_slots as usize + crate::limits::LEASES_MAX;
         let evict = |slots| Evict::new(options.policy, options.protected_hits, capacity, slots);
-        let blocks = crate::dma::table(VACANT, capacity);
         Self {
-            blocks,
-            free: (0..capacity as u32).rev().collect(),
+            blocks: dma::Table::new(capacity),
+            free: Free::all(capacity as u32),
             table: Table::new(capacity, options.secret),
             evict: [evict(options.host_slots), evict(options.disk_slots)],
             next_slot: 0,
@@ -199,6 +205,12 @@ impl Index {
             log: None,
             recorder: Recorder::default(),
         }
+    }
+
+    /// Where it lies: keys, which are used in no order; blocks; and their links in each tier.
+    pub fn tables(&self) -> [Arc<Mapping>; 4] {
+        let [host, disk] = &self.evict;
+        [self.table.memory(), self.blocks.memory(), host.memory(), disk.memory()]
     }
 
     /// Blocks known.
@@ -272,7 +284,7 @@ impl Index {
 
     /// Every block that a key finds. O(capacity).
     pub fn blocks(&self) -> impl Iterator<Item = (BlockId, &Block)> {
-        let known = (0..).zip(&self.blocks).filter(|(_, block)| block.in_use && !block.detached);
+        let known = (0..).zip(self.blocks.iter()).filter(|(_, block)| block.in_use && !block.detached);
         known.map(|(id, block)| (BlockId(id), block))
     }
 
@@ -336,6 +348,12 @@ impl Index {
         }
         // With a second copy, the first may go now.
         self.unpark(id, false);
+    }
+
+    /// Whether a block lies in a slot of a tier, if there is such a block at all.
+    pub fn is_at(&self, id: BlockId, tier: Tier, slot: u32) -> bool {
+        let block = &self.blocks[id.0 as usize];
+        block.in_use && block.place(tier) == Place::Ready(slot)
     }
 
     /// Lets go of a detached block if nothing holds it any more.
@@ -575,10 +593,10 @@ impl Index {
                 let block = &blocks[first.0 as usize];
                 table.prefetch(block.key);
                 if block.parent != NONE {
-                    crate::dma::prefetch(&blocks[block.parent as usize]);
+                    dma::prefetch(&blocks[block.parent as usize]);
                 }
                 if let Some(second) = second {
-                    crate::dma::prefetch(&blocks[second.0 as usize]);
+                    dma::prefetch(&blocks[second.0 as usize]);
                 }
             },
         )?;
@@ -618,7 +636,7 @@ impl Index {
             self.evict[tier as usize].prefetch_ghost(self.table.fingerprint(block.key));
         }
         if let Some(second) = second {
-            crate::dma::prefetch(&self.blocks[second.0 as usize]);
+            dma::prefetch(&self.blocks[second.0 as usize]);
             self.evict[tier as usize].prefetch(second);
         }
     }
@@ -632,7 +650,7 @@ impl Index {
     /// Brings a block closer that soon gets a child; the place of its key has come.
     pub fn prefetch_parent(&self, tier: Tier, key: BlockKey) {
         if let Some(id) = self.table.find_by_hash(key) {
-            crate::dma::prefetch(&self.blocks[id.0 as usize]);
+            dma::prefetch(&self.blocks[id.0 as usize]);
             self.evict[tier as usize].prefetch(id);
         }
     }

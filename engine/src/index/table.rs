@@ -3,7 +3,10 @@
 //! Keys are uniform already unless a client lies, so they are folded with a secret of this process:
 //! nobody outside can choose keys that collide.
 
+use std::sync::Arc;
+
 use kvring_ipc::key::BlockKey;
+use kvring_ipc::mapping::Mapping;
 
 use super::BlockId;
 use crate::dma;
@@ -11,22 +14,22 @@ use crate::dma;
 /// The table. Knows hashes and ids; keys live in the blocks.
 #[derive(Debug)]
 pub struct Table {
-    /// (lower half of the hash, block or NONE). The half is the place's home and more, so that nobody
+    /// (lower half of the hash, block plus one or 0 for none). The half is the place's home and more, so that nobody
     /// has to look at a block to know where it belongs.
-    places: Box<[(u32, u32)]>,
+    places: dma::Table<[u32; 2]>,
     mask: usize,
     secret: [u64; 2],
 }
 
-const EMPTY: (u32, u32) = (0, u32::MAX);
+const EMPTY: [u32; 2] = [0; 2];
 
 impl Table {
-    /// A table for up to `capacity` blocks, at most half full.
+    /// A table for up to `capacity` blocks, at most two thirds full.
     pub fn new(capacity: usize, secret: [u64; 2]) -> Self {
         // The home of a place is in 32 bits of its hash.
         assert!(capacity < 1 << 31);
         let places = (capacity * 2).next_power_of_two().max(16);
-        let places = dma::table(EMPTY, places);
+        let places = dma::Table::new(places);
         Self { mask: places.len() - 1, places, secret: [secret[0] | 1, secret[1] | 1] }
     }
 
@@ -34,6 +37,11 @@ impl Table {
         let [low, high] = key.to_words();
         let product = u128::from(low ^ self.secret[0]) * u128::from(high ^ self.secret[1]);
         product as u64 ^ (product >> 64) as u64
+    }
+
+    /// Where it lies.
+    pub fn memory(&self) -> Arc<Mapping> {
+        self.places.memory()
     }
 
     /// Short name of a key, for the ghosts of S3-FIFO.
@@ -51,12 +59,10 @@ impl Table {
         let hash = self.hash(key);
         let (tag, mut at) = (hash as u32, hash as usize & self.mask);
         loop {
-            let (place_tag, block) = self.places[at];
-            if block == EMPTY.1 {
-                return None;
-            }
-            if place_tag == tag && is(BlockId(block)) {
-                return Some(BlockId(block));
+            let [place_tag, block] = self.places[at];
+            let block = BlockId(block.checked_sub(1)?);
+            if place_tag == tag && is(block) {
+                return Some(block);
             }
             at = (at + 1) & self.mask;
         }
@@ -71,10 +77,10 @@ impl Table {
     pub fn insert(&mut self, key: BlockKey, block: BlockId) {
         let hash = self.hash(key);
         let mut at = hash as usize & self.mask;
-        while self.places[at].1 != EMPTY.1 {
+        while self.places[at][1] != 0 {
             at = (at + 1) & self.mask;
         }
-        self.places[at] = (hash as u32, block.0);
+        self.places[at] = [hash as u32, block.0 + 1];
     }
 
     /// Removes a block that is in the table. Those behind it move up, so that no gap breaks a search.
@@ -83,18 +89,18 @@ impl Table {
     /// If the block is not in the table: our own bug.
     pub fn remove(&mut self, key: BlockKey, block: BlockId) {
         let mut gap = self.hash(key) as usize & self.mask;
-        while self.places[gap].1 != block.0 {
-            assert!(self.places[gap].1 != EMPTY.1, "the block is in the table");
+        while self.places[gap][1] != block.0 + 1 {
+            assert!(self.places[gap][1] != 0, "the block is in the table");
             gap = (gap + 1) & self.mask;
         }
         let mut at = gap;
         loop {
             at = (at + 1) & self.mask;
             let place = self.places[at];
-            if place.1 == EMPTY.1 {
+            if place[1] == 0 {
                 break;
             }
-            let home = place.0 as usize & self.mask;
+            let home = place[0] as usize & self.mask;
             // It may move to the gap unless its home lies cyclically in (gap, at].
             if (at.wrapping_sub(home) & self.mask) >= (at.wrapping_sub(gap) & self.mask) {
                 self.places[gap] = place;
@@ -113,8 +119,8 @@ mod test {
 
     /// The longest way from where a key belongs to where it is.
     fn longest_search(table: &Table) -> usize {
-        let used = table.places.iter().enumerate().filter(|(_, place)| place.1 != EMPTY.1);
-        used.map(|(at, place)| at.wrapping_sub(place.0 as usize) & table.mask).max().unwrap_or(0)
+        let used = table.places.iter().enumerate().filter(|(_, place)| place[1] != 0);
+        used.map(|(at, place)| at.wrapping_sub(place[0] as usize) & table.mask).max().unwrap_or(0)
     }
 
     /// Who knows the secret can choose keys that all belong to one place; chosen for another secret they are keys

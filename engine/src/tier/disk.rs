@@ -12,6 +12,8 @@ use kvring_ipc::key::BlockKey;
 use kvring_ipc::mapping::Mapping;
 
 use super::header::{HEADER_BYTES, HEADERS_PER_SECTOR, Header, slots_at};
+use crate::dma;
+use crate::free::Free;
 use crate::index::{BlockId, Index, Place, Tier};
 use crate::limits::SECTOR_BYTES;
 
@@ -92,7 +94,7 @@ impl DiskGeometry {
 }
 
 /// All zeros is none: memory that nobody has touched yet.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Zeroable)]
 struct Slot {
     generation: u32,
     /// The block whose header it has, plus one; 0 for none.
@@ -156,9 +158,9 @@ impl Headers {
 pub struct DiskSlots {
     geometry: DiskGeometry,
     layout: u64,
-    slots: Box<[Slot]>,
-    /// Free slots of each device.
-    free: Vec<Vec<u32>>,
+    slots: dma::Table<Slot>,
+    /// Free slots of each device, counted there.
+    free: Vec<Free>,
     /// Slots of each device that are not used: it has more than it is to fill. Their place in a file is given back.
     unused: Vec<Vec<u32>>,
     next_device: usize,
@@ -168,6 +170,8 @@ pub struct DiskSlots {
     loads: Vec<(u64, u64)>,
     headers: Vec<Headers>,
     recovering: bool,
+    /// How many slots have been looked at, whether they are free, at the end of a recovery.
+    swept: u32,
     /// A reset came before all was read: what was found goes as soon as it is.
     clear_when_read: bool,
 }
@@ -176,11 +180,6 @@ impl DiskSlots {
     /// Empty slots over these header images, one a device: zeros.
     pub fn new(geometry: DiskGeometry, layout: u64, images: Vec<Arc<Mapping>>) -> Self {
         assert_eq!(images.len(), geometry.devices_count as usize);
-        let free = (0..geometry.devices_count)
-            .map(|device| {
-                (0..geometry.slots_per_device).rev().map(|local| local * geometry.devices_count + device).collect()
-            })
-            .collect();
         let sectors = geometry.header_sectors() as usize;
         let headers = images.into_iter().map(|image| Headers {
             image,
@@ -194,20 +193,25 @@ impl DiskSlots {
             unread: false,
         });
         Self {
-            slots: vec![Slot::default(); geometry.slots_count() as usize].into_boxed_slice(),
+            slots: dma::Table::new(geometry.slots_count() as usize),
             unused: (0..geometry.devices_count).map(|_| Vec::with_capacity(geometry.surplus())).collect(),
+            free: (0..geometry.devices_count).map(|_| Free::all(geometry.slots_per_device)).collect(),
             geometry,
             layout,
-            free,
             next_device: 0,
             usable: vec![true; geometry.devices_count as usize],
             loads: vec![(0, 0); geometry.devices_count as usize],
             headers: headers.collect(),
             recovering: false,
+            swept: 0,
             clear_when_read: false,
         }
     }
 
+    /// Where it lies.
+    pub fn memory(&self) -> Arc<Mapping> {
+        self.slots.memory()
+    }
     /// Slots that are used no more.
     pub fn unused_count(&self) -> usize {
         self.unused.iter().map(Vec::len).sum()
@@ -225,7 +229,7 @@ impl DiskSlots {
         }
         let surplus = self.geometry.surplus();
         let device = (0..self.free.len()).find(|at| self.unused[*at].len() < surplus && !self.free[*at].is_empty())?;
-        let slot = self.free[device].pop()?;
+        let slot = self.free[device].pop()? * self.geometry.devices_count + device as u32;
         self.unused[device].push(slot);
         if self.headers[device].held[self.geometry.header_sector_of(slot) as usize] {
             self.clear_header(slot);
@@ -237,6 +241,8 @@ impl DiskSlots {
     /// header written.
     pub fn begin_recovery(&mut self) {
         self.recovering = true;
+        self.swept = 0;
+        self.free.iter_mut().for_each(Free::clear);
     }
     /// Whether what the disk holds is still being looked through.
     pub fn is_recovering(&self) -> bool {
@@ -252,17 +258,27 @@ impl DiskSlots {
         let Header { generation, data_crc, .. } = *header;
         self.slots[header.slot as usize] = Slot { generation, block: block.map_or(0, |id| id.0 + 1), data_crc };
     }
-    /// What the disk holds is known: its free slots may be used.
+    /// The slot that is looked at as the n-th.
+    fn swept_as(&self, n: u32) -> u32 {
+        // The last one looked at is the first to be used, or to be given up: where there are too many, the last of all.
+        if self.geometry.surplus() > 0 { n } else { self.geometry.slots_count() - 1 - n }
+    }
+    /// What the disk holds is known: looks for up to `budget` more slots which of them are free. False: all were.
+    pub fn sweep(&mut self, budget: u32) -> bool {
+        let end = self.geometry.slots_count().min(self.swept.saturating_add(budget));
+        while self.swept < end {
+            let slot = self.swept_as(self.swept);
+            self.swept += 1;
+            if self.slots[slot as usize].block().is_none() {
+                self.free[self.geometry.device_of(slot)].push(self.geometry.local_of(slot));
+            }
+        }
+        end < self.geometry.slots_count()
+    }
+    /// All were looked at: free slots may be used.
     pub fn end_recovery(&mut self) {
         if !std::mem::take(&mut self.recovering) {
             return;
-        }
-        for free in &mut self.free {
-            free.retain(|slot| self.slots[*slot as usize].block().is_none());
-            if self.geometry.surplus() > 0 {
-                // The last of them are the first to be given up.
-                free.reverse();
-            }
         }
         if std::mem::take(&mut self.clear_when_read) {
             self.clear_headers();
@@ -279,7 +295,7 @@ impl DiskSlots {
     }
     /// Slots that are free.
     pub fn free_count(&self) -> usize {
-        self.free.iter().map(Vec::len).sum()
+        self.free.iter().map(Free::len).sum()
     }
 
     /// How long a new block would wait for a device, and how much longer the one after it.
@@ -300,7 +316,7 @@ impl DiskSlots {
         self.next_device = device;
         let (wait_ns, block_ns) = &mut self.loads[device];
         *wait_ns = wait_ns.saturating_add(*block_ns);
-        let slot = self.free[device].pop()?;
+        let slot = self.free[device].pop()? * self.geometry.devices_count + device as u32;
         let generation = &mut self.slots[slot as usize].generation;
         *generation = generation.checked_add(1).unwrap_or(1);
         Some(slot)
@@ -319,9 +335,10 @@ impl DiskSlots {
     /// bytes are the block's, or fail their checksum.
     pub fn release(&mut self, slot: u32) {
         self.slots[slot as usize].block = 0;
-        // At the end of the recovery it is free.
-        if !self.recovering {
-            self.free[self.geometry.device_of(slot)].push(slot);
+        // During a recovery it is found to be free when it is looked at, unless it was looked at before.
+        let looked_at = (0..self.swept).contains(&self.swept_as(slot));
+        if !self.recovering || looked_at {
+            self.free[self.geometry.device_of(slot)].push(self.geometry.local_of(slot));
         }
     }
 
@@ -650,6 +667,7 @@ mod test {
         world.slots.clear_header(bad);
         world.slots.release(bad);
         assert!(world.begin().is_none() && !world.slots.has_header_to_write(0));
+        while world.slots.sweep(7) {}
         world.slots.end_recovery();
         assert_eq!((world.slots.free_count(), world.slots.data_crc(before[0].slot)), (21, 70));
         world.write_all();

@@ -1,11 +1,16 @@
 //! Slots of the pool: who fills each, and when it may be used again. Knows no I/O. What the next engine
 //! process has to know of it is written through to a [`SlotTable`].
 
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
 use kvring_ipc::key::BlockKey;
+use kvring_ipc::mapping::Mapping;
 use kvring_ipc::wire::Grant;
 
 use super::header::{CRC_UNKNOWN, Header};
 use super::table::SlotTable;
+use crate::dma;
 use crate::index::BlockId;
 use crate::limits::SESSIONS_MAX;
 use crate::planted::{self, Bug};
@@ -25,10 +30,11 @@ pub struct Writer {
     pub rank: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Zeroable)]
+#[repr(u8)]
 enum State {
     /// Not registered with the devices yet.
-    Unborn,
+    Unborn = 0,
     Free,
     /// Ranks of one instance are writing into it.
     Filling,
@@ -38,12 +44,14 @@ enum State {
     Quarantined,
 }
 
-/// One cache line.
-#[derive(Debug, Clone, Copy)]
+/// One cache line. All zeros is one that nobody has used: memory that was not touched yet.
+#[derive(Debug, Clone, Copy, Zeroable)]
 #[repr(align(64))]
 struct Slot {
     state: State,
+    /// 0 before its first use.
     generation: u32,
+    /// The block that it is filled with, or was found to hold by a recovery, plus one; 0 for none.
     block: u32,
     instance: u32,
     /// Ranks that have reserved it, and of those, the ranks that are done.
@@ -64,8 +72,6 @@ struct Slot {
     doubted: bool,
 }
 
-const NOBODY: u32 = u32::MAX;
-
 /// What became of a slot when a rank was done with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RankDone {
@@ -77,12 +83,29 @@ pub enum RankDone {
     Lost(BlockId),
 }
 
+/// What a recovery finds changed.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Slots that do not hold any more what was taken from them.
+    pub gone: Vec<(u32, BlockId)>,
+    /// What slots hold that was not taken yet.
+    pub found: Vec<Header>,
+}
+
+/// No header has this checksum, but for one of 2^64: then it is looked at once more for nothing.
+const UNSURE: u64 = u64::MAX;
+
 /// All slots of the pool.
 #[derive(Debug)]
 pub struct HostSlots {
-    slots: Box<[Slot]>,
-    /// `writers[slot * tp_size + rank]`: the session that fills that rank's part.
-    writers: Box<[u32]>,
+    slots: dma::Table<Slot>,
+    /// `writers[slot * tp_size + rank]`: the session that fills that rank's part, plus one; 0 for none.
+    writers: dma::Table<u32>,
+    /// What a slot's generations begin at.
+    first_generation: u32,
+    /// The checksum of each header that a recovery has found and its block was taken from; [`UNSURE`] for one to look
+    /// at again.
+    taken: Vec<u64>,
     tp_size: u32,
     free: Vec<u32>,
     born_count: u32,
@@ -105,26 +128,11 @@ pub struct HostSlots {
 impl HostSlots {
     /// `count` slots, none of them usable before [`HostSlots::bear`].
     pub fn new(count: u32, tp_size: u32) -> Self {
-        let slot = Slot {
-            state: State::Unborn,
-            generation: 0,
-            block: NOBODY,
-            instance: 0,
-            joined: 0,
-            done: 0,
-            aborted: false,
-            stalled: false,
-            suspects: 0,
-            free_at_ns: 0,
-            data_crc: 0,
-            crc_known: false,
-            doubted: false,
-        };
-        let slots = crate::dma::table(slot, count as usize);
-        let writers = crate::dma::table(NOBODY, count as usize * tp_size as usize);
         Self {
-            slots,
-            writers,
+            slots: dma::Table::new(count as usize),
+            writers: dma::Table::new(count as usize * tp_size as usize),
+            first_generation: 0,
+            taken: Vec::new(),
             tp_size,
             free: Vec::with_capacity(count as usize),
             born_count: 0,
@@ -137,6 +145,11 @@ impl HostSlots {
             table: None,
             filling: vec![0; SESSIONS_MAX].into_boxed_slice(),
         }
+    }
+
+    /// Where its tables lie.
+    pub fn tables(&self) -> [Arc<Mapping>; 2] {
+        [self.slots.memory(), self.writers.memory()]
     }
 
     /// Only the first so many slots are given out from now on.
@@ -190,37 +203,84 @@ impl HostSlots {
         self.table = Some(table);
     }
 
-    /// What the table says of an engine process that is gone: a slot that somebody may be writing into is
+    /// What the table says of another engine process: a slot that somebody may be writing into is
     /// quarantined; the sound headers of the others are given back, for whoever rebuilds the index: each
     /// slot counts as held until it is released. The rest of what was in use is free at once: else the first
     /// store would evict what was just recovered.
-    pub fn recover(&mut self) -> Vec<Header> {
-        let Some(table) = &self.table else { return Vec::new() };
-        let mut found = Vec::new();
-        for slot in 0..self.slots.len() as u32 {
+    ///
+    /// May be asked while that process still serves, and then again when it is gone: it says what has changed since, and
+    /// to see that nothing has takes a slot some nanoseconds. Not once a slot was given out.
+    pub fn recover(&mut self) -> Changes {
+        let mut changes = Changes::default();
+        let Some(table) = &self.table else { return changes };
+        self.taken.resize(self.slots.len(), 0);
+        self.quarantined.clear();
+        let mut left_free = false;
+        for (slot, taken) in (0..).zip(&mut self.taken) {
             let mut suspects = 0;
             for rank in 0..self.tp_size {
                 if let Some(session) = table.writer(slot, rank) {
                     suspects |= 1 << rank;
-                    self.writers[(slot * self.tp_size + rank) as usize] = session.0;
+                    self.writers[(slot * self.tp_size + rank) as usize] = session.0.wrapping_add(1);
                 }
             }
+            let same = table.seal(slot) == *taken || planted::has(Bug::ChangesMissed) && *taken != 0;
+            if suspects == 0 && same {
+                continue;
+            }
+            let s = &mut self.slots[slot as usize];
+            let was_free = s.state == State::Free;
+            if let (State::Held, Some(block)) = (s.state, s.block.checked_sub(1)) {
+                changes.gone.push((slot, BlockId(block)));
+            }
+            *s = Slot::zeroed();
+            *taken = UNSURE;
             if suspects != 0 {
-                let s = &mut self.slots[slot as usize];
                 (s.state, s.joined, s.done, s.suspects, s.aborted) =
                     (State::Quarantined, suspects, suspects, suspects, true);
                 self.quarantined.push(slot);
             } else if let Some(header) = table.header(slot) {
                 let crc_known = header.flags & CRC_UNKNOWN == 0;
-                let s = &mut self.slots[slot as usize];
                 (s.state, s.generation) = (State::Held, header.generation);
                 (s.data_crc, s.crc_known, s.doubted) = (header.data_crc, crc_known, crc_known);
-                found.push(header);
+                changes.found.push(header);
+            } else if slot < self.born_before {
+                s.state = State::Free;
+                if !was_free {
+                    self.free.push(slot);
+                }
             }
+            left_free |= was_free && s.state != State::Free;
+        }
+        if left_free {
+            self.free.retain(|slot| self.slots[*slot as usize].state == State::Free);
         }
         let born = if planted::has(Bug::BirthForgotten) { 0 } else { table.born_count() };
-        self.bear(0..born);
-        found
+        // The pool of the one that still serves may be larger; and the table is its own to write.
+        self.are_born(0..born.min(self.count()));
+        changes
+    }
+
+    /// The block of a header that was found is in the index: should the table be asked again, nothing is new there.
+    pub fn took(&mut self, header: &Header, block: BlockId) {
+        self.slots[header.slot as usize].block = block.0 + 1;
+        self.taken[header.slot as usize] = header.crc;
+    }
+    /// The block that lay in a slot has been let go with one that is gone, though its own header has not changed: the
+    /// header, to be taken anew. None if it has.
+    pub fn untake(&mut self, slot: u32) -> Option<Header> {
+        let s = &mut self.slots[slot as usize];
+        let unchanged = s.state == State::Held && std::mem::take(&mut s.block) != 0;
+        self.taken[slot as usize] = UNSURE;
+        let header = self.table.as_ref().filter(|_| unchanged)?.header(slot);
+        if unchanged && header.is_none() {
+            self.release(slot);
+        }
+        header
+    }
+    /// No other process writes the table any more, and what it said is known.
+    pub fn end_recovery(&mut self) {
+        self.taken = Vec::new();
     }
 
     /// Sessions that may be writing into quarantined slots, each once.
@@ -232,7 +292,7 @@ impl HostSlots {
             sessions.extend(
                 (0..self.tp_size)
                     .filter(of_rank)
-                    .map(|rank| SessionId(self.writers[(slot * self.tp_size + rank) as usize])),
+                    .map(|rank| SessionId(self.writers[(slot * self.tp_size + rank) as usize].wrapping_sub(1))),
             );
         }
         sessions.sort_unstable();
@@ -297,11 +357,18 @@ impl HostSlots {
 
     /// Generations begin at this number: grants of another server's life are worthless here.
     pub fn begin_generations_at(&mut self, generation: u32) {
-        self.slots.iter_mut().for_each(|slot| slot.generation = generation);
+        self.first_generation = generation;
     }
 
     /// These slots have pages: they may be used.
     pub fn bear(&mut self, slots: std::ops::Range<u32>) {
+        self.are_born(slots);
+        if let Some(table) = &self.table {
+            table.set_born(self.born_before);
+        }
+    }
+
+    fn are_born(&mut self, slots: std::ops::Range<u32>) {
         // Not twice: those before may be born since the recovery.
         let slots = slots.start.max(self.born_before)..slots.end;
         if slots.is_empty() {
@@ -323,9 +390,6 @@ impl HostSlots {
         self.born_ahead.push(slots);
         while let Some(at) = self.born_ahead.iter().position(|ahead| ahead.start == self.born_before) {
             self.born_before = self.born_ahead.swap_remove(at).end;
-        }
-        if let Some(table) = &self.table {
-            table.set_born(self.born_before);
         }
     }
 
@@ -353,8 +417,8 @@ impl HostSlots {
     /// Brings what is known of a slot closer.
     pub fn prefetch(&self, slot: u32) {
         if let Some(s) = self.slots.get(slot as usize) {
-            crate::dma::prefetch(s);
-            crate::dma::prefetch(&self.writers[(slot * self.tp_size) as usize]);
+            dma::prefetch(s);
+            dma::prefetch(&self.writers[(slot * self.tp_size) as usize]);
             if let Some(table) = &self.table {
                 table.prefetch(slot);
             }
@@ -367,7 +431,8 @@ impl HostSlots {
         let s = &mut self.slots[slot as usize];
         s.state = State::Held;
         // Never 0: a word of zeros is no grant.
-        s.generation = s.generation.checked_add(1).unwrap_or(1);
+        let before = if s.generation == 0 { self.first_generation } else { s.generation };
+        s.generation = before.checked_add(1).unwrap_or(1);
         (s.crc_known, s.doubted) = (false, false);
         // Before anything writes into it.
         if !planted::has(Bug::TableKeepsHeader) {
@@ -387,7 +452,7 @@ impl HostSlots {
         assert!(s.state == State::Held);
         s.state = State::Filling;
         self.filling[writer.instance as usize % SESSIONS_MAX] += 1;
-        (s.block, s.instance, s.joined, s.done, s.aborted) = (block.0, writer.instance, 1 << writer.rank, 0, false);
+        (s.block, s.instance, s.joined, s.done, s.aborted) = (block.0 + 1, writer.instance, 1 << writer.rank, 0, false);
         (s.stalled, s.suspects, s.free_at_ns) = (false, 0, 0);
         self.set_writer(slot, writer.rank, Some(writer.session));
         self.grant(slot)
@@ -396,7 +461,7 @@ impl HostSlots {
     /// The array keeps the last writer's name; the table only who may still be writing.
     fn set_writer(&mut self, slot: u32, rank: u32, session: Option<SessionId>) {
         if let Some(session) = session {
-            self.writers[(slot * self.tp_size + rank) as usize] = session.0;
+            self.writers[(slot * self.tp_size + rank) as usize] = session.0.wrapping_add(1);
         }
         let silent = if session.is_some() { Bug::WriterNotTabled } else { Bug::WriterNotCleared };
         if let Some(table) = self.table.as_ref().filter(|_| !planted::has(silent)) {
@@ -421,14 +486,15 @@ impl HostSlots {
     pub fn rank_done(&mut self, grant: Grant, writer: Writer, commit: bool) -> Option<RankDone> {
         let s = self.slots.get_mut(grant.slot as usize)?;
         let bit = 1 << writer.rank;
-        let theirs = self.writers.get((grant.slot * self.tp_size + writer.rank) as usize) == Some(&writer.session.0);
+        let theirs = self.writers.get((grant.slot * self.tp_size + writer.rank) as usize)
+            == Some(&writer.session.0.wrapping_add(1));
         let current = s.generation == grant.generation || planted::has(Bug::GenerationIgnored);
         if s.state != State::Filling || !current || !theirs || s.joined & !s.done & bit == 0 {
             return None;
         }
         s.done |= bit;
         s.aborted |= !commit;
-        let (block, aborted, done) = (BlockId(s.block), s.aborted, s.done);
+        let (block, aborted, done) = (BlockId(s.block - 1), s.aborted, s.done);
         self.set_writer(grant.slot, writer.rank, None);
         if aborted {
             return Some(RankDone::Lost(block));
@@ -461,14 +527,14 @@ impl HostSlots {
             let first = slot * self.tp_size;
             for rank in 0..self.tp_size {
                 let bit = 1 << rank;
-                let theirs = s.joined & bit != 0 && self.writers[(first + rank) as usize] == session.0;
+                let theirs = s.joined & bit != 0 && self.writers[(first + rank) as usize] == session.0.wrapping_add(1);
                 // A part that was committed is written no more; but its block may lack the others' for
                 // ever, if they never come.
                 if theirs && (s.done & bit == 0 || !s.aborted) {
                     s.suspects |= bit & !s.done;
                     s.done |= bit;
                     s.aborted = true;
-                    return Some((slot, BlockId(s.block)));
+                    return Some((slot, BlockId(s.block - 1)));
                 }
             }
         }
@@ -485,7 +551,7 @@ impl HostSlots {
             }
             if std::mem::replace(&mut s.stalled, true) {
                 s.aborted = true;
-                return Some((slot, BlockId(s.block)));
+                return Some((slot, BlockId(s.block - 1)));
             }
         }
         None
@@ -514,7 +580,8 @@ impl HostSlots {
             }
             for rank in 0..self.tp_size {
                 let bit = 1 << rank;
-                if s.suspects & bit != 0 && self.writers[(slot * self.tp_size + rank) as usize] == session.0 {
+                let theirs = self.writers[(slot * self.tp_size + rank) as usize] == session.0.wrapping_add(1);
+                if s.suspects & bit != 0 && theirs {
                     s.suspects &= !bit;
                     s.free_at_ns = s.free_at_ns.max(free_at_ns);
                 }
@@ -534,7 +601,7 @@ impl HostSlots {
     /// The writer has promised that nothing of its own writes into this slot any more.
     pub fn end_quarantine_of_slot(&mut self, session: SessionId, slot: u32) {
         for rank in 0..self.tp_size {
-            if self.writers[(slot * self.tp_size + rank) as usize] == session.0 {
+            if self.writers[(slot * self.tp_size + rank) as usize] == session.0.wrapping_add(1) {
                 self.slots[slot as usize].suspects &= !(1 << rank);
                 self.set_writer(slot, rank, None);
             }
@@ -571,7 +638,7 @@ impl HostSlots {
         }
         let was_busy = s.state != State::Quarantined;
         s.state = State::Free;
-        s.block = NOBODY;
+        s.block = 0;
         (s.suspects, s.free_at_ns) = (0, 0);
         for rank in (0..self.tp_size).filter(|rank| written & 1 << rank != 0) {
             self.set_writer(slot, rank, None);

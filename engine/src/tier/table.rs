@@ -184,6 +184,11 @@ impl SlotTable {
         header.is_sound(slot, self.shape.layout).then_some(header)
     }
 
+    /// The checksum that a slot's header has, sound or not; 0 where there is none. Another header has another one.
+    pub fn seal(&self, slot: u32) -> u64 {
+        self.header_words(slot)[7].load(Ordering::Acquire)
+    }
+
     /// No slot holds anything that may be believed.
     pub fn clear_all(&self) {
         (0..self.slots_count()).for_each(|slot| self.clear(slot));
