@@ -4,7 +4,8 @@
 
 Both reports are read by the same code: kvring's JSON has fio's schema. kvring's buffers are on hugepages (transparent
 ones); fio's are with --iomem=mmaphuge and enough of them reserved. Without that fio is at a disadvantage where blocks
-are big: on 4 KiB pages a transfer of 1 MiB has 256 pieces.
+are big: on 4 KiB pages a transfer of 1 MiB has 256 pieces. Ends with status 1 if a promise does not hold: within 3 % of
+fio's bandwidth and IOPS or better, at equal or lower CPU time an I/O. Few rounds on a busy machine say little.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+
+# What is promised: bandwidth and IOPS within 3 % of fio's or better, at equal or lower CPU time an I/O.
+HOLDS = {
+    "GB/s": lambda ratio: ratio >= 0.97,
+    "kIOPS": lambda ratio: ratio >= 0.97,
+    "CPU us/IO": lambda ratio: ratio <= 1.0,
+}
 
 
 def run(command: list[str], directory: Path) -> list[dict]:
@@ -62,14 +71,19 @@ def main() -> None:
             for job in run(command, said.dir):
                 seen.setdefault(job["jobname"], {}).setdefault(name, []).append(figures(job))
             print(f"round {number + 1} of {said.rounds}: {name} done", file=sys.stderr)
-    header = f"{'job':<16} {'':<10} {'kvring':>10} {'fio':>10} {'ratio':>7}"
+    missed = 0
+    header = f"{'job':<16} {'':<10} {'kvring':>10} {'fio':>10} {'ratio':>7}  {'':<12}"
     print(f"{header}   (medians of {said.rounds} rounds; ratio by round)")
     for job, both in seen.items():
         for what in both["fio"][0]:
             ours, theirs = ([row[what] for row in both[name]] for name in ("kvring", "fio"))
             ratio = statistics.median(a / b if b else float("nan") for a, b in zip(ours, theirs))
             middle = f"{statistics.median(ours):>10.3f} {statistics.median(theirs):>10.3f}"
-            print(f"{job:<16} {what:<10} {middle} {ratio:>7.3f}")
+            holds = HOLDS.get(what, lambda ratio: None)(ratio)
+            verdict = {True: "holds", False: "does not hold", None: ""}[holds]
+            missed += holds is False
+            print(f"{job:<16} {what:<10} {middle} {ratio:>7.3f}  {verdict}")
+    sys.exit(1 if missed else 0)
 
 
 if __name__ == "__main__":

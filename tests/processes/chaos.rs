@@ -228,6 +228,7 @@ fn the_killing() {
     eventually("no lease and no session is left", || {
         stage.place.metric("sessions_count") == 0 && stage.place.metric("leases_count") == 0
     });
+    println!("the pool was on pages of {} bytes", stage.place.stats().unwrap()["page_bytes"]);
     let metric = |name: &str| stage.place.metric(name);
     assert!(metric("host_slots_free_count") + metric("blocks_count") >= metric("host_slots_count"), "a slot leaked");
     assert_eq!(metric("ssd_read_errors_count") + metric("ssd_write_errors_count"), 0);
