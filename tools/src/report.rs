@@ -448,6 +448,7 @@ fn compared(out: &mut String, a: &Run, b: &Run) {
         let unit = escaped(unit);
         let change = if ours == theirs { 0.0 } else { 100.0 * (theirs / ours - 1.0) };
         let sure = match p_value(samples[0], samples[1]) {
+            Some(p) if p < 0.0001 => "yes (p < 0.0001)".to_owned(),
             Some(p) if p < 0.01 => format!("yes (p = {p:.4})"),
             Some(p) if p < 0.05 => format!("probably (p = {p:.3})"),
             Some(p) => format!("no: noise does that (p = {p:.2})"),
@@ -479,25 +480,27 @@ fn compared(out: &mut String, a: &Run, b: &Run) {
             row(name, "GB/s", median(&x), median(&y), [&x, &y]);
         }
     }
+    let spans = |value: &Value| value.as_array().into_iter().flatten().filter_map(Value::as_f64).collect::<Vec<_>>();
     for (name, field, unit) in [
         ("hit ratio", "hit_ratio", ""),
         ("requests", "requests_per_s", "/s"),
         ("server's CPU time", "server_cpu_s", "s"),
     ] {
         if let (Some(x), Some(y)) = (ra[field].as_f64(), rb[field].as_f64()) {
-            row(name, unit, x, y, [&[], &[]]);
+            row(name, unit, x, y, [&spans(&ra["windows"][field]), &spans(&rb["windows"][field])]);
         }
     }
     for (name, field) in [("request", "request_us"), ("load", "load_us"), ("match", "match_us")] {
         for quantile in ["p50", "p99"] {
             if let (Some(x), Some(y)) = (ra[field][quantile].as_f64(), rb[field][quantile].as_f64()) {
-                row(&format!("{name}, {quantile}"), "µs", x, y, [&[], &[]]);
+                let spans = [ra, rb].map(|report| spans(&report["windows"][field][quantile]));
+                row(&format!("{name}, {quantile}"), "µs", x, y, [&spans[0], &spans[1]]);
             }
         }
     }
     let _ = write!(
         out,
-        "<h2>Compared</h2><table><tr><th></th><th style=\"color:{}\">{}</th><th style=\"color:{}\">{}</th><th>change</th><th>a difference?</th></tr>{rows}</table><p>Mann and Whitney's test over rounds, or over every fourth quarter of a second; the numbers are medians.</p>",
+        "<h2>Compared</h2><table><tr><th></th><th style=\"color:{}\">{}</th><th style=\"color:{}\">{}</th><th>change</th><th>a difference?</th></tr>{rows}</table><p>Mann and Whitney's test: over rounds, every fourth quarter of a second, or, for what requests saw, up to 32 spans of the run; the numbers are those of the whole run, or medians. Spans of one run are alike or not by what was asked in them: where a cache warms up, small differences drown.</p>",
         css(COLOURS[0]),
         escaped(&a.name),
         css(COLOURS[1]),
@@ -527,6 +530,8 @@ mod test {
         let report = json!({
             "doubts": ["a <doubt>"], "hit_ratio": 0.5, "hit_ratio_belady": 0.6, "hit_ratio_infinite": 0.9, "block_bytes": 1_000_000_000u64,
             "series": (0..40).map(|i| json!([f64::from(i) * 0.25, i * 2, i])).collect::<Vec<_>>(),
+            "request_us": {"p50": 12.0, "p99": 90.0},
+            "windows": {"hit_ratio": [0.5, 0.5, 0.4, 0.6, 0.5], "request_us": {"p50": [11.0, 12.0, 13.0, 12.0], "p99": [88.0]}},
             "cdf_us": {"request": [[10.0, 0.5], [100.0, 0.9], [1000.0, 0.999]]},
             "ceilings": [{"name": "x", "value": 8.0, "limit": 10.0, "unit": "GB/s", "limit_is": "memcpy", "share": 0.8, "samples": [8.0, 8.1, 7.9, 8.0]}],
         });
@@ -543,6 +548,9 @@ mod test {
                 && !page.contains("http://") | page.contains("http://www.w3.org/2000/svg")
                 && !page.contains("https://")
         );
+        let of = |name: &str| page.split(&format!("<td>{name}</td>")).nth(1).unwrap().split("</tr>").next().unwrap();
+        assert!(of("hit ratio").contains("noise does that") && of("request, p50").contains("noise does that"));
+        assert!(of("request, p99").contains("too few rounds"), "one span is none");
         assert_eq!(rates(&report)[0], [0.25, 8.0, 4.0]);
         assert_eq!([0.0, 1.0, 2.0, 3.0, 4.0].map(nines), ["0 %", "90 %", "99 %", "99.9 %", "99.99 %"]);
         assert_eq!([1234.5678, 0.25, 8.0, 100_000.0].map(plain), ["1235", "0.25", "8", "100000"]);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
-use super::worker::{Counts, Said, from_hex, new_histogram};
+use super::worker::{Counts, Said, Window, Windows, from_hex, new_histogram};
 
 /// Counts over all instances, and what the server says.
 pub struct Report {
@@ -20,6 +20,7 @@ pub struct Report {
     offered: Option<f64>,
     /// Seconds, and blocks loaded and stored until then.
     pub series: Vec<[f64; 3]>,
+    windows: Option<Windows>,
     elapsed: Duration,
     server_cpu_s: f64,
     block_bytes: u64,
@@ -42,10 +43,15 @@ impl Report {
         before: &Value,
         after: Option<&Value>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
-        let mut total = Counts::default();
+        let (mut total, mut windows) = (Counts::default(), None);
         let (mut match_all, mut load_all, mut request_all) = (new_histogram(), new_histogram(), new_histogram());
         for said in results {
-            let Said::Result { counts, match_ns, load_ns, request_ns } = said else { continue };
+            let Said::Result { counts, match_ns, load_ns, request_ns, windows: told } = said else { continue };
+            let told = Windows::from_told(told)?;
+            match &mut windows {
+                None => windows = Some(told),
+                Some(windows) => windows.add(told),
+            }
             total.requests += counts.requests;
             total.blocks_requested += counts.blocks_requested;
             total.blocks_hit_dram += counts.blocks_hit_dram;
@@ -81,6 +87,7 @@ impl Report {
             bounds: None,
             offered: None,
             series: Vec::new(),
+            windows,
             elapsed,
             server_cpu_s,
             block_bytes,
@@ -166,6 +173,33 @@ impl Report {
         all.into_iter().filter(|(is, _)| *is).map(|(_, doubt)| doubt).collect()
     }
 
+    /// Span by span, the last of which may be a short one and is left out: what a comparison takes for rounds.
+    fn windows(&self) -> Value {
+        let Some(Windows { each_ms, all }) = &self.windows else { return Value::Null };
+        let whole = &all[..all.len().saturating_sub(1)];
+        let seconds = *each_ms as f64 / 1000.0;
+        let of = |value: &dyn Fn(&Window) -> Option<f64>| whole.iter().filter_map(value).collect::<Vec<_>>();
+        let asked = |window: &Window| (window.blocks_requested > 0).then_some(window.blocks_requested as f64);
+        let hit = |window: &Window| Some(1.0 - window.blocks_missed as f64 / asked(window)?);
+        let us = |histogram: fn(&Window) -> &Histogram<u64>| {
+            let at = |q: f64| {
+                of(&|window| {
+                    let histogram = histogram(window);
+                    (!histogram.is_empty()).then(|| histogram.value_at_quantile(q) as f64 / 1000.0)
+                })
+            };
+            json!({"p50": at(0.5), "p99": at(0.99)})
+        };
+        json!({
+            "seconds": seconds,
+            "requests_per_s": of(&|window| Some(window.requests as f64 / seconds)),
+            "hit_ratio": of(&hit),
+            "request_us": us(|window| &window.request_ns),
+            "load_us": us(|window| &window.load_ns),
+            "match_us": us(|window| &window.match_ns),
+        })
+    }
+
     /// The interface.
     pub fn json(&self) -> Value {
         let percentiles = |histogram: &Histogram<u64>| {
@@ -191,6 +225,7 @@ impl Report {
             "block_bytes": self.block_bytes,
             "cdf_us": {"match": cdf(&self.match_ns), "load": cdf(&self.load_ns), "request": cdf(&self.request_ns)},
             "series": self.series,
+            "windows": self.windows(),
             "requests": self.counts.requests,
             "blocks_requested": self.counts.blocks_requested,
             "blocks_hit_dram": self.counts.blocks_hit_dram,

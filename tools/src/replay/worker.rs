@@ -84,6 +84,122 @@ pub struct Counts {
     pub beside_us: u64,
 }
 
+/// What was done in a span of a replay. For two runs to be compared: a percentile of the whole says nothing of its own
+/// spread.
+#[derive(Debug, Clone)]
+pub struct Window {
+    pub requests: u64,
+    pub blocks_requested: u64,
+    pub blocks_missed: u64,
+    pub match_ns: Histogram<u64>,
+    pub load_ns: Histogram<u64>,
+    pub request_ns: Histogram<u64>,
+}
+
+impl Window {
+    fn empty() -> Self {
+        // Two digits: there are many.
+        let new = || {
+            Histogram::new_with_bounds(1, 60_000_000_000, 2)
+                .unwrap_or_else(|_| unreachable!("the bounds are constant and right"))
+        };
+        let [match_ns, load_ns, request_ns] = std::array::from_fn(|_| new());
+        Self { requests: 0, blocks_requested: 0, blocks_missed: 0, match_ns, load_ns, request_ns }
+    }
+    fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.blocks_requested += other.blocks_requested;
+        self.blocks_missed += other.blocks_missed;
+        for (ours, theirs) in [
+            (&mut self.match_ns, &other.match_ns),
+            (&mut self.load_ns, &other.load_ns),
+            (&mut self.request_ns, &other.request_ns),
+        ] {
+            // Of the same bounds: what one holds the other can.
+            let _ = ours.add(theirs);
+        }
+    }
+}
+
+/// Windows of a run, from its start on, all as long. There are never more than [`Windows::MAX`]: a run that lasts longer
+/// has longer ones.
+#[derive(Debug, Clone)]
+pub struct Windows {
+    /// Milliseconds of each.
+    pub each_ms: u64,
+    pub all: Vec<Window>,
+}
+
+impl Windows {
+    /// Enough to tell a difference, and few enough to hold many requests each.
+    const MAX: usize = 32;
+
+    fn new() -> Self {
+        Self { each_ms: 125, all: Vec::new() }
+    }
+    /// Which one is this moment's.
+    fn at(&mut self, since_start: Duration) -> usize {
+        loop {
+            let at = (since_start.as_millis() as u64 / self.each_ms) as usize;
+            if at < Self::MAX {
+                while self.all.len() <= at {
+                    self.all.push(Window::empty());
+                }
+                return at;
+            }
+            self.widen();
+        }
+    }
+    fn widen(&mut self) {
+        self.each_ms *= 2;
+        let pairs = self.all.chunks(2).map(|two| {
+            let mut one = two[0].clone();
+            two[1..].iter().for_each(|other| one.add(other));
+            one
+        });
+        self.all = pairs.collect();
+    }
+    /// What another instance has done in the same spans.
+    pub fn add(&mut self, mut other: Self) {
+        while self.each_ms != other.each_ms {
+            if self.each_ms < other.each_ms { self.widen() } else { other.widen() }
+        }
+        for (at, window) in other.all.iter().enumerate() {
+            if at == self.all.len() {
+                self.all.push(Window::empty());
+            }
+            self.all[at].add(window);
+        }
+    }
+
+    fn told(&self) -> Result<ToldWindows, Box<dyn std::error::Error>> {
+        let of = |window: &Window| -> Result<ToldWindow, Box<dyn std::error::Error>> {
+            let counts = [window.requests, window.blocks_requested, window.blocks_missed];
+            Ok(ToldWindow(counts, [to_hex(&window.match_ns)?, to_hex(&window.load_ns)?, to_hex(&window.request_ns)?]))
+        };
+        Ok(ToldWindows { each_ms: self.each_ms, all: self.all.iter().map(of).collect::<Result<_, _>>()? })
+    }
+    /// What an instance has told.
+    pub fn from_told(told: &ToldWindows) -> Result<Self, Box<dyn std::error::Error>> {
+        let of = |ToldWindow(counts, hex): &ToldWindow| -> Result<Window, Box<dyn std::error::Error>> {
+            let [requests, blocks_requested, blocks_missed] = *counts;
+            let [match_ns, load_ns, request_ns] = [from_hex(&hex[0])?, from_hex(&hex[1])?, from_hex(&hex[2])?];
+            Ok(Window { requests, blocks_requested, blocks_missed, match_ns, load_ns, request_ns })
+        };
+        Ok(Self { each_ms: told.each_ms.max(1), all: told.all.iter().map(of).collect::<Result<_, _>>()? })
+    }
+}
+
+/// [`Windows`] on a line: each the counts of requests, blocks asked for and blocks missed, and three histograms.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ToldWindows {
+    each_ms: u64,
+    all: Vec<ToldWindow>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct ToldWindow([u64; 3], [String; 3]);
+
 /// One line of an instance.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -102,6 +218,8 @@ pub enum Said {
         load_ns: String,
         /// Of whole requests, from when each was due.
         request_ns: String,
+        /// The same, span by span.
+        windows: ToldWindows,
     },
 }
 
@@ -175,6 +293,8 @@ pub fn run(args: &WorkerArgs) -> Outcome {
         match_ns: new_histogram(),
         load_ns: new_histogram(),
         request_ns: new_histogram(),
+        windows: Windows::new(),
+        window: 0,
         load_wait,
         beside: Duration::ZERO,
     };
@@ -192,11 +312,13 @@ pub fn run(args: &WorkerArgs) -> Outcome {
             std::thread::sleep(due.saturating_sub(started.elapsed()));
         }
         replay.beside = Duration::ZERO;
+        replay.window = replay.windows.at(started.elapsed());
         replay.request(&trace::keys(request));
         // To make and to compare bytes is the measurement's work, not the cache's.
         let took = started.elapsed().saturating_sub(due + replay.beside);
         replay.counts.beside_us += replay.beside.as_micros() as u64;
         replay.request_ns.saturating_record(took.as_nanos() as u64);
+        replay.window().request_ns.saturating_record(took.as_nanos() as u64);
         if told.elapsed() > Duration::from_millis(100) {
             told = Instant::now();
             say(&Said::Progress(done))?;
@@ -208,6 +330,7 @@ pub fn run(args: &WorkerArgs) -> Outcome {
         match_ns: to_hex(&replay.match_ns)?,
         load_ns: to_hex(&replay.load_ns)?,
         request_ns: to_hex(&replay.request_ns)?,
+        windows: replay.windows.told()?,
     })
 }
 
@@ -217,19 +340,28 @@ struct Replay {
     match_ns: Histogram<u64>,
     load_ns: Histogram<u64>,
     request_ns: Histogram<u64>,
+    windows: Windows,
+    /// The one in which this request began.
+    window: usize,
     load_wait: Duration,
     /// What this request has spent on making and comparing bytes.
     beside: Duration,
 }
 
 impl Replay {
+    fn window(&mut self) -> &mut Window {
+        &mut self.windows.all[self.window]
+    }
+
     fn request(&mut self, keys: &[BlockKey]) {
         self.counts.requests += 1;
         self.counts.blocks_requested += keys.len() as u64;
         self.counts.requests_without_server += u64::from(!self.agent.instance().is_connected());
         let started = Instant::now();
         let matched = self.agent.match_prefix(keys);
-        self.match_ns.saturating_record(started.elapsed().as_nanos() as u64);
+        let took = started.elapsed().as_nanos() as u64;
+        self.match_ns.saturating_record(took);
+        self.window().match_ns.saturating_record(took);
         let mut hit = 0;
         if let Some(lease) = matched.lease {
             let total = matched.blocks as usize;
@@ -242,6 +374,10 @@ impl Replay {
             }
         }
         self.counts.blocks_missed += (keys.len() - hit) as u64;
+        let window = self.window();
+        window.requests += 1;
+        window.blocks_requested += keys.len() as u64;
+        window.blocks_missed += (keys.len() - hit) as u64;
         self.store(keys, hit);
         if let Some(lease) = matched.lease {
             self.agent.instance().release(lease);
@@ -255,7 +391,9 @@ impl Replay {
         let started = Instant::now();
         let loaded =
             self.agent.load(lease, first as u32, keys, &blocks, self.load_wait, |_, index| arrived[index] = true);
-        self.load_ns.saturating_record(started.elapsed().as_nanos() as u64);
+        let took = started.elapsed().as_nanos() as u64;
+        self.load_ns.saturating_record(took);
+        self.window().load_ns.saturating_record(took);
         self.counts.blocks_hit_dram += u64::from(loaded.blocks_dram);
         self.counts.blocks_hit_ssd += u64::from(loaded.blocks_ssd);
         self.counts.blocks_unloaded += u64::from(loaded.blocks_missed);
@@ -291,6 +429,35 @@ impl Replay {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn spans_grow_with_the_run_and_lose_nothing() {
+        let play = |requests: u64, each_ms: u64| {
+            let mut windows = Windows::new();
+            for n in 0..requests {
+                let at = windows.at(Duration::from_millis(n * each_ms));
+                let window = &mut windows.all[at];
+                (window.requests, window.blocks_requested) = (window.requests + 1, window.blocks_requested + 3);
+                window.match_ns.saturating_record(1000 * (n + 1));
+            }
+            windows
+        };
+        let (short, long) = (play(10, 100), play(1000, 90));
+        assert_eq!((short.each_ms, short.all.len()), (125, 8));
+        assert_eq!((long.each_ms, long.all.len()), (4000, 23));
+        let told = serde_json::to_string(&short.told().unwrap()).unwrap();
+        let short = Windows::from_told(&serde_json::from_str(&told).unwrap()).unwrap();
+        let sums = |windows: &Windows| {
+            windows.all.iter().fold((0, 0, 0), |(requests, blocks, times), window| {
+                (requests + window.requests, blocks + window.blocks_requested, times + window.match_ns.len())
+            })
+        };
+        for (mut one, other) in [(short.clone(), long.clone()), (long, short)] {
+            one.add(other);
+            assert_eq!((one.each_ms, sums(&one)), (4000, (1010, 3030, 1010)));
+            assert_eq!(one.all[0].requests, 10 + 45);
+        }
+    }
 
     #[test]
     fn a_block_of_another_key_or_with_a_flipped_bit_is_not_exact() {
