@@ -349,6 +349,34 @@ impl Cache {
         true
     }
 
+    /// The next of the blocks that cannot leave the pool before they are on the SSD, to be written there. `None` when
+    /// there are no more.
+    pub fn next_stranded(&mut self) -> Option<(Grant, BlockId)> {
+        while let Some(block) = self.index.stranded.pop() {
+            if let Some(slot) = self.index.stranded_in(block) {
+                return Some((self.host.grant(slot), block));
+            }
+        }
+        None
+    }
+
+    /// Nothing can be written: what continues stranded blocks is forgotten instead, from its end on, as far as `budget`
+    /// steps go. Else a pool full of them would take nothing any more. Says how many blocks went.
+    pub fn strip_stranded(&mut self, mut budget: u32) -> u32 {
+        let mut count = 0;
+        while let Some((_, block)) = self.next_stranded() {
+            while let Some(slot) = self.index.strip(block, &mut budget) {
+                count += 1;
+                self.evicted.disk += 1;
+                self.release_disk(slot);
+            }
+            // Its turn comes again.
+            self.index.unpark(block, true);
+        }
+        self.collect();
+        count
+    }
+
     /// Forgets a block and all that continues it, because somebody has asked for it. Says how many.
     pub fn forget(&mut self, key: BlockKey) -> u32 {
         let Some(id) = self.index.find(key) else { return 0 };

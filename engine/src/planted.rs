@@ -44,6 +44,7 @@ bugs! {
     MovedOnLoan: "a block that is on loan is moved to another slot",
     MovedUncopied: "a block is moved to another slot without its bytes",
     ChangesMissed: "what changes in the pool while the next engine process prepares is not looked at again",
+    StrandedStays: "a block that is in the pool alone, and what continues it on the SSD alone, never leaves",
     OrphanLeaks: "a recovered slot whose block has no parent is never free again",
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kvring_engine::cache::Cache;
 use kvring_engine::device::DeviceMemory;
 use kvring_engine::device::sim::{Chance, Faults, Platter, Sim};
-use kvring_engine::index::{Block, Index, IndexOptions, Tier};
+use kvring_engine::index::{Block, Index, IndexOptions, Place, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::metrics::Metrics;
 use kvring_engine::shard::session::Session as ServerSession;
@@ -1355,5 +1355,18 @@ impl World {
         let cache = self.shard().cache();
         cache.check();
         cache.check_at_rest();
+        // Nobody uses anything: then everything can go, or a pool full of what cannot takes nothing any more.
+        let slots = self.host_slots;
+        for _ in 0..1000 {
+            self.shard().evict(Tier::Host, slots);
+            self.now_ns += 10_000;
+            self.poll_once();
+        }
+        let stuck = |(_, block): &(_, &Block)| block.place(Tier::Host) != Place::Absent;
+        let stuck: Vec<Block> = self.shard().cache().index.blocks().filter(stuck).map(|(_, block)| *block).collect();
+        assert!(stuck.is_empty(), "nobody uses them, and they cannot leave the pool: {stuck:?}");
+        self.shard().evict(Tier::Disk, u32::MAX);
+        assert_eq!(self.shard().cache().index.count(), 0, "nobody uses them, and they cannot leave the SSD");
+        self.shard().cache().check();
     }
 }

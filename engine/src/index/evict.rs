@@ -156,7 +156,7 @@ impl Evict {
     pub fn victim(
         &mut self,
         mut budget: u32,
-        may_go: impl Fn(BlockId) -> bool,
+        mut may_go: impl FnMut(BlockId) -> bool,
         fingerprint: impl Fn(BlockId) -> u64,
         fetch: impl Fn(BlockId, Option<BlockId>),
     ) -> Option<BlockId> {

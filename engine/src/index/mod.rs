@@ -154,6 +154,9 @@ const VACANT: Block = Block {
 
 const _: () = assert!(size_of::<Block>() == 64);
 
+/// With more stranded blocks than this, no others are looked for.
+const STRANDED_MAX: usize = 32;
+
 /// The index.
 #[derive(Debug)]
 pub struct Index {
@@ -165,6 +168,8 @@ pub struct Index {
     pub next_slot: u32,
     /// Slots of blocks that were let go, for their owners to take back.
     pub dropped_slots: Vec<(Tier, u32)>,
+    /// Blocks of the pool whose turn came and that cannot go before they are on the SSD, where what continues them is.
+    pub stranded: Vec<BlockId>,
     /// Which blocks belong together.
     pub namespaces: Namespaces,
     /// Tells whoever listens what can be matched.
@@ -201,6 +206,7 @@ impl Index {
             evict: [evict(options.host_slots), evict(options.disk_slots)],
             next_slot: 0,
             dropped_slots: Vec::with_capacity(options.host_slots as usize + options.disk_slots as usize),
+            stranded: Vec::with_capacity(STRANDED_MAX + 1 + crate::limits::VICTIM_BUDGET as usize),
             namespaces: Namespaces::new(),
             log: None,
             recorder: Recorder::default(),
@@ -354,6 +360,12 @@ impl Index {
     pub fn is_at(&self, id: BlockId, tier: Tier, slot: u32) -> bool {
         let block = &self.blocks[id.0 as usize];
         block.in_use && block.place(tier) == Place::Ready(slot)
+    }
+
+    /// The slot of a block that is stranded, if it still is, and if there is such a block at all.
+    pub fn stranded_in(&self, id: BlockId) -> Option<u32> {
+        let block = &self.blocks[id.0 as usize];
+        (block.in_use && is_stranded(block)).then_some(block.slots[Tier::Host as usize])
     }
 
     /// Lets go of a detached block if nothing holds it any more.
@@ -574,19 +586,31 @@ impl Index {
     /// Puts a block back in line, in each tier where it waited outside and may go now.
     pub fn unpark(&mut self, id: BlockId, used: bool) {
         for tier in [Tier::Host, Tier::Disk] {
-            if self.evict[tier as usize].is_parked(id) && may_leave(self.block(id), tier) {
+            let block = self.block(id);
+            let may_go = may_leave(block, tier) || tier == Tier::Host && is_stranded(block);
+            if may_go && self.evict[tier as usize].is_parked(id) {
                 self.evict[tier as usize].unpark(id, used);
             }
         }
     }
 
     /// Makes room in a tier: the next block to go leaves it, and is gone if it was nowhere else. Its
-    /// slot is the caller's.
+    /// slot is the caller's. What is [`Index::stranded`] is put aside.
     pub fn evict(&mut self, tier: Tier) -> Option<u32> {
-        let (blocks, table) = (&self.blocks, &self.table);
+        if tier == Tier::Host && self.stranded.len() > STRANDED_MAX {
+            return None;
+        }
+        let (blocks, table, stranded) = (&self.blocks, &self.table, &mut self.stranded);
         let id = self.evict[tier as usize].victim(
             crate::limits::VICTIM_BUDGET,
-            |id| may_leave(&blocks[id.0 as usize], tier),
+            |id| {
+                let block = &blocks[id.0 as usize];
+                let may = may_leave(block, tier);
+                if !may && tier == Tier::Host && is_stranded(block) {
+                    stranded.push(id);
+                }
+                may
+            },
             |id| table.fingerprint(blocks[id.0 as usize].key),
             |first, second| {
                 // Fetched when it was second: what it leads to can be fetched now.
@@ -601,6 +625,11 @@ impl Index {
             },
         )?;
         self.fetch_after(tier, id);
+        Some(self.let_out(tier, id))
+    }
+
+    /// A block that may leave a tier does, and is gone if it was nowhere else. Its slot is the caller's.
+    fn let_out(&mut self, tier: Tier, id: BlockId) -> u32 {
         let slot = self.leave(tier, id);
         let block = self.block(id);
         let (key, is_gone) = (block.key, block.presence == [Presence::Absent; 2]);
@@ -618,7 +647,18 @@ impl Index {
             }
             self.free_block(id);
         }
-        Some(slot)
+        slot
+    }
+
+    /// A block that continues this one on the SSD, at the end of a chain, goes, and is gone. Its slot is the caller's.
+    /// None: there is none, or it may not go, or is not found in `budget` steps.
+    pub fn strip(&mut self, id: BlockId, budget: &mut u32) -> Option<u32> {
+        let mut at = id;
+        while self.block(at).has_children() {
+            *budget = budget.checked_sub(1)?;
+            at = BlockId(self.block(at).first_child);
+        }
+        (at != id && may_leave(self.block(at), Tier::Disk)).then(|| self.let_out(Tier::Disk, at))
     }
 
     /// Evictions come in rows, mostly up a chain: a parent is next in line once its last child is gone.
@@ -725,6 +765,13 @@ impl Index {
         let counted: Vec<u32> = self.namespaces.all().iter().map(|namespace| namespace.blocks).collect();
         assert_eq!(namespaces, counted, "blocks of each namespace");
     }
+}
+
+/// Whether a block is in the pool alone, and what continues it on the SSD alone: without its bytes there it cannot go.
+fn is_stranded(block: &Block) -> bool {
+    let [host, disk] = block.presence;
+    let is_here_alone = host == Presence::Ready && disk == Presence::Absent && block.children[0] == 0;
+    is_here_alone && block.children[1] > 0 && block.pins == 0 && !block.detached && !planted::has(Bug::StrandedStays)
 }
 
 /// Whether a block's bytes may leave a tier now.

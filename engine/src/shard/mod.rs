@@ -155,6 +155,8 @@ const PAUSED_NS: u64 = 3_000_000_000;
 const TURNS_MAX: usize = 64;
 /// Recovered headers taken in one round.
 const RECOVERY_BUDGET: u32 = 128;
+/// Blocks looked at in one poll, where what continues stranded blocks is forgotten.
+const STRIP_BUDGET: u32 = 256;
 /// verify = sampled: one block in this many, by its key.
 const SAMPLE: u64 = 16;
 
@@ -1615,7 +1617,15 @@ impl<D: Device> Shard<D> {
         // Without a device that takes it, what is dirty waits for one.
         let is_usable = self.cache.disk.as_ref().is_some_and(DiskSlots::is_usable);
         if !is_usable || !self.may_write_back() {
-            return count;
+            return count + self.cache.strip_stranded(STRIP_BUDGET);
+        }
+        // Before all others: somebody wants their slots.
+        while let Some((grant, block)) = self.cache.next_stranded() {
+            match self.dirty.len() < self.dirty.capacity() {
+                true => self.dirty.push_front(Dirty { grant, block }),
+                false => self.cache.index.unpark(block, true),
+            }
+            count += 1;
         }
         self.tell_the_loads();
         while count < 2 && looked_at < SESSION_BUDGET && !self.cache.is_recovering() {
