@@ -78,3 +78,39 @@ fn seconds_are_refused_where_they_mean_nothing() {
         assert!(!output.status.success() && text(&output).contains(instead), "{arguments:?}: {}", text(&output));
     }
 }
+
+/// What fio and `kvring bench device` write in fio's schema is a run like any other.
+#[test]
+fn a_report_is_made_of_jobs_too() {
+    let place = Place::new();
+    let run = |name: &str| {
+        let jobs = place.path("small.fio");
+        std::fs::write(&jobs, "[small]\nioengine=sim\nsize=1m\nrw=rw\n").unwrap();
+        let arguments = ["bench", "device", jobs.to_str().unwrap()];
+        let output = place.path(name).display().to_string();
+        let more = ["--output-format=json", "--output", &output];
+        let said = place.kvring(&[&arguments[..], &more].concat()).output().unwrap();
+        assert!(said.status.success(), "{}", text(&said));
+        output
+    };
+    let (ours, theirs) = (run("ours.json"), run("theirs.json"));
+    // As fio writes it: nothing of kvring's.
+    let mut fio: serde_json::Value = serde_json::from_slice(&std::fs::read(&theirs).unwrap()).unwrap();
+    assert!(fio.as_object_mut().unwrap().remove("kvring").unwrap()["kernel"].is_string());
+    fio["fio version"] = "fio-3.33".into();
+    std::fs::write(&theirs, fio.to_string()).unwrap();
+    for (runs, parts) in [
+        (vec![&ours], vec!["<h2>Jobs</h2>", "small read, p99", "small write: how long", "<td>kernel</td>"]),
+        (vec![&ours, &theirs], vec!["<h2>Compared</h2>", "small read, p99", "fio-3.33", "<svg"]),
+    ] {
+        let page = place.path("page.html");
+        let arguments =
+            [&["report", "-o", page.to_str().unwrap()][..], &runs.iter().map(|run| run.as_str()).collect::<Vec<_>>()];
+        let said = place.kvring(&arguments.concat()).output().unwrap();
+        assert!(said.status.success(), "{}", text(&said));
+        let page = std::fs::read_to_string(page).unwrap();
+        for part in parts {
+            assert!(page.contains(part), "no {part:?} in the page of {runs:?}");
+        }
+    }
+}

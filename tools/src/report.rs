@@ -13,7 +13,7 @@ use crate::Outcome;
 /// Arguments of `kvring report`.
 #[derive(Args)]
 pub struct ReportArgs {
-    /// One or two runs that were saved with --output
+    /// One or two runs that were saved with --output; of `bench device`, and of fio, with --output-format=json
     #[arg(required = true, num_args = 1..=2)]
     runs: Vec<PathBuf>,
     /// File to write
@@ -30,8 +30,8 @@ pub fn check(path: &Path) -> Outcome {
     Ok(())
 }
 
-/// Saves a run with all that is needed to believe it.
-pub fn save(path: &Path, kind: &str, report: &Value, settings: Option<Value>) -> Outcome {
+/// What a run was made with, and on what.
+pub fn facts() -> Value {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let line = |path: &str, name: &str| {
         let text = read(path);
@@ -40,9 +40,7 @@ pub fn save(path: &Path, kind: &str, report: &Value, settings: Option<Value>) ->
     };
     let uname = rustix::system::uname();
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let saved = json!({
-        "kvring_run": FORMAT,
-        "kind": kind,
+    json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": env!("BUILT_FROM_COMMIT"),
         "optimised": !cfg!(debug_assertions),
@@ -56,9 +54,20 @@ pub fn save(path: &Path, kind: &str, report: &Value, settings: Option<Value>) ->
         "hugepages_total": line("/proc/meminfo", "HugePages_Total"),
         "transparent_hugepages": read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "settings": settings.unwrap_or_else(|| json!({})),
-        "report": report,
-    });
+    })
+}
+
+/// Saves a run with all that is needed to believe it.
+pub fn save(path: &Path, kind: &str, report: &Value, settings: Option<Value>) -> Outcome {
+    let mut saved = facts();
+    for (name, value) in [
+        ("kvring_run", FORMAT.into()),
+        ("kind", kind.into()),
+        ("settings", settings.unwrap_or_else(|| json!({}))),
+        ("report", report.clone()),
+    ] {
+        saved[name] = value;
+    }
     std::fs::write(path, serde_json::to_string_pretty(&saved)? + "\n")
         .map_err(|error| format!("--output {}: {error}", path.display()))?;
     eprintln!("saved in {}: kvring report {}", path.display(), path.display());
@@ -74,6 +83,9 @@ fn load(path: &Path) -> Result<Run, String> {
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).map_err(|error| format!("{name}: {error}"))?;
     let saved: Value = serde_json::from_str(&text).map_err(|error| format!("{name}: {error}: not a saved run"))?;
+    if let Some(jobs) = saved["jobs"].as_array() {
+        return Ok(Run { name, saved: of_jobs(&saved, jobs) });
+    }
     match saved["kvring_run"].as_u64() {
         Some(FORMAT) => Ok(Run { name, saved }),
         Some(other) => {
@@ -81,6 +93,42 @@ fn load(path: &Path) -> Result<Run, String> {
         }
         None => Err(format!("{name}: not a saved run: save one with --output FILE")),
     }
+}
+
+/// A report in fio's schema, as a run: each direction of each job.
+fn of_jobs(saved: &Value, jobs: &[Value]) -> Value {
+    let (mut rows, mut cdf) = (Vec::new(), serde_json::Map::new());
+    for job in jobs {
+        for side in ["read", "write"].into_iter().filter(|side| job[*side]["total_ios"].as_u64() > Some(0)) {
+            let n = |value: &Value| value.as_f64().unwrap_or(0.0);
+            let (name, of) = (format!("{} {side}", job["jobname"].as_str().unwrap_or_default()), &job[side]);
+            let percentiles = of["clat_ns"]["percentile"].as_object().into_iter().flatten();
+            let mut steps: Vec<[f64; 2]> = percentiles
+                .filter_map(|(percent, ns)| Some([ns.as_f64()? / 1e3, percent.parse::<f64>().ok()? / 100.0]))
+                .collect();
+            steps.sort_by(|a, b| a[1].total_cmp(&b[1]));
+            let at = |part: f64| steps.iter().find(|step| step[1] >= part).map_or(f64::NAN, |step| step[0]);
+            for (what, value, unit) in [
+                ("", n(&of["bw_bytes"]) / 1e9, "GB/s"),
+                ("", n(&of["iops"]) / 1e3, "kIOPS"),
+                (", p50", at(0.5), "µs"),
+                (", p99", at(0.99), "µs"),
+            ] {
+                rows.push(json!({"name": format!("{name}{what}"), "value": value, "unit": unit}));
+            }
+            cdf.insert(name, json!(steps));
+        }
+    }
+    let facts = &saved["kvring"];
+    let mut run = if facts.is_object() { facts.clone() } else { json!({}) };
+    if run["version"].is_null() {
+        run["version"] = saved["fio version"].clone();
+        run["saved_unix_s"] = saved["timestamp"].clone();
+    }
+    let settings = if saved["global options"].is_object() { &saved["global options"] } else { &Value::Null };
+    (run["kind"], run["settings"]) = ("device".into(), settings.clone());
+    run["report"] = json!({"jobs": rows, "cdf_us": cdf});
+    run
 }
 
 /// Writes the page.
@@ -135,12 +183,22 @@ fn page(runs: &[Run]) -> Result<String, Box<dyn std::error::Error>> {
         compared(&mut out, &runs[0], &runs[1]);
     }
     roofline(&mut out, runs);
+    jobs(&mut out, runs);
     hit_ratios(&mut out, runs);
     throughput(&mut out, runs)?;
     for (name, what) in
         [("request", "Whole requests, from when they were due"), ("load", "Loads"), ("match", "Matches")]
     {
         cdf(&mut out, runs, name, what)?;
+    }
+    let of_jobs = |run: &Run| -> Vec<String> {
+        let is_of_jobs = run.saved["report"]["jobs"].is_array();
+        let names = run.saved["report"]["cdf_us"].as_object().into_iter().flatten().map(|(name, _)| name.clone());
+        names.filter(|_| is_of_jobs).collect()
+    };
+    let names: std::collections::BTreeSet<String> = runs.iter().flat_map(of_jobs).collect();
+    for name in &names {
+        cdf(&mut out, runs, name, &escaped(name))?;
     }
     told(&mut out, runs);
     out.push_str("</body></html>\n");
@@ -226,6 +284,20 @@ fn roofline(out: &mut String, runs: &[Run]) {
             out,
             "<h2>How close to the limit</h2><p>Each number beside what bounds it, measured in the same run.</p><table><tr><th></th><th>kvring</th><th>limit</th><th></th><th></th><th>the limit is</th></tr>{rows}</table>"
         );
+    }
+}
+
+/// What jobs have measured, without a limit beside it.
+fn jobs(out: &mut String, runs: &[Run]) {
+    let mut rows = String::new();
+    for row in runs.iter().flat_map(|run| run.saved["report"]["jobs"].as_array().into_iter().flatten()) {
+        let (name, unit) = (row["name"].as_str().unwrap_or_default(), row["unit"].as_str().unwrap_or_default());
+        let value = plain(row["value"].as_f64().unwrap_or(f64::NAN));
+        let _ = write!(rows, "<tr><td>{}</td><td class=\"n\">{value} {}</td></tr>", escaped(name), escaped(unit));
+    }
+    // Two are compared row by row.
+    if !rows.is_empty() && runs.len() == 1 {
+        let _ = write!(out, "<h2>Jobs</h2><table>{rows}</table>");
     }
 }
 
@@ -465,8 +537,12 @@ fn compared(out: &mut String, a: &Run, b: &Run) {
     let (ra, rb) = (&a.saved["report"], &b.saved["report"]);
     let list =
         |row: &Value| row["samples"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect::<Vec<_>>();
-    for one in ra["ceilings"].as_array().into_iter().flatten() {
-        let other = rb["ceilings"].as_array().into_iter().flatten().find(|other| other["name"] == one["name"]);
+    let rows_of = |report: &Value| -> Vec<Value> {
+        ["ceilings", "jobs"].iter().flat_map(|list| report[*list].as_array().cloned().unwrap_or_default()).collect()
+    };
+    let theirs = rows_of(rb);
+    for one in &rows_of(ra) {
+        let other = theirs.iter().find(|other| other["name"] == one["name"] && other["unit"] == one["unit"]);
         if let (Some(other), Some(name)) = (other, one["name"].as_str()) {
             let v = |row: &Value| row["value"].as_f64().unwrap_or(f64::NAN);
             row(name, one["unit"].as_str().unwrap_or_default(), v(one), v(other), [&list(one), &list(other)]);

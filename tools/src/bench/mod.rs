@@ -32,7 +32,7 @@ pub struct BenchArgs {
     /// Seconds of each single measurement [default: 2]
     #[arg(long, global = true)]
     seconds: Option<f64>,
-    /// Save the report with all that is needed to believe it, for `kvring report`; of `device`, fio's report.
+    /// Save the report with all that is needed to believe it, for `kvring report`; of `device`, fio's report (with --output-format=json it reads that as well).
     #[arg(long, global = true, value_name = "FILE")]
     output: Option<std::path::PathBuf>,
 }

@@ -211,6 +211,8 @@ pub fn as_json(all: &[Done]) -> Value {
         "timestamp_ms": now.as_millis() as u64,
         "jobs": all.iter().map(job).collect::<Vec<_>>(),
         "disk_util": [],
+        // What fio does not say: for `kvring report`, and for whoever is to believe it.
+        "kvring": crate::report::facts(),
     })
 }
 
