@@ -45,6 +45,8 @@ pub struct Shape {
     pub may_die: bool,
     pub may_lie: bool,
     pub may_crash: bool,
+    /// Engine processes follow each other, and tiers change their size, ten times as often.
+    pub is_restless: bool,
     pub verify: Verify,
 }
 
@@ -76,6 +78,7 @@ impl Shape {
             may_die: chance.happens(700),
             may_lie: chance.happens(300),
             may_crash: chance.happens(400),
+            is_restless: chance.happens(300),
             verify: [Verify::Off, Verify::Crash, Verify::Sampled, Verify::Always][chance.below(4) as usize],
         }
     }
@@ -210,6 +213,8 @@ pub struct World {
     /// An engine process that waits for its turn.
     prepared: Option<Prepared>,
     disk_limit: u32,
+    /// What lies behind the pool has pages yet.
+    tail_has_pages: bool,
     /// Slots of the SSD whose place was given back.
     retired: Vec<u32>,
     /// Pieces of the pool that have no pages yet, and how often a poll finds that the next one has.
@@ -295,6 +300,7 @@ impl World {
             shard: None,
             host_slots: shape.host_slots,
             disk_limit: u32::MAX,
+            tail_has_pages: false,
             retired: Vec::new(),
             prepared: None,
             unborn: Vec::new(),
@@ -551,6 +557,10 @@ impl World {
             6..7 => self.reset_namespace(),
             7..8 if self.shape.may_crash && self.prepared.is_some() => self.follow(),
             7..8 if self.shape.may_crash => self.prepare_ahead(),
+            8..12 if self.shape.may_crash && self.shape.is_restless => match self.chance.below(4) {
+                0 => self.take_over(),
+                _ => self.resize(),
+            },
             8..100 => self.now_ns += self.chance.below(400_000),
             100..300 => self.post_match(at),
             300..480 => self.post_load(at),
@@ -1061,6 +1071,7 @@ impl World {
         }
         // The grace was counted from a moment before this one: by then the last write is past.
         self.zombies.retain(|zombie| zombie.until_ns.is_none_or(|until| until > now_ns + 500_000));
+        self.give_tail_back();
     }
 
     /// A client writes garbage into every kind of word it can reach. Its own session is forfeit.
@@ -1156,14 +1167,21 @@ impl World {
         }
         self.tally.resizes += 1;
         self.take_over_with(host_slots, disk_limit);
-        if self.zombies.is_empty() {
-            // What lies behind the pool is the system's: zeros, should it come back.
-            let from = host_slots as usize * self.shape.slot_bytes as usize;
-            self.pool.copy_in(from, &vec![0; self.pool.bytes() - from]);
-        }
+        self.tail_has_pages = true;
+        self.give_tail_back();
         if self.chance.happens(300) {
             // It was a mistake: while who was filling a slot behind the smaller pool may be at it yet.
             self.take_over_with(self.shape.host_slots, disk_limit);
+        }
+    }
+
+    /// Once nobody who had a session before a resize can be writing, what lies behind the pool is the system's: zeros, should
+    /// it come back.
+    fn give_tail_back(&mut self) {
+        if self.tail_has_pages && !self.zombies.iter().any(|zombie| zombie.former) {
+            self.tail_has_pages = false;
+            let from = self.host_slots as usize * self.shape.slot_bytes as usize;
+            self.pool.copy_in(from, &vec![0; self.pool.bytes() - from]);
         }
     }
 

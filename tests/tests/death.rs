@@ -23,6 +23,7 @@ fn shape(host_slots: u32, disk_slots: u32) -> Shape {
         may_die: false,
         may_lie: false,
         may_crash: false,
+        is_restless: false,
         verify: Verify::Crash,
     }
 }

@@ -1616,8 +1616,11 @@ impl<D: Device> Shard<D> {
         }
         // Without a device that takes it, what is dirty waits for one.
         let is_usable = self.cache.disk.as_ref().is_some_and(DiskSlots::is_usable);
+        if !is_usable || !self.has_budget() {
+            count += self.cache.strip_stranded(STRIP_BUDGET);
+        }
         if !is_usable || !self.may_write_back() {
-            return count + self.cache.strip_stranded(STRIP_BUDGET);
+            return count;
         }
         // Before all others: somebody wants their slots.
         while let Some((grant, block)) = self.cache.next_stranded() {
@@ -1667,10 +1670,14 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    fn has_budget(&mut self) -> bool {
+        let now_ns = self.now_ns;
+        self.draining || self.closing || self.budget.as_mut().is_none_or(|budget| budget.allows(now_ns))
+    }
+
     /// Whether the endurance budget has room. A drain, and the end, write what is left.
     fn may_write_back(&mut self) -> bool {
-        let Some(budget) = &mut self.budget else { return true };
-        let may = self.draining || self.closing || self.dirty.is_empty() || budget.allows(self.now_ns);
+        let may = self.dirty.is_empty() || self.has_budget();
         if !may && !self.held_back {
             self.metrics.ssd_held_back_count.add(1);
         }
