@@ -15,6 +15,8 @@ use crate::tier::host::{HostSlots, RankDone, SessionId, Writer};
 
 /// Evictions that one slot may cost, while some slots are not given out.
 const EVICTIONS_PER_SLOT: u32 = 64;
+/// Stranded blocks that are looked at in one poll, where nothing can be written.
+const STRIPPED_MAX: usize = 32;
 
 /// What a reserve says of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -352,7 +354,7 @@ impl Cache {
     /// The next of the blocks that cannot leave the pool before they are on the SSD, to be written there. `None` when
     /// there are no more.
     pub fn next_stranded(&mut self) -> Option<(Grant, BlockId)> {
-        while let Some(block) = self.index.stranded.pop() {
+        while let Some(block) = self.index.stranded.pop_front() {
             if let Some(slot) = self.index.stranded_in(block) {
                 return Some((self.host.grant(slot), block));
             }
@@ -360,18 +362,27 @@ impl Cache {
         None
     }
 
-    /// Nothing can be written: what continues stranded blocks is forgotten instead, from its end on, as far as `budget`
-    /// steps go. Else a pool full of them would take nothing any more. Says how many blocks went.
-    pub fn strip_stranded(&mut self, mut budget: u32) -> u32 {
+    /// Nothing can be written: what continues stranded blocks is forgotten instead, from its end on, up to `budget` blocks
+    /// of it. Else a pool full of them would take nothing any more. Says how many blocks went.
+    pub fn strip_stranded(&mut self, budget: u32) -> u32 {
         let mut count = 0;
-        while let Some((_, block)) = self.next_stranded() {
-            while let Some(slot) = self.index.strip(block, &mut budget) {
-                count += 1;
+        // Each once: what somebody has a lease on stays, and its turn comes again.
+        for _ in 0..self.index.stranded.len().min(STRIPPED_MAX) {
+            let Some((_, block)) = self.next_stranded() else { break };
+            let (mut at, mut steps) = (block, kvring_ipc::wire::MATCH_BLOCKS_MAX);
+            while count < budget
+                && let Some((slot, parent)) = self.index.strip(block, at, &mut steps)
+            {
+                (at, count) = (parent, count + 1);
                 self.evicted.disk += 1;
                 self.release_disk(slot);
             }
-            // Its turn comes again.
-            self.index.unpark(block, true);
+            if self.index.stranded_in(block).is_some() {
+                self.index.stranded.push_back(block);
+            }
+            if count >= budget {
+                break;
+            }
         }
         self.collect();
         count

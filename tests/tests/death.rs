@@ -24,6 +24,7 @@ fn shape(host_slots: u32, disk_slots: u32) -> Shape {
         may_lie: false,
         may_crash: false,
         is_restless: false,
+        write_blocks_per_hour: None,
         verify: Verify::Crash,
     }
 }

@@ -361,7 +361,7 @@ pub fn evict(args: &EvictArgs) -> Outcome {
     }
     println!("{evicted} blocks have left {}", if tier == "dram" { "DRAM" } else { "the SSD" });
     if evicted < wanted {
-        println!("no other may go now: those that are left are leased, in use, or have blocks that continue them");
+        println!("no other may go now: those that are left are leased, in use, have blocks that continue them, or are to be written first");
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ pub mod evict;
 pub mod namespaces;
 pub mod table;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
@@ -23,6 +24,7 @@ use kvring_ipc::recorder::{Recorder, What};
 
 use crate::dma;
 use crate::free::Free;
+use crate::limits::VICTIM_BUDGET;
 use crate::planted::{self, Bug};
 use evict::Evict;
 use namespaces::Namespaces;
@@ -154,9 +156,6 @@ const VACANT: Block = Block {
 
 const _: () = assert!(size_of::<Block>() == 64);
 
-/// With more stranded blocks than this, no others are looked for.
-const STRANDED_MAX: usize = 32;
-
 /// The index.
 #[derive(Debug)]
 pub struct Index {
@@ -169,7 +168,7 @@ pub struct Index {
     /// Slots of blocks that were let go, for their owners to take back.
     pub dropped_slots: Vec<(Tier, u32)>,
     /// Blocks of the pool whose turn came and that cannot go before they are on the SSD, where what continues them is.
-    pub stranded: Vec<BlockId>,
+    pub stranded: VecDeque<BlockId>,
     /// Which blocks belong together.
     pub namespaces: Namespaces,
     /// Tells whoever listens what can be matched.
@@ -206,7 +205,8 @@ impl Index {
             evict: [evict(options.host_slots), evict(options.disk_slots)],
             next_slot: 0,
             dropped_slots: Vec::with_capacity(options.host_slots as usize + options.disk_slots as usize),
-            stranded: Vec::with_capacity(STRANDED_MAX + 1 + crate::limits::VICTIM_BUDGET as usize),
+            // Each once, and as many as one look finds of those whose number another block has had before.
+            stranded: VecDeque::with_capacity(options.host_slots as usize + 2 * VICTIM_BUDGET as usize),
             namespaces: Namespaces::new(),
             log: None,
             recorder: Recorder::default(),
@@ -597,17 +597,18 @@ impl Index {
     /// Makes room in a tier: the next block to go leaves it, and is gone if it was nowhere else. Its
     /// slot is the caller's. What is [`Index::stranded`] is put aside.
     pub fn evict(&mut self, tier: Tier) -> Option<u32> {
-        if tier == Tier::Host && self.stranded.len() > STRANDED_MAX {
+        // Nothing is allocated here. So many are there only if most are stranded no more: a few polls drop those.
+        if self.stranded.len() + VICTIM_BUDGET as usize > self.stranded.capacity() {
             return None;
         }
         let (blocks, table, stranded) = (&self.blocks, &self.table, &mut self.stranded);
         let id = self.evict[tier as usize].victim(
-            crate::limits::VICTIM_BUDGET,
+            VICTIM_BUDGET,
             |id| {
                 let block = &blocks[id.0 as usize];
                 let may = may_leave(block, tier);
                 if !may && tier == Tier::Host && is_stranded(block) {
-                    stranded.push(id);
+                    stranded.push_back(id);
                 }
                 may
             },
@@ -650,15 +651,22 @@ impl Index {
         slot
     }
 
-    /// A block that continues this one on the SSD, at the end of a chain, goes, and is gone. Its slot is the caller's.
-    /// None: there is none, or it may not go, or is not found in `budget` steps.
-    pub fn strip(&mut self, id: BlockId, budget: &mut u32) -> Option<u32> {
-        let mut at = id;
+    /// The end of a chain that continues a stranded block goes from the SSD, and is gone: its slot is the caller's, and with
+    /// it comes the block before it. It is looked for from `at` on. None: there is none, it may not go, or it is
+    /// further than so many steps.
+    pub fn strip(&mut self, stranded: BlockId, at: BlockId, steps: &mut u32) -> Option<(u32, BlockId)> {
+        let mut at = at;
         while self.block(at).has_children() {
-            *budget = budget.checked_sub(1)?;
+            *steps = steps.checked_sub(1)?;
             at = BlockId(self.block(at).first_child);
         }
-        (at != id && may_leave(self.block(at), Tier::Disk)).then(|| self.let_out(Tier::Disk, at))
+        let block = self.block(at);
+        let is_there_alone = block.presence == [Presence::Absent, Presence::Ready];
+        if at == stranded || !is_there_alone || !may_leave(block, Tier::Disk) {
+            return None;
+        }
+        let parent = block.parent()?;
+        Some((self.let_out(Tier::Disk, at), parent))
     }
 
     /// Evictions come in rows, mostly up a chain: a parent is next in line once its last child is gone.

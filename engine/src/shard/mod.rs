@@ -155,7 +155,7 @@ const PAUSED_NS: u64 = 3_000_000_000;
 const TURNS_MAX: usize = 64;
 /// Recovered headers taken in one round.
 const RECOVERY_BUDGET: u32 = 128;
-/// Blocks looked at in one poll, where what continues stranded blocks is forgotten.
+/// Blocks that continue stranded ones and are forgotten in one poll, where nothing can be written.
 const STRIP_BUDGET: u32 = 256;
 /// verify = sampled: one block in this many, by its key.
 const SAMPLE: u64 = 16;
@@ -1616,26 +1616,19 @@ impl<D: Device> Shard<D> {
         }
         // Without a device that takes it, what is dirty waits for one.
         let is_usable = self.cache.disk.as_ref().is_some_and(DiskSlots::is_usable);
-        if !is_usable || !self.has_budget() {
-            count += self.cache.strip_stranded(STRIP_BUDGET);
-        }
         if !is_usable || !self.may_write_back() {
-            return count;
-        }
-        // Before all others: somebody wants their slots.
-        while let Some((grant, block)) = self.cache.next_stranded() {
-            match self.dirty.len() < self.dirty.capacity() {
-                true => self.dirty.push_front(Dirty { grant, block }),
-                false => self.cache.index.unpark(block, true),
-            }
-            count += 1;
+            return count + self.cache.strip_stranded(STRIP_BUDGET);
         }
         self.tell_the_loads();
         while count < 2 && looked_at < SESSION_BUDGET && !self.cache.is_recovering() {
             let hashing = self.hasher.as_ref().map_or(0, Hasher::pending_count);
             let takes = |d: &Transfers<D>| !d.health.is_lost() || d.health.tries();
-            let room = self.devices.iter().any(|d| takes(d) && d.writes_count() + hashing < d.writes_wanted());
-            let Some(Dirty { grant, block }) = (if room { self.dirty.pop_front() } else { None }) else { break };
+            if !self.devices.iter().any(|d| takes(d) && d.writes_count() + hashing < d.writes_wanted()) {
+                break;
+            }
+            // What cannot go before it is written is first: somebody wants its slot.
+            let next = self.cache.next_stranded().map(|(grant, block)| Dirty { grant, block });
+            let Some(Dirty { grant, block }) = next.or_else(|| self.dirty.pop_front()) else { break };
             looked_at += 1;
             let Some(write) = self.cache.begin_write(grant, block) else { continue };
             self.try_once(write.disk_slot);
@@ -1670,25 +1663,25 @@ impl<D: Device> Shard<D> {
         }
     }
 
-    fn has_budget(&mut self) -> bool {
-        let now_ns = self.now_ns;
-        self.draining || self.closing || self.budget.as_mut().is_none_or(|budget| budget.allows(now_ns))
-    }
-
     /// Whether the endurance budget has room. A drain, and the end, write what is left.
     fn may_write_back(&mut self) -> bool {
-        let may = self.dirty.is_empty() || self.has_budget();
-        if !may && !self.held_back {
+        if self.dirty.is_empty() && self.cache.index.stranded.is_empty() {
+            return true;
+        }
+        let now_ns = self.now_ns;
+        let may = self.draining || self.closing || self.budget.as_mut().is_none_or(|budget| budget.allows(now_ns));
+        let holds_back = !may && !self.dirty.is_empty();
+        if holds_back && !self.held_back {
             self.metrics.ssd_held_back_count.add(1);
         }
-        self.held_back = !may;
+        self.held_back = holds_back;
         may
     }
 
     /// Says how long a new block would wait for each device: as many transfers as it has, each as long as its last ones.
     fn tell_the_loads(&mut self) {
         let Some(disk) = &mut self.cache.disk else { return };
-        if self.dirty.is_empty() || self.devices.len() < 2 {
+        if self.dirty.is_empty() && self.cache.index.stranded.is_empty() || self.devices.len() < 2 {
             return;
         }
         for (at, transfers) in self.devices.iter().enumerate() {
