@@ -318,10 +318,14 @@ impl Cache {
             return None;
         }
         let moved = self.acquire_host().map(|to| {
+            self.host.inherit(slot, to);
+            if planted::has(Bug::MovedHeaderFirst) {
+                self.describe(to, block);
+            }
+            planted::step();
             if !planted::has(Bug::MovedUncopied) {
                 copy(slot, to);
             }
-            self.host.inherit(slot, to);
             self.index.relocate(Tier::Host, block, to);
             // For the next process: in both slots, then in the new one alone.
             self.describe(to, block);
@@ -606,25 +610,24 @@ impl Cache {
         self.leases.end_session(&mut self.index, session, heir);
         self.collect();
         self.index.recorder.cause = if drained { Cause::Aborted } else { Cause::WriterGone };
-        let mut lost = 0;
-        let mut from = 0;
-        while let Some((slot, block)) = self.host.next_of_dead(session, from) {
+        let (mut lost, mut before) = (0, u32::MAX);
+        while let Some((slot, block, nth)) = self.host.next_of_dead(session, before) {
             if drained {
                 self.host.end_quarantine_of_slot(session, slot);
             }
             self.lose(slot, block);
-            (lost, from) = (lost + 1, slot);
+            (lost, before) = (lost + 1, nth + 1);
         }
         lost
     }
 
     /// Loses the blocks that some ranks committed and the others never will. Says how many.
     pub fn sweep_stalled(&mut self) -> u32 {
-        let (mut lost, mut from) = (0, 0);
+        let (mut lost, mut before) = (0, u32::MAX);
         self.index.recorder.cause = Cause::Stalled;
-        while let Some((slot, block)) = self.host.next_stalled(from) {
+        while let Some((slot, block, nth)) = self.host.next_stalled(before) {
             self.lose(slot, block);
-            (lost, from) = (lost + 1, slot + 1);
+            (lost, before) = (lost + 1, nth);
         }
         lost
     }
@@ -726,6 +729,7 @@ impl Cache {
         let held = self.index.check_at_rest();
         assert_eq!(self.host.quarantined_count(), 0, "no slot stays in quarantine");
         assert!((0..SESSIONS_MAX as u32).all(|at| self.host.filling_count(at) == 0), "nobody is filling a slot");
+        assert_eq!(self.host.filled_count(), 0, "nor is any being filled");
         let free = self.host.free_count() + self.host.closed_free_count();
         assert_eq!(free + held[0], self.host.born_count(), "a pool slot leaked");
         if let Some(disk) = &self.disk {

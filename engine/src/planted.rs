@@ -43,6 +43,7 @@ bugs! {
     ShrinkForgetsWriters: "a pool that has grown again does not wait for who may be writing where it grew",
     MovedOnLoan: "a block that is on loan is moved to another slot",
     MovedUncopied: "a block is moved to another slot without its bytes",
+    MovedHeaderFirst: "the table says that a block was moved before its bytes are there",
     ChangesMissed: "what changes in the pool while the next engine process prepares is not looked at again",
     StrandedStays: "a block that is in the pool alone, and what continues it on the SSD alone, never leaves",
     OrphanLeaks: "a recovered slot whose block has no parent is never free again",
@@ -55,6 +56,12 @@ static PLANTED: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new
 #[cfg(planted)]
 pub fn plant(bug: Bug) {
     PLANTED.store(bug as u32, std::sync::atomic::Ordering::SeqCst);
+}
+
+/// From now on the engine has no bug.
+#[cfg(planted)]
+pub fn plant_none() {
+    PLANTED.store(u32::MAX, std::sync::atomic::Ordering::SeqCst);
 }
 
 /// Whether the engine has this bug.
@@ -70,3 +77,38 @@ pub fn has(bug: Bug) -> bool {
 pub const fn has(_bug: Bug) -> bool {
     false
 }
+
+/// What a death between two stores is: a panic with this.
+#[cfg(planted)]
+#[derive(Debug, Clone, Copy)]
+pub struct Died;
+
+#[cfg(planted)]
+thread_local! {
+    static STEPS_LEFT: std::cell::Cell<u32> = const { std::cell::Cell::new(u32::MAX) };
+}
+
+/// The engine process of this thread dies before its `steps`-th next store that the next one will see, or not at all.
+#[cfg(planted)]
+pub fn die_after(steps: Option<u32>) {
+    STEPS_LEFT.set(steps.unwrap_or(u32::MAX));
+}
+
+/// Here a process may die whose next store is seen by the one that follows it, or by an instance.
+#[cfg(planted)]
+pub fn step() {
+    let left = STEPS_LEFT.get();
+    if left == u32::MAX {
+        return;
+    }
+    STEPS_LEFT.set(left.saturating_sub(1));
+    if left == 0 {
+        STEPS_LEFT.set(u32::MAX);
+        std::panic::panic_any(Died);
+    }
+}
+
+/// Here a process may die whose next store is seen by the one that follows it, or by an instance: it does not.
+#[cfg(not(planted))]
+#[inline]
+pub const fn step() {}

@@ -251,7 +251,27 @@ impl Session {
         })?;
         let failed = |error| ConnectError::Handshake { socket: name.clone(), error };
         channel.send(&Request::Attach(attach.clone()), &[]).map_err(failed)?;
-        let (reply, fds): (Reply, _) = channel.receive(true).map_err(failed)?;
+        match Self::welcomed(&channel, kept, failed) {
+            Ok((mut session, bell, events)) => {
+                session.wires = Some(Wires { control: channel, bell, events });
+                Ok(session)
+            }
+            Err(error) => {
+                // Nothing was written anywhere. Else the server would keep this session for as long as this process
+                // lives, and one more for each time that it tries again.
+                let _ = channel.send(&Request::Goodbye, &[]);
+                Err(error)
+            }
+        }
+    }
+
+    /// What the server answers to an attach, opened: this process may have no room for it.
+    fn welcomed(
+        channel: &Channel,
+        kept: Option<&Pool>,
+        failed: impl Fn(ChannelError) -> ConnectError,
+    ) -> Result<(Self, OwnedFd, EventReader), ConnectError> {
+        let (reply, fds): (Reply, _) = channel.receive(true).map_err(&failed)?;
         let welcome = match reply {
             Reply::Welcome(welcome) => welcome,
             Reply::Refused { reason, differences, permanent } => {
@@ -264,7 +284,8 @@ impl Session {
         };
         let events = EventReader::open(&events).map_err(|errno| failed(errno.into()))?;
         let epoch = EpochReader::open(&epoch, welcome.epoch).map_err(|errno| failed(errno.into()))?;
-        Self::open(welcome, &segment, &pool, kept, epoch, Wires { control: channel, bell, events }).map_err(failed)
+        let session = Self::open(welcome, &segment, &pool, kept, epoch).map_err(failed)?;
+        Ok((session, bell, events))
     }
 
     fn open(
@@ -273,7 +294,6 @@ impl Session {
         pool: &OwnedFd,
         kept: Option<&Pool>,
         epoch: EpochReader,
-        wires: Wires,
     ) -> Result<Self, ChannelError> {
         let segment = Segment::open(segment)?;
         let used = welcome.slot_bytes.checked_mul(u64::from(welcome.slots_count));
@@ -292,7 +312,6 @@ impl Session {
         let pool = Pool::new(mapping, welcome.slot_bytes as usize, welcome.slots_count);
         let pool = Pool { id: Some(welcome.pool_id), epoch: Some(Arc::new(epoch)), file, ..pool };
         let mut session = Self::within(segment, pool);
-        session.wires = Some(wires);
         session.welcome = Some(welcome);
         Ok(session)
     }

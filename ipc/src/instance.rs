@@ -9,10 +9,10 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::client::{ConnectError, Lease, Matched, Pool, PostError, Session};
+use crate::client::{Broken, ConnectError, Lease, Matched, Pool, PostError, Session};
 use crate::config::{Config, LaunchMode};
 use crate::events::Events;
-use crate::handshake::{Attach, Reply, Request, Welcome, ask};
+use crate::handshake::{Attach, ChannelError, Reply, Request, Welcome, ask};
 use crate::key::BlockKey;
 use crate::launch::{LaunchError, start_server};
 use crate::layout::Layout;
@@ -20,6 +20,7 @@ use crate::wire::{BATCH_BLOCKS_MAX, Grant, MATCH_BLOCKS_MAX, PROTOCOL_VERSION, S
 
 /// How often the thread behind tries.
 const RETRY: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// A slot to fill, good for the session that granted it and no other: a server that was started anew
 /// gives the same name to other slots.
@@ -351,6 +352,7 @@ impl Instance {
         let connector = move || {
             let mut next_start = Instant::now();
             let mut patience = Duration::from_secs(2);
+            let mut retry = RETRY;
             let mut told = String::new();
             while !stop.load(Ordering::Relaxed) {
                 // Memory that is of no use to anybody may be what the next server waits for.
@@ -391,9 +393,16 @@ impl Instance {
                             }
                         }
                     }
-                    Err(_) => {}
+                    Err(ConnectError::Handshake {
+                        error: ChannelError::System(_) | ChannelError::Malformed(_),
+                        ..
+                    }) => {
+                        // It answers, and nothing comes of it: this process lacks descriptors or memory.
+                        retry = (2 * retry).min(RETRY_MAX);
+                    }
+                    Err(ConnectError::NoServer(_) | ConnectError::Handshake { .. }) => retry = RETRY,
                 }
-                std::thread::sleep(RETRY);
+                std::thread::sleep(retry);
             }
         };
         let spawned = std::thread::Builder::new().name("kvring-connect".into()).spawn(connector);
@@ -696,17 +705,41 @@ impl Instance {
         let session_number = self.sessions_count;
         let grants: Vec<Grant> =
             slots.iter().filter(|slot| slot.session == session_number).map(|slot| slot.grant).collect();
+        self.await_successor(deadline);
+        self.look_for_session(None);
         for batch in grants.chunks(BATCH_BLOCKS_MAX as usize) {
-            // After the deadline it is told all the same, and not waited for.
-            taken += self.exchange_in(session_number, deadline, 0, |session, deadline| {
-                let tag = session.post_commit(batch)?;
-                let mut taken = 0;
-                session.wait(tag, deadline, |_, completion| taken = completion.payload[0] as u32)?;
-                Ok(taken)
-            });
+            let Some(session) = self.session.as_mut().filter(|_| session_number == self.sessions_count) else { break };
+            match Self::commit_batch(session, batch, deadline) {
+                Ok(some) => taken += some,
+                Err(Broken(_)) => self.lose_session(),
+            }
         }
         self.returned(slots);
         taken
+    }
+
+    /// Whatever becomes of the wait, the server is told: of slots that are neither committed nor given back it would
+    /// think that they are being filled, and nobody else could store these blocks.
+    fn commit_batch(session: &mut Session, batch: &[Grant], deadline: Instant) -> Result<u32, Broken> {
+        if session.abandoned_count() > 0 {
+            // A look at the ring may bring what is owed.
+            session.poll(|_| {})?;
+        }
+        let tag = match session.post_commit(batch) {
+            Ok(tag) => tag,
+            Err(PostError::Broken(broken)) => return Err(broken),
+            // Room for a commit is not to be had, so they are given back as soon as there is some.
+            Err(PostError::Full) => return session.abort_soon(batch.iter().copied()).map(|()| 0),
+        };
+        if session.abandoned_count() > 0 {
+            // The server owes answers: it is not waited for once more.
+            session.nobody_waits(tag);
+            session.publish();
+            return if session.is_hung_up() { Err(Broken("the server is gone")) } else { Ok(0) };
+        }
+        let mut taken = 0;
+        session.wait(tag, deadline, |_, completion| taken = completion.payload[0] as u32)?;
+        Ok(taken)
     }
 
     /// Gives slots back unfilled. Does not wait.

@@ -67,6 +67,9 @@ fn another_user_is_kept_out_unless_his_group_is_allowed() {
         &["evict", "--key", &key],
         &["evict", "--tier", "dram", "--blocks", "1"],
         &["reset", "--all"],
+        &["reset", "--namespace", "00000000000000000000000000000000"],
+        &["namespaces"],
+        &["resize", "--dram", "1"],
         &["stop"],
         &["upgrade"],
     ] {
@@ -195,8 +198,132 @@ fn no_call_of_many_batches_waits_for_each_of_them() {
     eventually("and no slot is lost", || {
         instance.match_prefix(&keys[..1]);
         instance.is_connected()
-            && place.metric("host_slots_free_count") + place.metric("blocks_count") >= place.metric("host_slots_count")
+            && place.metric("host_slots_filling_count") == 0
+            && place.metric("host_slots_free_count") + place.metric("blocks_count") == place.metric("host_slots_count")
     });
+}
+
+/// Another user's processes have a share of the sessions together, however many they are.
+#[test]
+fn a_user_has_a_bounded_number_of_sessions() {
+    use kvring_engine::limits::SESSIONS_PER_USER_MAX;
+    let Some(mut place) = open_place() else { return };
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0", "--allowed-groups", "12345"]);
+    std::fs::set_permissions(place.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program = place.path("many");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    for number in 1..5 {
+        let mut command = Command::new(&program);
+        command.args(["security::one_with_many_sessions", "--exact", "--ignored", "--test-threads=1"]);
+        command.env("KVTEST_DIR", place.dir.path()).env("KVTEST_SEED", "0").env("KVTEST_INSTANCE", number.to_string());
+        command
+            .current_dir("/")
+            .uid(NOBODY)
+            .gid(12345)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        place.children.push(not_busy(|| command.spawn()));
+    }
+    let limit = SESSIONS_PER_USER_MAX as u64;
+    eventually("they have all that they may", || place.metric("sessions_count") == limit);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(place.metric("sessions_count"), limit, "four processes of fifty each");
+    let mut agent = place.agent(0, &[]);
+    assert_eq!(store(&mut agent, &chain("a", 3)), 3, "and the server's user is served");
+}
+
+#[test]
+#[ignore = "played in a process of its own"]
+fn one_with_many_sessions() {
+    let Some((dir, instance_id, _)) = role() else { return };
+    let attach = Attach {
+        protocol: kvring_ipc::wire::PROTOCOL_VERSION,
+        instance_id,
+        instance_token: instance_id.to_string(),
+        rank: 0,
+        layout: Some(layout()),
+    };
+    let connect = |_| kvring_ipc::client::Session::connect(&dir.join("s"), &attach, Duration::from_secs(5), None).ok();
+    let sessions: Vec<_> = (0..50).filter_map(connect).collect();
+    loop {
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(!sessions.is_empty());
+    }
+}
+
+/// A server that was slow for a moment is told all the same of slots that were filled meanwhile: else it would take them for
+/// being filled, and nobody could store these blocks, for as long as the session lasts.
+#[test]
+fn a_commit_reaches_a_server_that_owes_answers() {
+    let mut place = Place::new();
+    let pid = place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0"]);
+    let config = [("client_wait_ms", "10"), ("server_launch_mode", "external"), ("ssd_cache_gb", "0")];
+    let mut instance = Instance::open(place.config(1, &config), layout(), 0).unwrap();
+    let keys = chain("a", 300);
+    for round in 0..3 {
+        let blocks = &keys[..[8, 100, 300][round]];
+        let mut held: Vec<_> = Vec::new();
+        eventually("slots are granted", || {
+            let granted = instance.reserve(BlockKey::default(), 0, blocks);
+            held.extend(granted.into_iter().filter_map(|slot| match slot {
+                Reserved::Slot(slot) => Some(slot),
+                _ => None,
+            }));
+            held.len() + place.metric("blocks_count") as usize - place.metric("host_slots_filling_count") as usize
+                == blocks.len()
+        });
+        for slot in &held {
+            let pool = instance.pool_of(*slot).unwrap();
+            pool.copy_in(slot.grant.slot, 0, &[7; 64]);
+        }
+        halt(pid);
+        assert_eq!(instance.match_prefix(blocks).blocks, 0, "nobody answers");
+        assert_eq!(instance.commit(&held), 0, "nor says what was taken");
+        signal(pid, rustix::process::Signal::CONT);
+        eventually("they are resident", || instance.match_prefix(blocks).blocks as usize == blocks.len());
+        assert_eq!(place.metric("host_slots_filling_count"), 0);
+    }
+}
+
+/// An instance that cannot open what it is given leaves no session behind, however often it tries.
+#[test]
+fn whoever_cannot_open_a_session_does_not_have_one() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64", "--ssd-cache-gb", "0"]);
+    let poor = place.actor("security::one_without_descriptors", 1, 0).wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&poor.stdout);
+    assert!(poor.status.success() && said.contains("served after all"), "{said}");
+    eventually("no session is left", || place.metric("sessions_count") == 0);
+}
+
+#[test]
+#[ignore = "played in a process of its own"]
+fn one_without_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Some((dir, _, _)) = role() else { return };
+    let attach = Attach {
+        protocol: kvring_ipc::wire::PROTOCOL_VERSION,
+        instance_id: 1,
+        instance_token: "poor".into(),
+        rank: 0,
+        layout: Some(layout()),
+    };
+    let connect = || kvring_ipc::client::Session::connect(&dir.join("s"), &attach, Duration::from_secs(5), None);
+    let before = getrlimit(Resource::Nofile);
+    let used = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64;
+    // One for the connection, and too few for the five that come over it.
+    for spare in 1..5 {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(used - 1 + spare), ..before }).unwrap();
+        for round in 0..40 {
+            let failed = connect();
+            assert!(failed.is_err(), "with {spare} to spare, round {round}");
+        }
+    }
+    setrlimit(Resource::Nofile, before).unwrap();
+    connect().expect("it is not locked out");
+    println!("served after all");
 }
 
 /// Every call of an instance is bounded, whatever the server does: it is stopped, or dead.

@@ -357,6 +357,7 @@ impl Scene {
             let rest = of("host_slots_quarantined_count").saturating_add(of("leases_count"));
             if rest == 0
                 && of("sessions_count") == 1
+                && of("host_slots_filling_count") == 0
                 && of("host_slots_free_count") + of("blocks_count") >= of("host_slots_count")
             {
                 return;
@@ -376,6 +377,7 @@ fn everybody_dies(deed: Deed) {
     println!("KVTEST_STEPS_SEED={seed} KVTEST_STEPS={steps}");
     let mut chance = Chance::new(seed);
     let mut scene = Scene::new();
+    let mut all_killed = 0;
     for who in [Who::Keeper, Who::Engine, Who::Next] {
         if matches!((deed, who), (Deed::Crash | Deed::Start, Who::Engine) | (Deed::Stop, Who::Next)) {
             continue;
@@ -390,8 +392,10 @@ fn everybody_dies(deed: Deed) {
             killed += u64::from(scene.play(deed, who, at).is_some_and(|told| told.killed_before.is_some()));
         }
         println!("{deed:?}: the {who:?} makes {calls} calls; killed before {killed} of them");
+        all_killed += killed;
     }
     println!("{deed:?}: at most {:.0} ms without the blocks", scene.away_ms);
+    assert!(all_killed > 0, "nobody was killed: nothing was shown");
     scene.agent = None;
 }
 

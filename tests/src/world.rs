@@ -9,6 +9,8 @@ use kvring_engine::device::sim::{Chance, Faults, Platter, Sim};
 use kvring_engine::index::{Block, Index, IndexOptions, Place, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::metrics::Metrics;
+#[cfg(planted)]
+use kvring_engine::planted;
 use kvring_engine::shard::session::Session as ServerSession;
 use kvring_engine::shard::{End, Shard, ShardOptions};
 use kvring_engine::tier::disk::{DiskGeometry, DiskSlots};
@@ -554,14 +556,14 @@ impl World {
             0..3 if self.shape.may_die => self.die(at),
             3..5 if self.shape.may_lie => self.lie(at),
             5..6 if self.shape.may_crash && self.chance.happens(500) => self.crash(),
-            5..6 if self.shape.may_crash && self.chance.happens(700) => self.take_over(),
+            5..6 if self.shape.may_crash && self.chance.happens(700) => self.die_and_take_over(),
             5..6 if self.shape.may_crash => self.resize(),
             6..7 if self.chance.happens(500) => self.reset(),
             6..7 => self.reset_namespace(),
             7..8 if self.shape.may_crash && self.prepared.is_some() => self.follow(),
             7..8 if self.shape.may_crash => self.prepare_ahead(),
             8..12 if self.shape.may_crash && self.shape.is_restless => match self.chance.below(4) {
-                0 => self.take_over(),
+                0 => self.die_and_take_over(),
                 _ => self.resize(),
             },
             8..100 => self.now_ns += self.chance.below(400_000),
@@ -1133,6 +1135,51 @@ impl World {
         self.take_over_with(self.host_slots, self.disk_limit);
     }
 
+    /// The engine process dies between two polls; or, where bugs can be planted, between two stores that others see.
+    fn die_and_take_over(&mut self) {
+        let kept = !self.dies_within_a_poll();
+        self.take_over_from(self.host_slots, self.disk_limit, kept);
+    }
+
+    #[cfg(not(planted))]
+    fn dies_within_a_poll(&mut self) -> bool {
+        false
+    }
+
+    /// Whether it did: it is asked for something, and somewhere on the way it is dead. What it was about to do is half done.
+    #[cfg(planted)]
+    fn dies_within_a_poll(&mut self) -> bool {
+        if self.chance.happens(300) || self.clients.is_empty() {
+            return false;
+        }
+        if self.chance.happens(500) {
+            let open = 1 + self.chance.below(u64::from(self.host_slots)) as u32;
+            self.shard().vacate(Some(open));
+        }
+        planted::die_after(Some(self.chance.below(200) as u32));
+        let mut died = false;
+        for _ in 0..20 {
+            let at = self.chance.below(self.clients.len() as u64) as usize;
+            match self.chance.below(3) {
+                0 => self.post_load(at),
+                1 => self.post_reserve(at),
+                _ => self.commit_or_abort(at),
+            }
+            self.now_ns += 20_000;
+            let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.poll_once()));
+            match polled {
+                Ok(()) => self.collect(at),
+                Err(panic) if panic.is::<planted::Died>() => {
+                    died = true;
+                    break;
+                }
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        planted::die_after(None);
+        died
+    }
+
     /// Another engine process takes over with tiers of other sizes. The end of a smaller pool is emptied first, as far as
     /// time goes.
     fn resize(&mut self) {
@@ -1204,6 +1251,11 @@ impl World {
     }
 
     fn take_over_with(&mut self, host_slots: u32, disk_limit: u32) {
+        self.take_over_from(host_slots, disk_limit, true);
+    }
+
+    /// With `whole` the last process died between two polls: then what it had is known, and nothing of it is lost.
+    fn take_over_from(&mut self, host_slots: u32, disk_limit: u32, whole: bool) {
         self.tally.takeovers += 1;
         // What was answered before is heard before, or never.
         for at in 0..self.clients.len() {
@@ -1211,7 +1263,7 @@ impl World {
                 self.collect(at);
             }
         }
-        let kept = self.whole_chains_in_the_pool(host_slots);
+        let kept = if whole { self.whole_chains_in_the_pool(host_slots) } else { Vec::new() };
         let born = self.unborn.iter().map(|slots| slots.start).min().unwrap_or(self.host_slots).min(host_slots);
         let devices = self.shard.take().expect("a shard runs").into_devices();
         // Its transfers end before its lock is free: none is under way any more, each may have happened.
@@ -1298,6 +1350,11 @@ impl World {
         }
         for at in 0..self.clients.len() {
             self.collect(at);
+        }
+        if self.chance.happens(300) {
+            // By an operator: slots are free then whose headers stay until they are used again.
+            let some = self.chance.below(8) as u32;
+            self.shard().evict(Tier::Host, some);
         }
         self.tally.resets += 1;
         let id = self.namespaces[self.chance.below(self.namespaces.len() as u64) as usize];

@@ -21,6 +21,11 @@ pub struct AdminArgs {
 }
 
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A keeper gives its engine process 15 s, and the kernel takes a while for the pool of one that is killed.
+const STOP_PATIENCE: Duration = Duration::from_secs(45);
+/// A device that ends nothing for so long hangs.
+const VERIFY_PATIENCE: Duration = Duration::from_secs(60);
+const LARGEST_BLOCK_MB: u64 = 256;
 
 fn explained(error: ChannelError, socket: &std::path::Path) -> String {
     use rustix::io::Errno;
@@ -361,7 +366,9 @@ pub fn evict(args: &EvictArgs) -> Outcome {
     }
     println!("{evicted} blocks have left {}", if tier == "dram" { "DRAM" } else { "the SSD" });
     if evicted < wanted {
-        println!("no other may go now: those that are left are leased, in use, have blocks that continue them, or are to be written first");
+        println!(
+            "no other may go now: those that are left are leased, in use, have blocks that continue them, or are to be written first"
+        );
     }
     Ok(())
 }
@@ -421,14 +428,14 @@ pub fn stop(args: &AdminArgs) -> Outcome {
         reply => return Err(format!("an unexpected answer: {reply:?}").into()),
     }
     let lock = kvring_ipc::launch::beside_socket(&socket, "lock");
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + STOP_PATIENCE;
     while Instant::now() < deadline {
         if kvring_ipc::launch::try_lock(&lock)?.is_some() {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    Err("the server was told to stop and is still there after 10 s".into())
+    Err(format!("the server was told to stop and is still there after {} s", STOP_PATIENCE.as_secs()).into())
 }
 
 /// Nobody has the server's lock any more: there is nobody to wait for.
@@ -598,8 +605,22 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
     }
     let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} slots, {msg}");
     let bar = ProgressBar::no_length().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    // The largest block at this rate, and as long as a device may take that is then found to be lost.
+    let pace = Duration::from_secs(LARGEST_BLOCK_MB / args.mb_per_s.max(1));
+    let (mut moved, mut bytes) = (Instant::now(), u64::MAX);
     let state = loop {
         let mut stats = stats(&socket)?;
+        let read = stats["verify"]["bytes"].as_u64().unwrap_or(0);
+        if read != std::mem::replace(&mut bytes, read) {
+            moved = Instant::now();
+        }
+        if moved.elapsed() > VERIFY_PATIENCE + pace {
+            return Err(format!(
+                "nothing was read for {} s: a device hangs (`kvring devices`); what was verified so far is in `kvring stat`",
+                moved.elapsed().as_secs()
+            )
+            .into());
+        }
         if stats["epoch"] != epoch {
             return Err(
                 "the engine process was replaced meanwhile: what was verified is not known; run it again".into()

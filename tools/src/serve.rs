@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use kvring_engine::control::Server;
 use kvring_engine::control::engine::Prepared;
 use kvring_engine::control::keeper::{Inheritance, Keeper, Signals};
+use kvring_engine::control::{Server, end_with_a_panic};
 use kvring_ipc::config::{Config, OnMismatch};
 use kvring_ipc::handshake::{Reply, Request, ask};
 use kvring_ipc::launch::beside_socket;
@@ -79,6 +79,7 @@ pub fn run(args: ServeArgs) -> Outcome {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let stop = readable_on(&[SIGTERM, SIGINT])?;
     if args.engine {
+        end_with_a_panic();
         // A hangup is the keeper's to hear.
         let _hangup = readable_on(&[SIGHUP])?;
         let mut prepared = None;

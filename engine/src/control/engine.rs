@@ -263,6 +263,9 @@ fn open_files(
     })
 }
 
+/// What the shard's thread is called.
+pub const SHARD_THREAD: &str = "kvring-shard";
+
 /// How long a pool is touched before the engine process that serves is told to hand over.
 const TOUCH_NS_MAX: u64 = 5_000_000_000;
 
@@ -632,7 +635,7 @@ impl Engine {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC);
         let epoll = epoll.map_err(|errno| BuildError::System { what: "epoll", errno: errno.into() })?;
         let cpu = config.server_cpu;
-        let spawn = std::thread::Builder::new().name("kvring-shard".into()).spawn(move || {
+        let spawn = std::thread::Builder::new().name(SHARD_THREAD.into()).spawn(move || {
             if let Some(cpu) = cpu {
                 pin_to(cpu);
             }

@@ -380,8 +380,10 @@ impl Keeper {
             let (prepared, given) = standby.take().map(|standby| (standby.process, standby.sizes)).unzip();
             // One that does not serve with others is followed by one with those that were served with.
             self.given = given.unwrap_or(self.sizes);
-            // Whoever was made ready for others is gone.
-            self.wanted_sizes = None;
+            // Whoever was made ready for others is gone, and they have to be asked for again.
+            if self.wanted_sizes.take().is_some() {
+                self.wanted = false;
+            }
             self.fell_back = own_program && prepared.is_none();
             // One that is started now is of the program file as it is now, unless it is this very program.
             self.wanted &= prepared.is_some() || own_program;
@@ -415,6 +417,13 @@ impl Keeper {
             // An upgrade to a program that does not start goes back to the one that runs.
             own_program = !end.served;
             self.crashed(&end);
+            if let Some(unready) = standby.take_if(|standby| !standby.ready) {
+                // It may take seconds yet, or for ever: nobody waits for that. What this process runs is known to start;
+                // the upgrade is tried again once that serves.
+                own_program = true;
+                self.wanted |= unready.sizes == self.sizes;
+                unready.process.end();
+            }
             if !self.wait_a_little(signals) {
                 break Ok(());
             }

@@ -211,6 +211,18 @@ fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> ServeError {
     move |errno| ServeError::System { what, errno }
 }
 
+/// From now on a panic of the shard, or of the main thread, ends the process at once, and the keeper starts the next one.
+/// Else the process would unwind and unmap its pool first, while everybody waits.
+pub fn end_with_a_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        if matches!(std::thread::current().name(), Some("main" | engine::SHARD_THREAD)) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
+    }));
+}
+
 impl Server {
     /// With a layout, or with the pool of an engine process before this one, builds the whole data plane;
     /// then listens. `stop` becoming readable stops it.
@@ -372,8 +384,9 @@ impl Server {
                 "the keeper is of an earlier version, which cannot: `kvring stop`, and start the server anew".into(),
             ));
         }
-        if self.resizing.is_some() {
-            return Err(Refusal::for_now("another resize is under way".into()));
+        if self.resizing.is_some() || self.is_upgrading {
+            let what = if self.is_upgrading { "an upgrade" } else { "another resize" };
+            return Err(Refusal::for_now(format!("{what} is under way")));
         }
         let mut config = self.config.clone();
         config.resize(sizes);

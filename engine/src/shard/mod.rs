@@ -1754,6 +1754,7 @@ impl<D: Device> Shard<D> {
         m.host_slots_count.set(u64::from(self.cache.host.born_count()));
         m.host_slots_free_count.set(u64::from(self.cache.host.free_count()));
         m.host_slots_quarantined_count.set(u64::from(self.cache.host.quarantined_count()));
+        m.host_slots_filling_count.set(u64::from(self.cache.host.filled_count()));
         m.blocks_count.set(self.cache.index.count() as u64);
         if let Some(disk) = &self.cache.disk {
             m.ssd_slots_count.set(u64::from(disk.geometry().limit_count()));

@@ -88,6 +88,7 @@ impl Session {
 
     /// Makes answers visible and consumed entries free; wakes the client if it sleeps.
     pub fn publish(&mut self) {
+        crate::planted::step();
         self.submissions.release();
         if self.completions.publish()
             && doorbell::must_ring(self.segment.client_sleeps())

@@ -70,7 +70,11 @@ struct Slot {
     crc_known: bool,
     /// It was held by an engine process that died: to be verified before it is used.
     doubted: bool,
+    /// Where it stands among those that are being filled, if it is.
+    nth_filled: u32,
 }
+
+const _: () = assert!(size_of::<Slot>() == 64);
 
 /// What became of a slot when a rank was done with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,7 +125,9 @@ pub struct HostSlots {
     closed_busy: u32,
     /// Where the next engine process finds what this one knew.
     table: Option<SlotTable>,
-    /// Slots that each instance is filling, by its number modulo the limit; its ranks share them.
+    /// Slots that are being filled, in no order: a session's end looks at these and not at all there are.
+    filled: Vec<u32>,
+    /// How many each instance is filling, by its number modulo the limit; its ranks share them.
     filling: Box<[u32]>,
 }
 
@@ -143,6 +149,7 @@ impl HostSlots {
             closed_free: 0,
             closed_busy: 0,
             table: None,
+            filled: Vec::with_capacity(count as usize),
             filling: vec![0; SESSIONS_MAX].into_boxed_slice(),
         }
     }
@@ -192,6 +199,30 @@ impl HostSlots {
     /// Slots that an instance is filling.
     pub fn filling_count(&self, instance: u32) -> u32 {
         self.filling[instance as usize % SESSIONS_MAX]
+    }
+
+    /// Slots that are being filled.
+    pub fn filled_count(&self) -> u32 {
+        self.filled.len() as u32
+    }
+
+    fn begin_filling(&mut self, slot: u32, instance: u32) {
+        let s = &mut self.slots[slot as usize];
+        (s.state, s.instance, s.nth_filled) = (State::Filling, instance, self.filled.len() as u32);
+        self.filled.push(slot);
+        self.filling[instance as usize % SESSIONS_MAX] += 1;
+    }
+
+    fn end_filling(&mut self, slot: u32, state: State) {
+        let s = &mut self.slots[slot as usize];
+        assert!(s.state == State::Filling);
+        s.state = state;
+        self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
+        let nth = s.nth_filled;
+        self.filled.swap_remove(nth as usize);
+        if let Some(moved) = self.filled.get(nth as usize) {
+            self.slots[*moved as usize].nth_filled = nth;
+        }
     }
 
     /// From now on everything is written through to this table.
@@ -450,10 +481,9 @@ impl HostSlots {
     pub fn reserve(&mut self, slot: u32, block: BlockId, writer: Writer) -> Grant {
         let s = &mut self.slots[slot as usize];
         assert!(s.state == State::Held);
-        s.state = State::Filling;
-        self.filling[writer.instance as usize % SESSIONS_MAX] += 1;
-        (s.block, s.instance, s.joined, s.done, s.aborted) = (block.0 + 1, writer.instance, 1 << writer.rank, 0, false);
+        (s.block, s.joined, s.done, s.aborted) = (block.0 + 1, 1 << writer.rank, 0, false);
         (s.stalled, s.suspects, s.free_at_ns) = (false, 0, 0);
+        self.begin_filling(slot, writer.instance);
         self.set_writer(slot, writer.rank, Some(writer.session));
         self.grant(slot)
     }
@@ -503,9 +533,9 @@ impl HostSlots {
         if done != all && !planted::has(Bug::FirstRankIsAll) {
             return Some(RankDone::Waiting);
         }
+        self.end_filling(grant.slot, State::Held);
         let s = &mut self.slots[grant.slot as usize];
-        self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
-        (s.state, s.joined, s.done) = (State::Held, 0, 0);
+        (s.joined, s.done) = (0, 0);
         Some(RankDone::Complete(block))
     }
 
@@ -515,15 +545,14 @@ impl HostSlots {
         s.state == State::Filling && s.aborted && s.joined == s.done
     }
 
-    /// A slot that a session was filling when it went away. The next one after `from`; each is marked
-    /// done and lost, and quarantined until [`HostSlots::end_quarantine`] says when. O(slots) over a
-    /// whole walk: sessions seldom die.
-    pub fn next_of_dead(&mut self, session: SessionId, from: u32) -> Option<(u32, BlockId)> {
-        for slot in from..self.slots.len() as u32 {
+    /// A slot that a session was filling when it went away, and where it stands: the last one before `before`, of all
+    /// that are being filled. Each is marked done and lost, and quarantined until [`HostSlots::end_quarantine`] says when.
+    /// Asked again from one behind it on, as the session may be several of its ranks; slots that leave meanwhile are
+    /// replaced by such as were looked at.
+    pub fn next_of_dead(&mut self, session: SessionId, before: u32) -> Option<(u32, BlockId, u32)> {
+        for nth in (0..before.min(self.filled_count())).rev() {
+            let slot = self.filled[nth as usize];
             let s = &mut self.slots[slot as usize];
-            if s.state != State::Filling {
-                continue;
-            }
             let first = slot * self.tp_size;
             for rank in 0..self.tp_size {
                 let bit = 1 << rank;
@@ -534,24 +563,25 @@ impl HostSlots {
                     s.suspects |= bit & !s.done;
                     s.done |= bit;
                     s.aborted = true;
-                    return Some((slot, BlockId(s.block - 1)));
+                    return Some((slot, BlockId(s.block - 1), nth));
                 }
             }
         }
         None
     }
 
-    /// The next slot from `from` on that no rank was writing at this sweep and the one before, though
-    /// not all ranks have committed: some will never come. It is marked lost.
-    pub fn next_stalled(&mut self, from: u32) -> Option<(u32, BlockId)> {
-        for slot in from..self.slots.len() as u32 {
+    /// The last slot before `before`, and where that is, that no rank was writing at this sweep and the one before,
+    /// though not all ranks have committed: some will never come. It is marked lost.
+    pub fn next_stalled(&mut self, before: u32) -> Option<(u32, BlockId, u32)> {
+        for nth in (0..before.min(self.filled_count())).rev() {
+            let slot = self.filled[nth as usize];
             let s = &mut self.slots[slot as usize];
-            if s.state != State::Filling || s.aborted || s.joined != s.done {
+            if s.aborted || s.joined != s.done {
                 continue;
             }
             if std::mem::replace(&mut s.stalled, true) {
                 s.aborted = true;
-                return Some((slot, BlockId(s.block - 1)));
+                return Some((slot, BlockId(s.block - 1), nth));
             }
         }
         None
@@ -563,8 +593,7 @@ impl HostSlots {
         if s.suspects == 0 && s.free_at_ns == 0 {
             return false;
         }
-        self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
-        s.state = State::Quarantined;
+        self.end_filling(slot, State::Quarantined);
         self.closed_busy -= u32::from(slot >= self.open_before);
         self.quarantined.push(slot);
         true
@@ -573,7 +602,7 @@ impl HostSlots {
     /// The session's process is known to be dead: its slots wait until `free_at_ns`, and for every
     /// other writer of theirs that is gone.
     pub fn end_quarantine(&mut self, session: SessionId, free_at_ns: u64) {
-        for slot in 0..self.slots.len() as u32 {
+        for slot in self.filled.iter().chain(&self.quarantined).copied() {
             let s = &mut self.slots[slot as usize];
             if s.suspects == 0 {
                 continue;
@@ -633,10 +662,11 @@ impl HostSlots {
         let s = &mut self.slots[slot as usize];
         assert!(!matches!(s.state, State::Free | State::Unborn), "a slot is freed once");
         let written = std::mem::take(&mut s.joined);
-        if s.state == State::Filling {
-            self.filling[s.instance as usize % SESSIONS_MAX] -= 1;
-        }
         let was_busy = s.state != State::Quarantined;
+        if s.state == State::Filling {
+            self.end_filling(slot, State::Free);
+        }
+        let s = &mut self.slots[slot as usize];
         s.state = State::Free;
         s.block = 0;
         (s.suspects, s.free_at_ns) = (0, 0);
@@ -693,10 +723,32 @@ mod test {
     }
 
     #[test]
+    fn a_session_s_end_finds_all_that_it_was_filling_whatever_goes_meanwhile() {
+        let mut slots = HostSlots::new(12, 1);
+        slots.bear(0..12);
+        for n in 0..12 {
+            let slot = slots.acquire().unwrap();
+            slots.reserve(slot, BlockId(n), writer(1 + n % 3, 5, 0));
+        }
+        let (mut before, mut found) = (u32::MAX, Vec::new());
+        while let Some((slot, block, nth)) = slots.next_of_dead(SessionId(2), before) {
+            found.push(block.0);
+            assert!(slots.is_abandoned(slot) && slots.quarantine(slot));
+            before = nth + 1;
+        }
+        found.sort_unstable();
+        assert_eq!(found, [1, 4, 7, 10]);
+        assert_eq!((slots.filled_count(), slots.filling_count(5), slots.quarantined_count()), (8, 8, 4));
+        slots.end_quarantine(SessionId(2), 0);
+        slots.release_quarantined(0);
+        assert_eq!(slots.free_count(), 4);
+    }
+
+    #[test]
     fn a_slot_of_two_dead_ranks_waits_for_the_later_death() {
         let (mut slots, grant) = reserved(2, writer(1, 5, 0));
         slots.join(grant.slot, writer(2, 5, 1)).unwrap();
-        assert!(slots.next_of_dead(SessionId(1), 0).is_some() && slots.next_of_dead(SessionId(2), 0).is_some());
+        assert!(slots.next_of_dead(SessionId(1), 1).is_some() && slots.next_of_dead(SessionId(2), 1).is_some());
         assert!(slots.is_abandoned(grant.slot) && slots.quarantine(grant.slot));
         slots.end_quarantine(SessionId(1), 100);
         slots.release_quarantined(1000);
@@ -709,7 +761,7 @@ mod test {
     #[test]
     fn a_dead_writer_s_slot_waits_for_death_and_grace() {
         let (mut slots, grant) = reserved(1, writer(1, 5, 0));
-        assert_eq!(slots.next_of_dead(SessionId(1), 0), Some((grant.slot, BlockId(9))));
+        assert_eq!(slots.next_of_dead(SessionId(1), u32::MAX), Some((grant.slot, BlockId(9), 0)));
         assert!(slots.is_abandoned(grant.slot) && slots.quarantine(grant.slot));
         slots.release_quarantined(u64::MAX - 1);
         assert_eq!((slots.free_count(), slots.quarantined_count()), (3, 1), "suspect for ever, not freed by time");

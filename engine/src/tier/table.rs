@@ -157,8 +157,10 @@ impl SlotTable {
     /// The slot holds nothing that may be believed: before anything writes into it.
     pub fn clear(&self, slot: u32) {
         let words = self.header_words(slot);
+        planted::step();
         // The generation too: no checksum makes a header of generation 0 sound.
         words[5].store(0, Ordering::Relaxed);
+        planted::step();
         words[7].store(0, Ordering::Relaxed);
         // Release: what is stored after this, a grant above all, is not seen before it.
         fence(Ordering::Release);
@@ -170,8 +172,10 @@ impl SlotTable {
         let header: [u64; 8] = bytemuck::cast(Header { slot, ..header }.sealed(self.shape.layout));
         let words = self.header_words(slot);
         for (word, value) in words[..7].iter().zip(header) {
+            planted::step();
             word.store(value, Ordering::Relaxed);
         }
+        planted::step();
         // Release: the checksum last.
         words[7].store(header[7], Ordering::Release);
     }
@@ -237,6 +241,7 @@ impl SlotTable {
 
     /// The slots before this one have pages: the next engine process uses them from its first moment.
     pub fn set_born(&self, slots: u32) {
+        planted::step();
         self.memory.words64(BORN, 1)[0].store(u64::from(slots), Ordering::Relaxed);
     }
 
@@ -249,6 +254,7 @@ impl SlotTable {
     /// Who may write a rank's part of a slot from now on.
     pub fn set_writer(&self, slot: u32, rank: u32, session: Option<SessionId>) {
         let value = session.map_or(0, |session| session.0.wrapping_add(1));
+        planted::step();
         // Release: after the slot's header is gone, before the grant is seen.
         self.writer_word(slot, rank).store(value, Ordering::Release);
     }
