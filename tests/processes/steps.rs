@@ -177,6 +177,26 @@ struct Scene {
     away_ms: f64,
 }
 
+impl Drop for Scene {
+    /// What a failed story leaves to be read.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for log in ["log", "s.log"] {
+            println!("{log}: {}", std::fs::read_to_string(self.place.path(log)).unwrap_or_default());
+        }
+        println!("{:?}", self.place.stats());
+        for (pid, command) in processes_of(self.place.dir.path()) {
+            println!("{pid}: {command}");
+            for task in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+                println!("  {} {}\n{}", read("comm").trim(), read("stat").trim(), read("stack"));
+            }
+        }
+    }
+}
+
 impl Scene {
     fn new() -> Self {
         Self { place: Place::new(), agent: None, keys: chain("a", 20), away_ms: 0.0 }

@@ -390,6 +390,71 @@ fn a_configuration_that_went_bad_does_not_cost_the_pool() {
     assert_eq!(bytes(&mut agent), 2 * before);
 }
 
+/// Pages of 1 GiB, which nobody else here uses.
+struct BigPages {
+    before: u64,
+}
+
+impl BigPages {
+    const DIR: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
+
+    fn number(file: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("{}/{file}", Self::DIR)).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    }
+
+    fn set(count: u64) {
+        let _ = std::fs::write(format!("{}/nr_hugepages", Self::DIR), count.to_string());
+    }
+
+    /// One more, if the kernel has 1 GiB in one piece and this user may ask for it.
+    fn one_more() -> Option<Self> {
+        let pages = Self { before: Self::number("nr_hugepages") };
+        Self::set(pages.before + 1);
+        (Self::number("free_hugepages") > 0).then_some(pages)
+    }
+}
+
+impl Drop for BigPages {
+    fn drop(&mut self) {
+        Self::set(self.before);
+    }
+}
+
+#[test]
+fn hugepages_come_back_whoever_dies() {
+    let Some(_pages) = BigPages::one_more() else {
+        println!("skipped: no hugepage of 1 GiB is to be had");
+        return;
+    };
+    let free = BigPages::number("free_hugepages");
+    let mut place = Place::new();
+    let keys = chain("a", 20);
+    for round in 0..2 {
+        let settings = ["--hugepages", "require", "--hugepage-size-bytes", "1073741824", "--cpu-cache-gb", "1"];
+        place.serve(&[&["--block-kib", "64", "--ssd-cache-gb", "0"], &settings[..]].concat());
+        assert_eq!(place.stats().unwrap()["page_bytes"], 1 << 30);
+        let external = [NO_SSD, ("server_launch_mode", "external")];
+        let mut agent = place.agent(0, &external);
+        eventually("blocks are stored", || store(&mut agent, &keys) + load(&mut agent, &keys) >= 20);
+        assert_eq!(BigPages::number("free_hugepages"), free - 1, "the pool lies there");
+        signal(place.server_pid(), Signal::KILL);
+        eventually("the same blocks are served, from the same page", || load(&mut agent, &keys) == 20);
+        let mut other = place.agent(1, &external);
+        eventually("another instance is served", || load(&mut other, &keys) == 20);
+        if round == 0 {
+            assert!(place.kvring(&["upgrade"]).output().unwrap().status.success());
+            eventually("the same blocks again", || load(&mut agent, &keys) == 20);
+            assert!(place.kvring(&["stop"]).output().unwrap().status.success());
+        } else {
+            place.kill_all();
+        }
+        drop((agent, other));
+        eventually("the page is free", || BigPages::number("free_hugepages") == free);
+        place.children.drain(..).for_each(|mut child| drop(child.wait()));
+    }
+}
+
 #[test]
 fn a_log_that_cannot_be_written_is_no_reason_to_die() {
     let mut place = Place::new();
