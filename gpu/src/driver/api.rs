@@ -198,6 +198,18 @@ impl DriverApi {
         Ok(api)
     }
 
+    /// Where the driver's library lies, if it is one and has every call of ours. Does not start it: no GPU is asked.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn find(named: Option<&Path>) -> Result<PathBuf, Unavailable> {
+        let (library, path) = open(named)?;
+        let found = resolve(&library, &path).map(|_| path);
+        // As in `load`.
+        std::mem::forget(library);
+        found
+    }
+
     fn load_anew(named: Option<&Path>) -> Result<Self, Unavailable> {
         let (library, path) = open(named)?;
         let mut api = resolve(&library, &path)?;
@@ -288,5 +300,6 @@ mod test {
     fn what_is_no_driver_is_said_to_be_none() {
         let error = DriverApi::load(Some(Path::new("libc.so.6"))).unwrap_err();
         assert!(matches!(error, Unavailable::NoSymbol { symbol: "cuInit", .. }), "{error}");
+        assert_eq!(DriverApi::find(Some(Path::new("libc.so.6"))).unwrap_err(), error);
     }
 }

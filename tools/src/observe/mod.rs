@@ -210,7 +210,7 @@ impl Health {
 }
 
 /// What the kernel says of a process: R, S, D, T, Z.
-fn process_state(pid: u32) -> Option<char> {
+pub fn process_state(pid: u32) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(')')?.1.trim_start().chars().next()
 }

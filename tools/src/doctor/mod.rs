@@ -1,6 +1,11 @@
 //! `kvring doctor`: is this machine fit for the cache that is configured? Looks, changes nothing that stays,
 //! needs no server; each thing found comes with the command that mends it.
 
+mod gpu;
+mod numa;
+mod pci;
+mod stale;
+
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::linux::fs::MetadataExt;
@@ -44,7 +49,7 @@ pub struct DoctorArgs {
 enum Level {
     /// As it should be.
     Ok,
-    /// Worth knowing.
+    /// Worth knowing; with a remedy where somebody could do something about it.
     Note,
     /// It works, and could work better.
     Warning,
@@ -73,6 +78,10 @@ impl Report {
     fn note(&mut self, check: &'static str, found: impl Into<String>) {
         self.findings.push(Finding { check, level: Level::Note, found: found.into(), remedy: None });
     }
+    /// Worth knowing, and there is something to be done about it.
+    fn advise(&mut self, check: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
+        self.bad(check, Level::Note, found, remedy);
+    }
     fn bad(&mut self, check: &'static str, level: Level, found: impl Into<String>, remedy: impl Into<String>) {
         self.findings.push(Finding { check, level, found: found.into(), remedy: Some(remedy.into()) });
     }
@@ -84,7 +93,14 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     match args.settings.load() {
         Ok(loaded) => {
             report.ok("configuration", format!("server_recv_port {}", loaded.config.socket.display()));
-            loaded.notes.iter().for_each(|note| report.note("configuration", note));
+            for note in &loaded.notes {
+                let name = note.split(' ').next().unwrap_or_default();
+                let remedy = match note.contains(" in ") {
+                    true => format!("remove {name} from that file"),
+                    false => format!("unset {name}"),
+                };
+                report.advise("configuration", note, remedy);
+            }
             look_at_everything(&mut report, &loaded.config);
         }
         Err(error) => {
@@ -126,13 +142,21 @@ fn look_at_everything(report: &mut Report, config: &Config) {
     look_at_limits(report, config);
     look_at_memory(report, config, serves);
     if config.ssd_cache_bytes == 0 {
-        report.note("ssd", "ssd_cache_gb = 0: a cache in DRAM only");
+        let remedy = "ssd_cache_gb = GIB and ssd_cache_dir = DIRECTORY, on an SSD, for more room";
+        report.advise("ssd", "ssd_cache_gb = 0: a cache in DRAM only", remedy);
     } else {
         config.ssd_cache_dirs.iter().for_each(|dir| look_at_dir(report, config, dir, serves));
     }
     look_at_cpus(report, config);
-    look_at_drivers(report);
+    look_at_nodes(report, config, serves);
+    gpu::look(report, config, Path::new(SYS), Path::new("/proc"));
+    look_at_vfio(report);
+    if !serves {
+        look_for_what_is_left(report, config);
+    }
 }
+
+const SYS: &str = "/sys";
 
 fn read(path: impl AsRef<Path>) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
@@ -161,7 +185,8 @@ fn look_at_socket(report: &mut Report, config: &Config) -> bool {
         }
         Err(Errno::NOENT) => report.ok("socket", format!("{}: free", socket.display())),
         Err(Errno::CONNREFUSED) => {
-            report.note("socket", format!("{}: a dead server's, the next one removes it", socket.display()));
+            let found = format!("{}: a dead server's, the next one removes it", socket.display());
+            report.advise("socket", found, format!("rm {}", socket.display()));
         }
         Err(error) => {
             let found = format!("{}: {error}", socket.display());
@@ -232,11 +257,11 @@ fn look_at_memory(report: &mut Report, config: &Config, serves: bool) {
     let needed = pool.div_ceil(page.max(1));
     let on_hugepages = match (config.hugepages, free) {
         (Hugepages::Off, _) => {
-            report.note("hugepages", "hugepages = off: more TLB misses");
+            report.advise("hugepages", "hugepages = off: more TLB misses", "hugepages = try");
             false
         }
         _ if serves => {
-            report.note("hugepages", "a server has its pool already: not looked at");
+            report.advise("hugepages", "a server has its pool already: not looked at", "kvring stat");
             true
         }
         (_, Some(free)) if free >= needed => {
@@ -339,6 +364,8 @@ fn look_at_dir(report: &mut Report, config: &Config, dir: &Path, serves: bool) {
     look_at_queue(report, there);
 }
 
+const POLLED_QUEUES: &str = "boot with nvme.poll_queues=4, then io_poll = on";
+
 /// A device that is all the cache's: whether it can be had, and what it can do.
 fn look_at_device(report: &mut Report, config: &Config, medium: Medium, serves: bool) {
     let name = medium.path().display().to_string();
@@ -381,7 +408,11 @@ fn look_at_device(report: &mut Report, config: &Config, medium: Medium, serves: 
             let found = format!("{name}: no NVMe commands: {why}");
             report.bad("nvme", Level::Warning, found, "set io_engine = uring, which drives it meanwhile");
         }
-        Err(why) => report.note("nvme", format!("{name}: no NVMe commands (io_engine = nvme): {why}")),
+        Err(why) => report.advise(
+            "nvme",
+            format!("{name}: no NVMe commands: {why}"),
+            "for io_engine = nvme: an NVMe namespace, as a user that may open its /dev/ngXnY",
+        ),
     }
     let polled = medium.queue().and_then(|queue| read(queue.join("io_poll")));
     match polled.as_deref() {
@@ -390,9 +421,9 @@ fn look_at_device(report: &mut Report, config: &Config, medium: Medium, serves: 
             "io_poll",
             Level::Warning,
             format!("{name} has no polled queues"),
-            "boot with nvme.poll_queues=N, or set io_poll = off",
+            format!("{POLLED_QUEUES}; or set io_poll = off"),
         ),
-        _ => report.note("io_poll", format!("{name} has no polled queues (NVMe: nvme.poll_queues=N)")),
+        _ => report.advise("io_poll", format!("{name} has no polled queues"), POLLED_QUEUES),
     }
     look_at_queue(report, medium.path());
 }
@@ -401,7 +432,7 @@ fn look_at_device(report: &mut Report, config: &Config, medium: Medium, serves: 
 fn look_at_spdk(report: &mut Report, config: &Config, address: &Path, serves: bool) {
     let address = address.display().to_string();
     if serves {
-        return report.note("spdk", format!("{address}: the server has it"));
+        return report.advise("spdk", format!("{address}: the server has it"), "kvring devices");
     }
     spdk::configure(config);
     match spdk::controller(&address) {
@@ -440,7 +471,8 @@ pub fn queue_of(path: &Path) -> Option<PathBuf> {
 
 fn look_at_queue(report: &mut Report, path: &Path) {
     let Some(queue) = queue_of(path) else {
-        return report.note("block device", format!("{}: not on a block device of its own", path.display()));
+        let found = format!("{}: not on a block device of its own", path.display());
+        return report.advise("block device", found, "set ssd_cache_dir to a directory on a local SSD, if it is not");
     };
     let device = queue.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
     if read(queue.join("rotational")).as_deref() == Some("1") && !device.starts_with("vd") {
@@ -460,7 +492,8 @@ fn look_at_queue(report: &mut Report, path: &Path) {
         _ => report.ok("block device", format!("{device}: no scheduler in the way")),
     }
     if read(queue.join("io_poll")).as_deref() != Some("1") {
-        report.note("block device", format!("{device} has no polled queues (io_poll): completions come by interrupt"));
+        let found = format!("{device} has no polled queues: completions come by interrupt");
+        report.advise("block device", found, POLLED_QUEUES);
     }
 }
 
@@ -488,7 +521,11 @@ fn look_at_cpus(report: &mut Report, config: &Config) {
             report.bad("cpu", Level::Warning, found, format!("boot with isolcpus={cpu} nohz_full={cpu}"));
         }
         Some(cpu) => report.ok("cpu", format!("server_cpu = {cpu}: isolated")),
-        None => report.note("cpu", "server_cpu = none: the shard runs anywhere"),
+        None => {
+            let last = online.saturating_sub(1);
+            let remedy = format!("server_cpu = {last}, and boot with isolcpus={last} nohz_full={last}");
+            report.advise("cpu", "server_cpu = none: the shard runs anywhere", remedy);
+        }
     }
     match read(format!("{cpus}/cpu0/cpufreq/scaling_governor")) {
         Some(governor) if governor != "performance" => {
@@ -497,9 +534,27 @@ fn look_at_cpus(report: &mut Report, config: &Config) {
         }
         _ => {}
     }
-    let nodes = read("/sys/devices/system/node/online").unwrap_or_else(|| "0".into());
-    if nodes != "0" {
-        report.note("numa", format!("nodes {nodes}: keep server_cpu, the SSDs and the GPUs' root complex on one"));
+}
+
+fn look_at_nodes(report: &mut Report, config: &Config, serves: bool) {
+    let device_of = |dir: &PathBuf| Some((dir.display().to_string(), queue_of(dir)?.parent()?.to_path_buf()));
+    let dirs = if config.ssd_cache_bytes > 0 { &config.ssd_cache_dirs[..] } else { &[] };
+    let page_bytes = config.hugepage_size_bytes;
+    let takes_pages = config.hugepages != Hugepages::Off && !serves;
+    let pages = if takes_pages { config.cpu_cache_bytes.div_ceil(page_bytes.max(1)) } else { 0 };
+    let devices = dirs.iter().filter_map(device_of).collect();
+    numa::look(report, Path::new(SYS), &numa::Wanted { cpu: config.server_cpu, devices, pages: (pages, page_bytes) });
+}
+
+/// Nobody listens at the socket; another server may have a directory all the same.
+fn look_for_what_is_left(report: &mut Report, config: &Config) {
+    stale::look_beside(report, config);
+    let count = if config.ssd_cache_bytes > 0 { config.ssd_cache_dirs.len() as u32 } else { 0 };
+    for (index, dir) in (0..).zip(&config.ssd_cache_dirs) {
+        let Ok(medium @ Medium::Directory(_)) = Medium::of(dir) else { continue };
+        if !dir.join("kvring.lock").exists() || medium.lock(Patience::No).is_ok() {
+            stale::look_at_dir(report, dir, index, count);
+        }
     }
 }
 
@@ -513,16 +568,18 @@ fn is_in(list: &str, number: u32) -> bool {
     })
 }
 
-fn look_at_drivers(report: &mut Report) {
-    match read("/proc/driver/nvidia/version") {
-        Some(version) => report.ok("gpu", version.lines().next().unwrap_or_default().to_owned()),
-        None => report.note("gpu", "no NVIDIA driver: instances copy to and from host memory"),
-    }
+fn look_at_vfio(report: &mut Report) {
     let groups = std::fs::read_dir("/sys/kernel/iommu_groups").map_or(0, Iterator::count);
-    if Path::new("/dev/vfio/vfio").exists() {
-        report.note("vfio", format!("there, with {groups} IOMMU groups"));
-    } else {
-        report.note("vfio", "no /dev/vfio/vfio: no driver in user space could take an NVMe device");
+    match (Path::new("/dev/vfio/vfio").exists(), groups) {
+        (true, 0) => {
+            let remedy = "boot with intel_iommu=on or amd_iommu=on";
+            report.advise("vfio", "there, without IOMMU groups: SPDK could not drive an NVMe device safely", remedy);
+        }
+        (true, groups) => report.ok("vfio", format!("there, with {groups} IOMMU groups")),
+        (false, _) => {
+            let found = "no /dev/vfio/vfio: no driver in user space could take an NVMe device";
+            report.advise("vfio", found, "for SPDK over PCIe: sudo modprobe vfio-pci");
+        }
     }
 }
 
