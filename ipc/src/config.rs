@@ -743,7 +743,7 @@ pub const SETTINGS: &[Setting] = &[
         None,
         "none",
         "a loopback address with a port (127.0.0.1:9464, [::1]:9464), unix:/path, or none",
-        "Where the server answers GET /metrics in Prometheus' text format.",
+        "Where the server answers GET /metrics in Prometheus' text format. A port of loopback is open to every user of the machine; a path to the server's own user, root and allowed_groups.",
         |c, v| {
             c.metrics_listen = if v == "none" { None } else { Some(metrics_listen(v)?) };
             Some(())

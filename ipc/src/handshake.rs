@@ -236,7 +236,11 @@ impl AsFd for Channel {
 }
 
 fn socket() -> rustix::io::Result<OwnedFd> {
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+    socket_of(SocketType::SEQPACKET)
+}
+
+fn socket_of(kind: SocketType) -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
 }
 
 /// Binds a path. Mode 0600; for members of one group 0660, for those of several 0666: who they are is asked
@@ -245,7 +249,19 @@ fn socket() -> rustix::io::Result<OwnedFd> {
 /// # Errors
 /// What the kernel says: `EADDRINUSE` if the path exists.
 pub fn bind(path: &Path, groups: &[u32]) -> rustix::io::Result<OwnedFd> {
-    let fd = socket()?;
+    bind_of(SocketType::SEQPACKET, path, groups)
+}
+
+/// As [`bind`], for what is no control socket: a stream.
+///
+/// # Errors
+/// As [`bind`].
+pub fn bind_stream(path: &Path, groups: &[u32]) -> rustix::io::Result<OwnedFd> {
+    bind_of(SocketType::STREAM, path, groups)
+}
+
+fn bind_of(kind: SocketType, path: &Path, groups: &[u32]) -> rustix::io::Result<OwnedFd> {
+    let fd = socket_of(kind)?;
     let address = SocketAddrUnix::new(path)?;
     // Nobody can connect before listen, so the mode is right before it matters.
     rustix::net::bind(&fd, &address)?;

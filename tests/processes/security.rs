@@ -91,6 +91,31 @@ fn another_user_is_kept_out_unless_his_group_is_allowed() {
     assert!(!output.status.success() && text(&output).contains("allowed_groups"), "{}", text(&output));
 }
 
+/// `GET /metrics` at a path by a user.
+fn scraped_by(path: &Path, uid: u32, gid: u32) -> String {
+    let get = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\n\
+               s.sendall(b'GET /metrics HTTP/1.1\\r\\n\\r\\n')\nprint(s.makefile().read())";
+    let mut command = Command::new("python3");
+    command.args(["-c", get]).arg(path).current_dir("/").uid(uid).gid(gid).stdin(Stdio::null());
+    text(&command.output().unwrap())
+}
+
+#[test]
+fn metrics_at_a_path_are_for_those_who_may_attach() {
+    // Groups that are allowed, the socket's mode, and whether a member, and a stranger, is told.
+    for (groups, mode, member) in [("none", 0o600, false), ("12345", 0o660, true), ("12345;23456", 0o666, true)] {
+        let Some(mut place) = open_place() else { return };
+        let path = place.path("m");
+        let listen = format!("unix:{}", path.display());
+        place.serve(&["--ssd-cache-gb", "0", "--allowed-groups", groups, "--metrics-listen", &listen]);
+        std::fs::set_permissions(place.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        eventually("metrics are served", || path.exists() && scraped_by(&path, 0, 0).contains("kvring_up"));
+        assert_eq!(mode_of(&path), mode, "{groups}");
+        assert_eq!(scraped_by(&path, NOBODY, 12345).contains("kvring_up"), member, "{groups}");
+        assert!(!scraped_by(&path, NOBODY, NOBODY).contains("kvring_up"), "{groups}");
+    }
+}
+
 #[test]
 fn a_process_has_a_bounded_number_of_sessions_and_connections() {
     let mut place = Place::new();

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::config::MetricsListen;
-use kvring_ipc::handshake::{Reply, Request, ask};
+use kvring_ipc::handshake::{Reply, Request, ask, bind_stream, listen};
+use kvring_ipc::peer::Peer;
 use kvring_ipc::stats::{HistogramName, SESSION_HISTOGRAM, SESSION_WORDS, Snapshot};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -37,10 +38,10 @@ const NAMESPACES_SHOWN: usize = 100;
 /// Most bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 8 << 10;
 
-/// Serves metrics for as long as this process lives.
-pub fn serve(listen: MetricsListen, socket: PathBuf) {
+/// Serves metrics for as long as this process lives; at a path, to whom the control socket is open too.
+pub fn serve(listen: MetricsListen, socket: PathBuf, allowed_groups: Vec<u32>) {
     let run = move || {
-        let listener = bound(&listen);
+        let listener = bound(&listen, &allowed_groups);
         loop {
             // Out of descriptors, or hung up already: the next one may be luckier.
             if listener.answer_one(&socket).is_err() {
@@ -55,17 +56,18 @@ pub fn serve(listen: MetricsListen, socket: PathBuf) {
 
 enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener),
+    /// And groups that are asked for, where the socket's mode cannot say which: of several.
+    Unix(UnixListener, Vec<u32>),
 }
 
 /// Listens. The engine process before this one may have the address for a moment yet; and a cache is worth more than its
 /// metrics, so what cannot be had is tried again.
-fn bound(listen: &MetricsListen) -> Listener {
+fn bound(listen: &MetricsListen, allowed_groups: &[u32]) -> Listener {
     let mut tries = 0u32;
     loop {
         let listener = match listen {
             MetricsListen::Tcp(address) => TcpListener::bind(address).map(Listener::Tcp),
-            MetricsListen::Unix(path) => bind_unix(path).map(Listener::Unix),
+            MetricsListen::Unix(path) => bind_unix(path, allowed_groups),
         };
         let name = match listen {
             MetricsListen::Tcp(address) => format!("http://{address}/metrics"),
@@ -89,18 +91,24 @@ fn bound(listen: &MetricsListen) -> Listener {
     }
 }
 
-fn bind_unix(path: &Path) -> std::io::Result<UnixListener> {
-    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+fn bind_unix(path: &Path, allowed_groups: &[u32]) -> std::io::Result<Listener> {
+    use std::os::unix::fs::FileTypeExt;
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     // What a dead server left; one that lives is left alone.
     if is_socket && UnixStream::connect(path).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
     {
         std::fs::remove_file(path)?;
     }
-    let listener = UnixListener::bind(path)?;
-    // As open as a loopback port is.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
-    Ok(listener)
+    let bound = bind_stream(path, allowed_groups)?;
+    listen(&bound)?;
+    let asked = if allowed_groups.len() > 1 { allowed_groups.to_vec() } else { Vec::new() };
+    Ok(Listener::Unix(UnixListener::from(bound), asked))
+}
+
+/// Whether somebody is one of those that the socket's mode could not name.
+fn may_read(stream: &UnixStream, groups: &[u32]) -> bool {
+    let ours = rustix::process::geteuid().as_raw();
+    groups.is_empty() || Peer::of(stream).is_ok_and(|peer| peer.is_user(ours) || peer.is_in_any(groups))
 }
 
 impl Listener {
@@ -112,8 +120,11 @@ impl Listener {
                     |left| stream.set_read_timeout(Some(left)).and_then(|()| stream.set_write_timeout(Some(left)));
                 answer(&stream, bound, socket);
             }
-            Self::Unix(listener) => {
+            Self::Unix(listener, groups) => {
                 let (stream, _) = listener.accept()?;
+                if !may_read(&stream, groups) {
+                    return Ok(());
+                }
                 let bound =
                     |left| stream.set_read_timeout(Some(left)).and_then(|()| stream.set_write_timeout(Some(left)));
                 answer(&stream, bound, socket);

@@ -91,9 +91,10 @@ pub fn run(args: ServeArgs) -> Outcome {
         })?;
         loaded.config.resize(inheritance.sizes.unwrap_or_default());
         let (listen, socket) = (loaded.config.metrics_listen.clone(), loaded.config.socket.clone());
+        let allowed_groups = loaded.config.allowed_groups.clone();
         let server = Server::new(loaded.config, layout, inheritance, prepared, stop)?;
         if let Some(listen) = listen {
-            crate::metrics::serve(listen, socket);
+            crate::metrics::serve(listen, socket, allowed_groups);
         }
         if server.run() {
             return Ok(());
