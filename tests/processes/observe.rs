@@ -167,6 +167,7 @@ fn prometheus_reads_what_happened_and_the_dashboard_asks_for_nothing_else() {
     let mut agent = place.agent(2, &[]);
     assert_eq!(store(&mut agent, &chain("a", 40)), 40);
     assert_eq!(load(&mut agent, &chain("a", 40)), 40);
+    assert_eq!(agent.match_prefix(&chain("nobody's", 3)).blocks, 0);
     eventually("written", || place.metric("ssd_write_bytes") >= 40 * BLOCK as u64);
     eventually("metrics are served", || scrape(&path, get).is_some());
     let answer = scrape(&path, get).unwrap();
@@ -177,6 +178,9 @@ fn prometheus_reads_what_happened_and_the_dashboard_asks_for_nothing_else() {
     let value = |name: &str| metrics.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no {name} in {body}")).1;
     assert_eq!(value("kvring_up"), 1.0);
     assert_eq!(value("kvring_commit_blocks_total"), 40.0);
+    // Blocks of matches, both: `load` matches twice.
+    assert_eq!(value("flexkv_py_cache_hit_blocks_total"), 80.0);
+    assert_eq!(value("flexkv_py_cache_miss_blocks_total"), 3.0);
     assert_eq!(value("flexkv_py_transfer_blocks_total{transfer_type=\"D2H\",operation=\"put\"}"), 40.0);
     assert_eq!(value("kvring_device_write_bytes_total{device=\"0\"}"), 40.0 * BLOCK as f64);
     assert!(value("kvring_load_seconds_count{tier=\"dram\"}") >= 1.0);
