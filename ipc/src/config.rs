@@ -287,7 +287,7 @@ pub const SETTINGS: &[Setting] = &[
         Some("FLEXKV_NUM_LOG_INTERVAL_REQUESTS"),
         "200",
         "a whole number; 0 for never",
-        "The server logs one line of counters each time this many matches have been answered.",
+        "The server logs one line of counters when this many matches or more have been answered since the last one, and at most one a second: a busy server skips lines, not counts.",
         |c, v| {
             c.num_log_interval_requests = v.parse().ok()?;
             Some(())

@@ -247,6 +247,36 @@ fn a_server_that_shows_nothing_is_up_as_long_as_it_answers() {
     }
 }
 
+/// However many matches there are, a line of counters comes about once a second; and it comes.
+#[test]
+fn counters_are_logged_by_matches_and_not_more_often_than_once_a_second() {
+    let mut place = Place::new();
+    let log = place.path("log");
+    let file = std::fs::File::create(&log).unwrap();
+    let mut command = place.kvring(&["serve", "--block-kib", "64", "--ssd-cache-gb", "0"]);
+    command.args(["--num-log-interval-requests", "5", "--log-level", "info"]).stdout(Stdio::null()).stderr(file);
+    place.children.push(command.spawn().unwrap());
+    place.wait_for_server();
+    let lines = || -> Vec<u64> {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let of_line = |line: &str| line.split(" matches, ").next()?.rsplit(' ').next()?.parse().ok();
+        text.lines().filter(|line| line.contains(" matches, ")).filter_map(of_line).collect()
+    };
+    let mut agent = place.agent(0, &[]);
+    let began = Instant::now();
+    // A line for every five of these would be a hundred lines.
+    for _ in 0..500 {
+        agent.match_prefix(&chain("nobody's", 1));
+        // What wakes the control plane.
+        assert!(place.stats().is_some());
+    }
+    // Less than five since the last line are not worth one.
+    eventually("the last of them are counted", || lines().last().is_some_and(|last| last + 5 > 500));
+    let (lines, seconds) = (lines(), began.elapsed().as_secs_f64());
+    assert!(lines.len() as f64 <= seconds + 2.0, "{} lines in {seconds} s", lines.len());
+    assert!(lines.windows(2).all(|two| two[0] + 5 <= two[1]), "{lines:?}");
+}
+
 #[test]
 fn metrics_are_for_this_machine_only() {
     let place = Place::new();

@@ -136,6 +136,7 @@ pub struct Server {
     next_session: u32,
     next_instance: u32,
     matches_logged: u64,
+    counters_logged: Option<Instant>,
     media_errors: [u64; 3],
     media_warned: Option<Instant>,
     /// A reset came before there was a data plane.
@@ -254,6 +255,7 @@ impl Server {
             next_session: 0,
             next_instance: 0,
             matches_logged: 0,
+            counters_logged: None,
             media_errors: [0; 3],
             media_warned: None,
             forget_at_start: false,
@@ -1241,10 +1243,14 @@ impl Server {
         let (Some(engine), interval) = (&self.engine, self.config.num_log_interval_requests) else { return };
         let m = &engine.metrics;
         let matches = m.matches_count.get();
-        if interval == 0 || matches < self.matches_logged + interval {
+        // A line for each interval would be thousands a second: they are few, whatever the load.
+        let waited = self.counters_logged.is_none_or(|at| at.elapsed() >= Duration::from_secs(1));
+        if interval == 0 || matches < self.matches_logged + interval || !waited {
             return;
         }
-        self.matches_logged = matches;
+        #[expect(clippy::disallowed_methods, reason = "the control plane is not simulated")]
+        let now = Instant::now();
+        (self.matches_logged, self.counters_logged) = (matches, Some(now));
         let (asked, hit) = (m.match_blocks_requested_count.get(), m.match_blocks_hit_count.get());
         tracing::info!(
             "{matches} matches, {hit} of {asked} blocks hit ({:.1} %), {} loaded from DRAM and {} from SSD, {} stored, {} of {} slots free",
