@@ -11,8 +11,8 @@ fn bench(place: &Place, arguments: &[&str]) -> Output {
     place.kvring(&["bench", "device"]).args(arguments).current_dir(place.dir.path()).output().unwrap()
 }
 
-/// All that fio 3.33 says of a direction and that scripts read.
-const SIDE: [&str; 12] = [
+/// All that fio 3.33 says of a direction.
+const SIDE: [&str; 23] = [
     "io_bytes",
     "io_kbytes",
     "bw_bytes",
@@ -25,7 +25,66 @@ const SIDE: [&str; 12] = [
     "slat_ns",
     "clat_ns",
     "lat_ns",
+    "bw_min",
+    "bw_max",
+    "bw_agg",
+    "bw_mean",
+    "bw_dev",
+    "bw_samples",
+    "iops_min",
+    "iops_max",
+    "iops_mean",
+    "iops_stddev",
+    "iops_samples",
 ];
+
+/// Every path of a report's values, but what is only fio's: the time in words, and the disks below (which kvring names
+/// none of).
+fn paths(value: &Value, at: &str, into: &mut std::collections::BTreeSet<String>) {
+    match value {
+        Value::Object(map) => map.iter().for_each(|(name, value)| paths(value, &format!("{at}.{name}"), into)),
+        Value::Array(items) => items.iter().for_each(|item| paths(item, &format!("{at}[]"), into)),
+        _ => _ = into.insert(at.to_owned()),
+    }
+}
+
+#[test]
+fn whoever_reads_fio_s_report_finds_all_of_it_in_ours() {
+    let place = Place::new();
+    let file = place.path("j.fio");
+    let keys = ["ioengine=io_uring", "rw=rw", "size=4m", "bs=64k", "iodepth=8", "filename=f", "percentile_list=50:99"];
+    std::fs::write(&file, format!("[j]\n{}\ntime_based\nruntime=1100ms\n", keys.join("\n"))).unwrap();
+    let arguments = [file.to_str().unwrap(), "--output-format=json"];
+    let fio = Command::new("fio").args(arguments).current_dir(place.dir.path()).output();
+    let Ok(fio) = fio else {
+        println!("skipped: fio is not installed (tests/golden/schemas.txt has what a report of ours has)");
+        return;
+    };
+    let fio_said = text(&fio);
+    let theirs: Value =
+        serde_json::from_str(&fio_said[fio_said.find('{').unwrap()..=fio_said.rfind('}').unwrap()]).unwrap();
+    if theirs["fio version"] != "fio-3.33" {
+        println!("skipped: {}, and the schema is that of fio-3.33", theirs["fio version"]);
+        return;
+    }
+    let ours: Value = serde_json::from_slice(&bench(&place, &arguments).stdout).unwrap();
+    let [theirs, found] = [&theirs, &ours].map(|report| {
+        let mut into = std::collections::BTreeSet::new();
+        paths(report, "", &mut into);
+        into
+    });
+    let only_fio = |path: &&String| *path == ".time" || path.starts_with(".disk_util");
+    let missing: Vec<_> = theirs.difference(&found).filter(|path| !only_fio(path)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    let read = &ours["jobs"][0]["read"];
+    let at = |name: &str| read[name].as_f64().unwrap();
+    assert_eq!((at("bw_samples"), at("iops_samples")), (2.0, 2.0));
+    assert!(at("bw_min") <= at("bw_mean") && at("bw_mean") <= at("bw_max") && at("bw_min") > 0.0, "{read}");
+    let sum =
+        |class: &str| ours["jobs"][0][class].as_object().unwrap().values().map(|v| v.as_f64().unwrap()).sum::<f64>();
+    assert!((sum("latency_ns") + sum("latency_us") + sum("latency_ms") - 100.0).abs() < 0.01, "{ours}");
+    assert!((sum("iodepth_submit") - 100.0).abs() < 0.01 && (sum("iodepth_complete") - 100.0).abs() < 0.01);
+}
 
 #[test]
 fn what_is_written_is_read_again_and_compared_and_the_report_has_fio_s_schema() {

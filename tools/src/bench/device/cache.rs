@@ -41,6 +41,7 @@ struct Cached {
     report: Done,
     buffer: Vec<u8>,
     counting: bool,
+    counted_from_ns: u64,
 }
 
 /// Runs one job.
@@ -76,6 +77,7 @@ pub fn run(job: &Job) -> Result<Done, Failure> {
         report,
         buffer: vec![0x5a; bytes as usize],
         counting: false,
+        counted_from_ns: 0,
         job: job.clone(),
     };
     if job.pattern.reads {
@@ -128,7 +130,8 @@ impl Cached {
         let end_ns = self.job.runtime.map_or(u64::MAX, |runtime| count_from_ns + ns(runtime));
         let pid = self.session.welcome().map_or(0, |welcome| welcome.server_pid);
         let cpu = || crate::replay::cpu_seconds(pid) + crate::replay::cpu_seconds(std::process::id());
-        let (mut cpu_from, mut counted_from_ns) = (cpu(), began_ns);
+        let mut cpu_from = cpu();
+        self.counted_from_ns = began_ns;
         self.counting = self.job.ramp_time.is_zero();
         let written_before = server.metric("ssd_write_bytes")?;
         let mut counted_from_bytes = written_before;
@@ -137,7 +140,7 @@ impl Cached {
         loop {
             let now_ns = monotonic_ns();
             if !self.counting && now_ns >= count_from_ns {
-                (self.counting, counted_from_ns, cpu_from) = (true, now_ns, cpu());
+                (self.counting, self.counted_from_ns, cpu_from) = (true, now_ns, cpu());
                 counted_from_bytes = server.metric("ssd_write_bytes")?;
             }
             if now_ns >= end_ns || !self.job.time_based && number == blocks || self.report.error != 0 {
@@ -161,7 +164,7 @@ impl Cached {
         }
         let ended_ns = monotonic_ns();
         self.report.cpu = [cpu() - cpu_from, 0.0];
-        self.report.runtime_ms = (ended_ns - counted_from_ns).div_ceil(1_000_000);
+        self.report.runtime_ms = (ended_ns - self.counted_from_ns).div_ceil(1_000_000);
         Ok(())
     }
 
@@ -261,7 +264,9 @@ impl Cached {
     fn end(&mut self, side: usize, issued_ns: u64, is_job: bool) {
         if is_job && self.counting {
             let bytes = self.job.bs[0].0;
-            self.report.sides[side].record(bytes, monotonic_ns().saturating_sub(issued_ns));
+            let now_ns = monotonic_ns();
+            let since_ns = now_ns.saturating_sub(self.counted_from_ns);
+            self.report.sides[side].record(bytes, now_ns.saturating_sub(issued_ns), since_ns);
         }
     }
 }

@@ -25,18 +25,32 @@ pub struct Side {
     pub squares: f64,
     /// Least and most.
     pub min_max: (u64, u64),
+    /// Bytes and transfers of each [`SAMPLE_NS`].
+    pub samples: Vec<(u64, u64)>,
 }
+
+/// How long a sample of bandwidth is: fio's `bwavgtime` and `iopsavgtime`.
+const SAMPLE_NS: u64 = 500_000_000;
+/// Samples of a week. What comes later is counted, and in no sample.
+const SAMPLES_MAX: usize = 7 * 24 * 3600 * 2;
 
 impl Default for Side {
     fn default() -> Self {
         let clat = crate::replay::worker::new_histogram();
-        Self { bytes: 0, ios: 0, short: 0, clat, sum: 0.0, squares: 0.0, min_max: (u64::MAX, 0) }
+        Self { bytes: 0, ios: 0, short: 0, clat, sum: 0.0, squares: 0.0, min_max: (u64::MAX, 0), samples: Vec::new() }
     }
 }
 
 impl Side {
-    /// One transfer of `bytes` took `ns`.
-    pub fn record(&mut self, bytes: u64, ns: u64) {
+    /// One transfer of `bytes` took `ns`, and ended `since_ns` after counting began.
+    pub fn record(&mut self, bytes: u64, ns: u64, since_ns: u64) {
+        let window = (since_ns / SAMPLE_NS) as usize;
+        if window >= self.samples.len() && window < SAMPLES_MAX {
+            self.samples.resize(window + 1, (0, 0));
+        }
+        if let Some(sample) = self.samples.get_mut(window) {
+            *sample = (sample.0 + bytes, sample.1 + 1);
+        }
         self.bytes += bytes;
         self.ios += 1;
         self.clat.saturating_record(ns.max(1));
@@ -55,6 +69,22 @@ impl Side {
         self.sum += other.sum;
         self.squares += other.squares;
         self.min_max = (self.min_max.0.min(other.min_max.0), self.min_max.1.max(other.min_max.1));
+        // Jobs of a group begin at once: their samples are of the same half seconds.
+        self.samples.resize(self.samples.len().max(other.samples.len()), (0, 0));
+        for (ours, theirs) in self.samples.iter_mut().zip(&other.samples) {
+            *ours = (ours.0 + theirs.0, ours.1 + theirs.1);
+        }
+    }
+
+    /// KiB a second, and transfers a second, of each whole half second of so many milliseconds; of shorter runs none, as
+    /// with fio.
+    fn rates(&self, runtime_ms: u64) -> [Vec<f64>; 2] {
+        let whole = (runtime_ms * 1_000_000 / SAMPLE_NS) as usize;
+        let count = if self.ios == 0 { 0 } else { whole.min(SAMPLES_MAX) };
+        let per_s = 1e9 / SAMPLE_NS as f64;
+        let rate =
+            |of: fn(&(u64, u64)) -> f64| (0..count).map(|at| self.samples.get(at).map_or(0.0, of) * per_s).collect();
+        [rate(|sample| sample.0 as f64 / 1024.0), rate(|sample| sample.1 as f64)]
     }
 
     fn mean(&self) -> f64 {
@@ -91,6 +121,8 @@ pub struct Done {
     pub counts: [i64; 3],
     /// How often so many were in flight: 1, 2, 4, ... 32, 64 and more.
     pub depths: [u64; 7],
+    /// How often so many were handed over at once, and came back at once: [`BATCHES`].
+    pub batches: [[u64; 7]; 2],
     /// Blocks that were compared by verify.
     pub verified: u64,
 }
@@ -107,8 +139,19 @@ impl Done {
             cpu: [0.0; 2],
             counts: [0; 3],
             depths: [0; 7],
+            batches: [[0; 7]; 2],
             verified: 0,
         }
+    }
+
+    /// So many were handed over at once.
+    pub fn submitted(&mut self, count: usize) {
+        self.batches[0][batch(count)] += 1;
+    }
+
+    /// So many came back at once.
+    pub fn completed(&mut self, count: usize) {
+        self.batches[1][batch(count)] += 1;
     }
 
     /// Takes another job of the group in.
@@ -128,6 +171,9 @@ impl Done {
         for (ours, theirs) in self.depths.iter_mut().zip(other.depths) {
             *ours += theirs;
         }
+        for (ours, theirs) in self.batches.iter_mut().flatten().zip(other.batches.iter().flatten()) {
+            *ours += theirs;
+        }
         self.verified += other.verified;
     }
 
@@ -142,6 +188,59 @@ impl Done {
 }
 
 const DEPTHS: [&str; 7] = ["1", "2", "4", "8", "16", "32", ">=64"];
+/// The most that counts as each: 1 to 4 are "4".
+const BATCHES: [&str; 7] = ["0", "4", "8", "16", "32", "64", ">=64"];
+
+fn batch(count: usize) -> usize {
+    match count {
+        0 => 0,
+        1..=4 => 1,
+        5..=64 => count.next_power_of_two().ilog2() as usize - 1,
+        _ => 6,
+    }
+}
+
+/// Parts of all in percent, by fio's names.
+fn percents(names: &[&str; 7], counts: &[u64; 7]) -> Value {
+    let all: u64 = counts.iter().sum();
+    let percent = |count: u64| json!(100.0 * count as f64 / all.max(1) as f64);
+    names
+        .iter()
+        .zip(counts)
+        .map(|(name, count)| ((*name).to_owned(), percent(*count)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
+
+/// Where fio's classes of latency end; beyond the last of the milliseconds is ">=2000".
+const LATENCIES: [(&str, u64, &[u64]); 3] = [
+    ("latency_ns", 1, &[2, 4, 10, 20, 50, 100, 250, 500, 750, 1000]),
+    ("latency_us", 1000, &[2, 4, 10, 20, 50, 100, 250, 500, 750, 1000]),
+    ("latency_ms", 1_000_000, &[2, 4, 10, 20, 50, 100, 250, 500, 750, 1000, 2000]),
+];
+
+/// How many percent of all transfers took less than each, and not less than the one before.
+fn classes(sides: &[Side; 2]) -> impl Iterator<Item = (&'static str, Value)> {
+    let all: u64 = sides.iter().map(|side| side.ios).sum();
+    let percent = move |count: u64| json!(100.0 * count as f64 / all.max(1) as f64);
+    // Differences of how many took less: a bucket of the histogram (a thousandth wide) that has an end within it counts once.
+    let mut before = 0;
+    let mut until = |to_ns: u64| {
+        let counts = sides.iter().filter(|side| side.ios > 0).map(|side| side.clat.count_between(0, to_ns - 1));
+        let less: u64 = counts.sum();
+        percent(less - std::mem::replace(&mut before, less))
+    };
+    let mut made = Vec::new();
+    for (name, unit_ns, ends) in LATENCIES {
+        let mut class: serde_json::Map<String, Value> =
+            ends.iter().map(|end| (end.to_string(), until(end * unit_ns))).collect();
+        if name == "latency_ms" {
+            class.insert(">=2000".into(), until(u64::MAX));
+        }
+        made.push((name, class.into()));
+    }
+    made.into_iter()
+}
 
 fn latency(side: &Side, percentiles: &[f64]) -> Value {
     let percentile: serde_json::Map<String, Value> = percentiles
@@ -154,12 +253,30 @@ fn latency(side: &Side, percentiles: &[f64]) -> Value {
     })
 }
 
-fn side_json(done: &Done, side: &Side) -> Value {
+/// Least, most, mean, deviation and how many.
+fn summary(samples: &[f64]) -> [f64; 5] {
+    if samples.is_empty() {
+        return [0.0; 5];
+    }
+    let count = samples.len() as f64;
+    let mean = samples.iter().sum::<f64>() / count;
+    let squares: f64 = samples.iter().map(|sample| (sample - mean).powi(2)).sum();
+    let deviation = if samples.len() > 1 { (squares / (count - 1.0)).sqrt() } else { 0.0 };
+    let (least, most) = samples.iter().fold((f64::MAX, 0.0f64), |(a, b), sample| (a.min(*sample), b.max(*sample)));
+    [least, most, mean, deviation, count]
+}
+
+/// `group_bytes_s`: what all jobs of its group moved in this direction, a second.
+fn side_json(done: &Done, side: &Side, group_bytes_s: f64) -> Value {
     let none = json!({"min": 0, "max": 0, "mean": 0.0, "stddev": 0.0, "N": 0});
     let clat = latency(side, &done.job.percentiles);
     let mut lat = clat.clone();
     lat.as_object_mut().map(|lat| lat.remove("percentile"));
     let bw_bytes = done.per_s(side.bytes);
+    let [bw, iops] = side.rates(done.runtime_ms);
+    let ([bw_min, bw_max, bw_mean, bw_dev, samples], [iops_min, iops_max, iops_mean, iops_dev, _]) =
+        (summary(&bw), summary(&iops));
+    let of_group = if group_bytes_s > 0.0 { (100.0 * bw_mean * 1024.0 / group_bytes_s).min(100.0) } else { 0.0 };
     json!({
         "io_bytes": side.bytes,
         "io_kbytes": side.bytes >> 10,
@@ -174,6 +291,17 @@ fn side_json(done: &Done, side: &Side) -> Value {
         "slat_ns": none,
         "clat_ns": clat,
         "lat_ns": lat,
+        "bw_min": bw_min as u64,
+        "bw_max": bw_max as u64,
+        "bw_agg": of_group,
+        "bw_mean": bw_mean,
+        "bw_dev": bw_dev,
+        "bw_samples": samples as u64,
+        "iops_min": iops_min as u64,
+        "iops_max": iops_max as u64,
+        "iops_mean": iops_mean,
+        "iops_stddev": iops_dev,
+        "iops_samples": samples as u64,
     })
 }
 
@@ -182,28 +310,42 @@ pub fn as_json(all: &[Done]) -> Value {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let job = |done: &Done| {
         let [usr, sys] = done.cpu_percent();
-        let total: u64 = done.depths.iter().sum();
-        let depth = |at: usize| (DEPTHS[at].to_owned(), json!(100.0 * done.depths[at] as f64 / total.max(1) as f64));
-        json!({
+        let of_group = |at: usize| {
+            let its = all.iter().filter(|other| other.job.group == done.job.group);
+            its.map(|other| other.per_s(other.sides[at].bytes)).sum()
+        };
+        let mut made = json!({
             "jobname": done.job.name,
             "groupid": done.job.group,
             "error": done.error,
             "eta": 0,
             "elapsed": done.runtime_ms.div_ceil(1000),
             "job options": done.job.options,
-            "read": side_json(done, &done.sides[0]),
-            "write": side_json(done, &done.sides[1]),
-            "trim": side_json(done, &Side::default()),
+            "read": side_json(done, &done.sides[0], of_group(0)),
+            "write": side_json(done, &done.sides[1], of_group(1)),
+            "trim": side_json(done, &Side::default(), 0.0),
+            // No job flushes.
+            "sync": {"total_ios": 0, "lat_ns": {"min": 0, "max": 0, "mean": 0.0, "stddev": 0.0, "N": 0}},
             "job_runtime": done.runtime_ms * u64::from(done.jobs),
             "usr_cpu": usr,
             "sys_cpu": sys,
             "ctx": done.counts[0],
             "majf": done.counts[1],
             "minf": done.counts[2],
-            "iodepth_level": (0..DEPTHS.len()).map(depth).collect::<serde_json::Map<_, _>>(),
+            "iodepth_level": percents(&DEPTHS, &done.depths),
+            "iodepth_submit": percents(&BATCHES, &done.batches[0]),
+            "iodepth_complete": percents(&BATCHES, &done.batches[1]),
             "latency_depth": done.job.iodepth,
+            // No job looks for the depth that meets a latency.
+            "latency_target": 0,
+            "latency_percentile": 100.0,
+            "latency_window": 0,
             "verified_blocks": done.verified,
-        })
+        });
+        for (name, class) in classes(&done.sides) {
+            made[name] = class;
+        }
+        made
     };
     json!({
         "fio version": format!("kvring-{}", env!("CARGO_PKG_VERSION")),
@@ -334,4 +476,54 @@ pub fn in_words(all: &[Done]) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    /// A job that has done what these say: bytes, nanoseconds, and when, of each transfer.
+    fn done(runtime_ms: u64, transfers: &[(u64, u64, u64)]) -> Done {
+        let keys = [("ioengine", "sim"), ("size", "1m")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let mut done = Done::new(super::super::job::jobs(&[], &keys).unwrap().remove(0));
+        done.runtime_ms = runtime_ms;
+        transfers.iter().for_each(|(bytes, ns, since_ns)| done.sides[0].record(*bytes, *ns, *since_ns));
+        done
+    }
+
+    #[test]
+    fn samples_are_of_half_seconds_and_the_last_is_whole() {
+        const HALF: u64 = SAMPLE_NS;
+        let transfers = [(1 << 20, 5, 0), (1 << 20, 5, HALF - 1), (1 << 20, 5, 2 * HALF), (1 << 20, 5, 3 * HALF + 7)];
+        let mut one = done(1700, &transfers);
+        let read = |done: &Done| as_json(std::slice::from_ref(done))["jobs"][0]["read"].clone();
+        let seen = read(&one);
+        // 2, 0 and 1 MiB in half a second each; the fourth was not whole.
+        assert_eq!((&seen["bw_min"], &seen["bw_max"], &seen["bw_samples"]), (&0.into(), &4096.into(), &3.into()));
+        assert_eq!((&seen["bw_mean"], &seen["bw_dev"]), (&2048.0.into(), &2048.0.into()));
+        assert_eq!((&seen["iops_min"], &seen["iops_max"], &seen["iops_mean"]), (&0.into(), &4.into(), &2.0.into()));
+        one.add(&done(1700, &transfers));
+        let both = read(&one);
+        assert_eq!((&both["bw_max"], &both["bw_samples"]), (&8192.into(), &3.into()), "jobs run at once");
+        assert_eq!(read(&done(400, &transfers[..1]))["bw_samples"], 0);
+    }
+
+    #[test]
+    fn every_transfer_is_in_one_class_of_latency() {
+        let transfers = [1, 999, 1000, 3_999, 260_000, 1_100_000, 7_000_000, 3_000_000_000].map(|ns| (4096, ns, 0));
+        let job = &as_json(&[done(1000, &transfers)])["jobs"][0];
+        let at = |class: &str, end: &str| job[class][end].as_f64().unwrap();
+        assert_eq!([at("latency_ns", "2"), at("latency_ns", "1000"), at("latency_us", "2")], [12.5; 3]);
+        assert_eq!([at("latency_us", "4"), at("latency_us", "500"), at("latency_ms", "2")], [12.5; 3]);
+        assert_eq!([at("latency_ms", "10"), at("latency_ms", ">=2000")], [12.5; 2]);
+        let all = ["latency_ns", "latency_us", "latency_ms"].map(|class| job[class].as_object().unwrap().values());
+        let sum: f64 = all.into_iter().flatten().map(|part| part.as_f64().unwrap()).sum();
+        assert!((sum - 100.0).abs() < 1e-9, "{sum}");
+    }
+
+    #[test]
+    fn batches_have_the_names_of_their_ends() {
+        let names = [0, 1, 4, 5, 8, 9, 32, 33, 64, 65].map(|count| BATCHES[batch(count)]);
+        assert_eq!(names, ["0", "4", "4", "8", "8", "16", "32", "64", "64", ">=64"]);
+    }
 }

@@ -349,6 +349,7 @@ struct Worker {
     offsets: Offsets,
     report: Done,
     counting: bool,
+    counted_from_ns: u64,
     scratch: Vec<u8>,
     /// Says of what this run has written that it was this run.
     generation: u64,
@@ -401,6 +402,7 @@ impl Worker {
             slot_bytes,
             report,
             counting: false,
+            counted_from_ns: 0,
             scratch: vec![0; slot_bytes],
             generation: Chance::new(monotonic_ns() ^ u64::from(std::process::id()) << 32 ^ u64::from(number))
                 .next_u64(),
@@ -418,13 +420,13 @@ impl Worker {
         let mut chance = Chance::new(self.offsets.seed ^ 0x7277);
         let mut usage = usage();
         self.counting = self.job.ramp_time.is_zero();
-        let mut counted_from_ns = began_ns;
+        self.counted_from_ns = began_ns;
         let (mut next_ns, mut done) = (began_ns, Vec::with_capacity(self.job.iodepth as usize));
         let mut ended_ns = began_ns;
         loop {
             let now_ns = monotonic_ns();
             if !self.counting && now_ns >= count_from_ns {
-                (self.counting, counted_from_ns) = (true, now_ns);
+                (self.counting, self.counted_from_ns) = (true, now_ns);
                 usage = self::usage();
             }
             let over = now_ns >= end_ns || bytes_left == 0 || self.report.error != 0;
@@ -445,9 +447,11 @@ impl Worker {
                 // The last of them go with the wait, in one system call.
                 if unflushed == self.job.iodepth_batch && !self.free.is_empty() {
                     self.device.flush();
+                    self.submitted(unflushed);
                     unflushed = 0;
                 }
             }
+            self.submitted(unflushed);
             if self.device.inflight() == 0 {
                 // Nothing may be asked for yet.
                 std::thread::sleep(Duration::from_nanos(next_ns.saturating_sub(monotonic_ns()).min(10_000_000)));
@@ -460,6 +464,9 @@ impl Worker {
             let now_ns = monotonic_ns();
             self.device.poll(now_ns, self.job.iodepth as usize, &mut done);
             let landed = !done.is_empty();
+            if self.counting && landed {
+                self.report.completed(done.len());
+            }
             for done in done.drain(..) {
                 self.land(done.tag, done.result, now_ns)?;
             }
@@ -471,12 +478,18 @@ impl Worker {
             }
         }
         // A pause at the end is part of the run.
-        ended_ns = ended_ns.max(monotonic_ns().min(end_ns)).max(counted_from_ns);
+        ended_ns = ended_ns.max(monotonic_ns().min(end_ns)).max(self.counted_from_ns);
         let now = self::usage();
         self.report.cpu = [now.cpu[0] - usage.cpu[0], now.cpu[1] - usage.cpu[1]];
         self.report.counts = std::array::from_fn(|at| now.counts[at] - usage.counts[at]);
-        self.report.runtime_ms = (ended_ns - counted_from_ns).div_ceil(1_000_000);
+        self.report.runtime_ms = (ended_ns - self.counted_from_ns).div_ceil(1_000_000);
         Ok(())
+    }
+
+    fn submitted(&mut self, count: u32) {
+        if self.counting && count > 0 {
+            self.report.submitted(count as usize);
+        }
     }
 
     /// When the next transfer may be issued, after one of `bytes`.
@@ -545,7 +558,8 @@ impl Worker {
             return Ok(());
         }
         if self.counting {
-            self.report.sides[side].record(u64::from(io.bytes), now_ns.saturating_sub(issued_ns));
+            let since_ns = now_ns.saturating_sub(self.counted_from_ns);
+            self.report.sides[side].record(u64::from(io.bytes), now_ns.saturating_sub(issued_ns), since_ns);
         }
         if self.job.verify && side == 1 {
             self.written[(io.offset_in_file / self.job.bs[1].0) as usize] = true;
