@@ -94,12 +94,7 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
         Ok(loaded) => {
             report.ok("configuration", format!("server_recv_port {}", loaded.config.socket.display()));
             for note in &loaded.notes {
-                let name = note.split(' ').next().unwrap_or_default();
-                let remedy = match note.contains(" in ") {
-                    true => format!("remove {name} from that file"),
-                    false => format!("unset {name}"),
-                };
-                report.advise("configuration", note, remedy);
+                report.advise("configuration", note, remedy_of_note(note));
             }
             look_at_everything(&mut report, &loaded.config);
         }
@@ -116,6 +111,15 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
         Some(Level::Problem) => ExitCode::from(2),
         Some(Level::Warning) => ExitCode::from(1),
         _ => ExitCode::SUCCESS,
+    }
+}
+
+/// What a setting that does not apply is best done with: `NAME does not apply ...`, or `name in FILE does not apply ...`.
+fn remedy_of_note(note: &str) -> String {
+    let said = note.split(" does not apply").next().unwrap_or(note);
+    match said.split_once(" in ") {
+        Some((name, file)) => format!("remove {name} from {file}"),
+        None => format!("unset {said}"),
     }
 }
 
@@ -585,7 +589,18 @@ fn look_at_vfio(report: &mut Report) {
 
 #[cfg(test)]
 mod test {
-    use super::is_in;
+    use super::{is_in, remedy_of_note};
+
+    #[test]
+    fn a_setting_that_does_not_apply_is_taken_back_where_it_was_said() {
+        let of_environment =
+            "FLEXKV_ENABLE_GDS does not apply to kvring: SSD reads land in the pinned pool by O_DIRECT";
+        assert_eq!(remedy_of_note(of_environment), "unset FLEXKV_ENABLE_GDS");
+        assert_eq!(
+            remedy_of_note("enable_gds in /etc/k.toml does not apply to kvring: x"),
+            "remove enable_gds from /etc/k.toml"
+        );
+    }
 
     #[test]
     fn lists_of_cpus() {
