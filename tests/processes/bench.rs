@@ -42,6 +42,12 @@ fn what_instruments_cost_is_measured_beside_nothing_twice() {
             ["on", "off", "ratio", "ratio_of_off_to_off"].iter().all(|of| row[of].as_f64().unwrap() > 0.0),
             "{row}"
         );
+        for (watched, per_s) in [("with_a_scrape_each_second", 1.0), ("with_top_beside", 2.0)] {
+            let row = &row["watched"][watched];
+            assert!(row["ratio"].as_f64().unwrap() <= 1.1 && row["ratio_with_a_look_each_turn"].is_f64(), "{row}");
+            assert!(row["looks_per_s"] == per_s && row["look_us"].as_f64().unwrap() > 0.0, "{row}");
+        }
+        assert!(row["watched"]["ratio_of_unwatched_to_unwatched"].as_f64().unwrap() > 0.0, "{row}");
     }
 }
 

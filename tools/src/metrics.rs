@@ -214,21 +214,27 @@ fn namespaces_now(socket: &Path) -> Vec<Value> {
 
 /// All metrics as text.
 pub fn text(socket: &Path) -> String {
-    let shown = Server::find(socket, Which::Current).map(|server| {
-        let (health, sample) = (server.health(), server.sample());
+    match Server::find(socket, Which::Current) {
         // A server that hangs is not asked.
-        let namespaces = if health == Health::Serving { namespaces_now(socket) } else { Vec::new() };
-        Shown { health, sample, server, namespaces }
-    });
-    let mut registry = Registry::default();
-    match shown {
-        Ok(shown) => registry.register_collector(Box::new(shown)),
+        Ok(server) => text_of(server, || namespaces_now(socket)),
         // It shows nothing before its first worker has come, nor with `stats_segment = off`: it answers all the same.
         Err(_) => {
             let answers = matches!(ask(socket, &Request::Stats, ANSWER_PATIENCE), Ok(Reply::Stats(_)));
-            registry.register_collector(Box::new(Unseen { answers }));
+            encoded(Unseen { answers })
         }
     }
+}
+
+/// What a server shows; its namespaces are asked for if it serves.
+pub fn text_of(server: Server, namespaces: impl FnOnce() -> Vec<Value>) -> String {
+    let (health, sample) = (server.health(), server.sample());
+    let namespaces = if health == Health::Serving { namespaces() } else { Vec::new() };
+    encoded(Shown { health, sample, server, namespaces })
+}
+
+fn encoded(collector: impl Collector) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(collector));
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ = encode(&mut text, &registry);

@@ -55,7 +55,7 @@ enum What {
     Evict,
     /// What checksums cost the SSD: one shard that makes them and does not, in turns.
     Checksum(checksum::ChecksumArgs),
-    /// What the stats segment and the flight recorder cost: one shard with them and without, in turns.
+    /// What the stats segment and the flight recorder cost, a scrape each second and `top` beside: one shard with and without, in turns.
     Instruments,
     /// How long the death of the engine process, its upgrade, and the death of an instance last.
     Crash(crash::CrashArgs),

@@ -27,6 +27,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const HUNG_AFTER_NS: u64 = 2_000_000_000;
 
 /// A server's segment, and what it says of itself.
+#[derive(Clone)]
 pub struct Server {
     /// The segment.
     pub stats: Stats,

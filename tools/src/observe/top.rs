@@ -21,7 +21,7 @@ use crate::settings::Settings;
 #[command(after_help = "Keys: q ends it, p pauses, s sorts sessions by the next column.")]
 pub struct TopArgs {
     /// Seconds between two looks
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 1.0 / Beside::LOOKS_PER_S)]
     interval: f64,
     #[command(flatten)]
     settings: Settings,
@@ -81,6 +81,32 @@ pub fn top(args: &TopArgs) -> Outcome {
     };
     ratatui::restore();
     shown
+}
+
+/// `top` beside a server, on a terminal that swallows what is drawn: for measuring what that costs.
+pub struct Beside {
+    server: Server,
+    screen: Screen,
+    terminal: ratatui::Terminal<ratatui::backend::CrosstermBackend<std::io::Sink>>,
+}
+
+impl Beside {
+    /// How often it looks a second, if nobody says otherwise.
+    pub const LOOKS_PER_S: f64 = 2.0;
+
+    pub fn new(server: Server) -> std::io::Result<Self> {
+        let backend = ratatui::backend::CrosstermBackend::new(std::io::sink());
+        let viewport = ratatui::Viewport::Fixed(Rect::new(0, 0, 130, 40));
+        let terminal = ratatui::Terminal::with_options(backend, ratatui::TerminalOptions { viewport })?;
+        Ok(Self { screen: Screen::new(server.sample()), server, terminal })
+    }
+
+    /// One look: reads all that the server shows, and draws it.
+    pub fn look(&mut self) -> std::io::Result<()> {
+        self.screen.look(self.server.sample());
+        let health = self.server.health();
+        self.terminal.draw(|frame| self.screen.draw(frame, &self.server, health)).map(drop)
+    }
 }
 
 /// What is on the screen.
