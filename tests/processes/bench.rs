@@ -67,8 +67,16 @@ fn the_ssd_is_measured_beside_transfers_alone_and_what_may_be_wrong_is_said() {
         assert!(doubts.contains(doubt), "{doubt}: {doubts}");
     }
     assert!(report["ceilings"].to_string().contains("transfers alone"), "{report}");
-    let saved: serde_json::Value = serde_json::from_slice(&std::fs::read(saved).unwrap()).unwrap();
+    let path = saved;
+    let saved: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     assert!(saved["settings"]["cpu_cache_gb"].is_string(), "{saved}");
+    for what in ["load from SSD", "write-back to SSD"] {
+        let points = saved["report"]["gb_s_over_time"][what].as_array().unwrap();
+        assert!(points.len() >= 4, "some a round: {points:?}");
+        assert!(points.windows(2).all(|two| two[0][0].as_f64() < two[1][0].as_f64()), "{points:?}");
+    }
+    let page = page_of(&place, &[&path]);
+    assert!(page.contains("load from SSD, over time") && page.contains("<svg"), "{page}");
     let left: Vec<_> = std::fs::read_dir(place.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("kvring-bench-")), "{left:?}");
 }
@@ -82,6 +90,25 @@ fn seconds_are_refused_where_they_mean_nothing() {
     ] {
         let output = place.kvring(arguments).output().unwrap();
         assert!(!output.status.success() && text(&output).contains(instead), "{arguments:?}: {}", text(&output));
+    }
+}
+
+/// The page of some runs.
+fn page_of(place: &Place, runs: &[&str]) -> String {
+    let page = place.path("page.html");
+    let said = place.kvring(&[&["report", "-o", page.to_str().unwrap()], runs].concat()).output().unwrap();
+    assert!(said.status.success(), "{}", text(&said));
+    std::fs::read_to_string(page).unwrap()
+}
+
+#[test]
+fn what_the_rings_took_is_saved_whole_and_drawn() {
+    let place = Place::new();
+    let run = place.path("ring.json").display().to_string();
+    measured(&place, &["bench", "ring", "--seconds", "0.1", "--json", "--output", &run]);
+    let page = page_of(&place, &[&run]);
+    for part in ["ping round trip: how long", "match of 256 blocks: how long", "<svg"] {
+        assert!(page.contains(part), "no {part:?}");
     }
 }
 
@@ -106,15 +133,10 @@ fn a_report_is_made_of_jobs_too() {
     fio["fio version"] = "fio-3.33".into();
     std::fs::write(&theirs, fio.to_string()).unwrap();
     for (runs, parts) in [
-        (vec![&ours], vec!["<h2>Jobs</h2>", "small read, p99", "small write: how long", "<td>kernel</td>"]),
+        (vec![&ours], vec!["<h2>Figures</h2>", "small read, p99", "small write: how long", "<td>kernel</td>"]),
         (vec![&ours, &theirs], vec!["<h2>Compared</h2>", "small read, p99", "fio-3.33", "<svg"]),
     ] {
-        let page = place.path("page.html");
-        let arguments =
-            [&["report", "-o", page.to_str().unwrap()][..], &runs.iter().map(|run| run.as_str()).collect::<Vec<_>>()];
-        let said = place.kvring(&arguments.concat()).output().unwrap();
-        assert!(said.status.success(), "{}", text(&said));
-        let page = std::fs::read_to_string(page).unwrap();
+        let page = page_of(&place, &runs.iter().map(|run| run.as_str()).collect::<Vec<_>>());
         for part in parts {
             assert!(page.contains(part), "no {part:?} in the page of {runs:?}");
         }

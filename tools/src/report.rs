@@ -87,12 +87,39 @@ fn load(path: &Path) -> Result<Run, String> {
         return Ok(Run { name, saved: of_jobs(&saved, jobs) });
     }
     match saved["kvring_run"].as_u64() {
-        Some(FORMAT) => Ok(Run { name, saved }),
+        Some(FORMAT) => Ok(Run { name, saved: with_figures(saved) }),
         Some(other) => {
             Err(format!("{name}: format {other}, this program reads {FORMAT}: use the kvring that saved it"))
         }
         None => Err(format!("{name}: not a saved run: save one with --output FILE")),
     }
+}
+
+/// A benchmark that has no limits beside its numbers: each of them is a row, by where it stands in the report.
+fn with_figures(mut saved: Value) -> Value {
+    fn rows(value: &Value, name: &str, into: &mut Vec<Value>) {
+        let inner = |part: &str| if name.is_empty() { part.to_owned() } else { format!("{name}, {part}") };
+        match value {
+            Value::Number(number) => into.push(json!({"name": name, "value": number, "unit": ""})),
+            Value::Object(map) => map
+                .iter()
+                .filter(|(part, _)| {
+                    !["doubts", "ceilings", "samples", "cdf_us", "gb_s_over_time"].contains(&part.as_str())
+                })
+                .for_each(|(part, value)| rows(value, &inner(part), into)),
+            Value::Array(items) => {
+                (1..).zip(items).for_each(|(number, item)| rows(item, &inner(&format!("{number}")), into))
+            }
+            _ => {}
+        }
+    }
+    let has_limits = saved["report"]["ceilings"].as_array().is_some_and(|rows| !rows.is_empty());
+    if saved["kind"] == "bench" && !has_limits {
+        let mut figures = Vec::new();
+        rows(&saved["report"], "", &mut figures);
+        saved["report"]["jobs"] = figures.into();
+    }
+    saved
 }
 
 /// A report in fio's schema, as a run: each direction of each job.
@@ -152,9 +179,9 @@ pub fn run(args: &ReportArgs) -> Outcome {
 const COLOURS: [RGBColor; 2] = [RGBColor(31, 119, 180), RGBColor(214, 88, 20)];
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}\
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .75rem;border-bottom:1px solid #d8dee4;text-align:left}\
-td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#e8ecf0;width:16rem;height:1rem}.bar div{height:1rem}\
+td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#e8ecf0;width:min(16rem,15vw);height:1rem}.bar div{height:1rem}\
 .doubt{background:#fff6dd;padding:.4rem .8rem;border-left:4px solid #d9a400;margin:.3rem 0}svg{max-width:100%;height:auto}\
-code{background:#f0f2f4;padding:0 .25rem}h2{margin-top:2.2rem}";
+.facts td+td{overflow-wrap:anywhere}td.n{white-space:nowrap}code{background:#f0f2f4;padding:0 .25rem}h2{margin-top:2.2rem}";
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
@@ -191,18 +218,25 @@ fn page(runs: &[Run]) -> Result<String, Box<dyn std::error::Error>> {
     {
         cdf(&mut out, runs, name, what)?;
     }
-    let of_jobs = |run: &Run| -> Vec<String> {
-        let is_of_jobs = run.saved["report"]["jobs"].is_array();
-        let names = run.saved["report"]["cdf_us"].as_object().into_iter().flatten().map(|(name, _)| name.clone());
-        names.filter(|_| is_of_jobs).collect()
-    };
-    let names: std::collections::BTreeSet<String> = runs.iter().flat_map(of_jobs).collect();
-    for name in &names {
-        cdf(&mut out, runs, name, &escaped(name))?;
+    for name in names(runs, "gb_s_over_time") {
+        over_time(&mut out, runs, &name)?;
+    }
+    // Of jobs, and of what else was timed.
+    for name in names(runs, "cdf_us").into_iter().filter(|name| !["request", "load", "match"].contains(&name.as_str()))
+    {
+        cdf(&mut out, runs, &name, &escaped(&name))?;
     }
     told(&mut out, runs);
     out.push_str("</body></html>\n");
     Ok(out)
+}
+
+/// What either run has under a name, in one order.
+fn names(runs: &[Run], what: &str) -> std::collections::BTreeSet<String> {
+    let of = |run: &Run| -> Vec<String> {
+        run.saved["report"][what].as_object().into_iter().flatten().map(|(name, _)| name.clone()).collect()
+    };
+    runs.iter().flat_map(of).collect()
 }
 
 fn css(colour: RGBColor) -> String {
@@ -211,7 +245,7 @@ fn css(colour: RGBColor) -> String {
 
 /// What was measured, and on what.
 fn told(out: &mut String, runs: &[Run]) {
-    out.push_str("<h2>What was run</h2><table><tr><th></th>");
+    out.push_str("<h2>What was run</h2><table class=\"facts\"><tr><th></th>");
     for run in runs {
         let _ = write!(out, "<th>{}</th>", escaped(&run.name));
     }
@@ -297,7 +331,7 @@ fn jobs(out: &mut String, runs: &[Run]) {
     }
     // Two are compared row by row.
     if !rows.is_empty() && runs.len() == 1 {
-        let _ = write!(out, "<h2>Jobs</h2><table>{rows}</table>");
+        let _ = write!(out, "<h2>Figures</h2><table>{rows}</table>");
     }
 }
 
@@ -358,6 +392,26 @@ fn throughput(out: &mut String, runs: &[Run]) -> Drawn {
     Ok(())
 }
 
+/// GB a second of the measurements of one thing, one after another.
+fn over_time(out: &mut String, runs: &[Run], name: &str) -> Drawn {
+    let line = |run: &Run| -> Vec<(f64, f64)> {
+        let points = run.saved["report"]["gb_s_over_time"][name].as_array().into_iter().flatten();
+        points.filter_map(|point| Some((point[0].as_f64()?, point[1].as_f64()?))).collect()
+    };
+    let lines: Vec<_> = runs.iter().map(line).collect();
+    let end = |at: fn(&(f64, f64)) -> f64| lines.iter().flatten().map(at).fold(0.0, f64::max);
+    let (last, most) = (end(|point| point.0), end(|point| point.1));
+    if last > 0.0 && most > 0.0 {
+        let _ = write!(
+            out,
+            "<h2>{}, over time</h2><p>Its rounds one after another; what was measured between them is left out.</p>",
+            escaped(name)
+        );
+        out.push_str(&chart(runs, &lines, "seconds", "GB/s", (0.0..last).into(), 0.0..most * 1.1)?);
+    }
+    Ok(())
+}
+
 fn cdf(out: &mut String, runs: &[Run], name: &str, what: &str) -> Drawn {
     let line = |run: &Run| -> Vec<(f64, f64)> {
         let steps = run.saved["report"]["cdf_us"][name].as_array().into_iter().flatten();
@@ -398,6 +452,31 @@ fn plain(value: f64) -> String {
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
+/// Where a logarithmic axis is marked, so that no two numbers meet: at 1, 2 and 5 of each decade, or of many decades at
+/// their beginnings; of a part of one, in even steps.
+fn marks(range: &std::ops::Range<f64>) -> Vec<f64> {
+    const MOST: usize = 10;
+    let decades = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
+    let of = |digits: &[f64]| -> Vec<f64> {
+        let all = decades.clone().flat_map(|decade| digits.iter().map(move |digit| digit * 10f64.powi(decade)));
+        all.filter(|mark| range.contains(mark)).collect()
+    };
+    let even = || -> Vec<f64> {
+        let step = 10f64.powf(((range.end - range.start) / 2.0).log10().floor());
+        let first = (range.start / step).ceil();
+        let marks = (0..).map(|at| (first + f64::from(at)) * step).take_while(|mark| range.contains(mark));
+        let marks: Vec<f64> = marks.collect();
+        let every = marks.len().div_ceil(MOST / 2).max(1);
+        marks.into_iter().step_by(every).collect()
+    };
+    let [fine, coarse] = [of(&[1.0, 2.0, 5.0]), of(&[1.0])];
+    match fine.len() {
+        0..=2 => even(),
+        3..=MOST => fine,
+        _ => coarse,
+    }
+}
+
 enum Axis {
     Linear(std::ops::Range<f64>),
     Log(std::ops::Range<f64>),
@@ -417,6 +496,11 @@ fn chart(
     x: Axis,
     y: std::ops::Range<f64>,
 ) -> Result<String, Box<dyn std::error::Error>> {
+    // Whose line is whose, above it: inside, it would hide some of them.
+    let name =
+        |(run, colour): (&Run, RGBColor)| format!("<b style=\"color:{}\">{}</b>", css(colour), escaped(&run.name));
+    let whose: Vec<String> = runs.iter().zip(COLOURS).map(name).collect();
+    let whose = if runs.len() > 1 { format!("<p>{}</p>", whose.join(", ")) } else { String::new() };
     let mut svg = String::new();
     let of_nines = y.end == NINES;
     let y_label = |y: &f64| if of_nines { nines(*y) } else { plain(*y) };
@@ -424,7 +508,7 @@ fn chart(
         let area = SVGBackend::with_string(&mut svg, (860, 320)).into_drawing_area();
         area.fill(&WHITE)?;
         let mut builder = ChartBuilder::on(&area);
-        builder.margin(12).x_label_area_size(42).y_label_area_size(64);
+        builder.margin(12).x_label_area_size(42).y_label_area_size(78);
         macro_rules! draw {
             ($x:expr) => {{
                 let mut chart = builder.build_cartesian_2d($x, y)?;
@@ -435,30 +519,26 @@ fn chart(
                     .light_line_style(WHITE)
                     .label_style(("sans-serif", 13))
                     .axis_desc_style(("sans-serif", 13))
+                    // Of nines, whole ones.
+                    .y_labels(if of_nines { NINES as usize + 1 } else { 10 })
                     .y_label_formatter(&y_label)
                     .x_label_formatter(&|x: &f64| plain(*x))
                     .draw()?;
-                for ((run, line), colour) in runs.iter().zip(lines).zip(COLOURS) {
-                    let series = LineSeries::new(line.iter().copied(), colour.stroke_width(2));
-                    let key = move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2));
-                    chart.draw_series(series)?.label(run.name.as_str()).legend(key);
+                for (line, colour) in lines.iter().zip(COLOURS) {
+                    chart.draw_series(LineSeries::new(line.iter().copied(), colour.stroke_width(2)))?;
                 }
-                chart
-                    .configure_series_labels()
-                    .position(SeriesLabelPosition::UpperLeft)
-                    .label_font(("sans-serif", 13))
-                    .background_style(WHITE)
-                    .border_style(RGBColor(216, 222, 228))
-                    .draw()?;
             }};
         }
         match x {
             Axis::Linear(range) => draw!(range),
-            Axis::Log(range) => draw!(range.log_scale()),
+            Axis::Log(range) => {
+                let marks = marks(&range);
+                draw!(range.log_scale().with_key_points(marks));
+            }
         }
         area.present()?;
     }
-    Ok(svg)
+    Ok(whose + &svg)
 }
 
 /// Probability that two samples come from one distribution (Mann and Whitney, 1947; two-sided, normal approximation with
@@ -602,13 +682,39 @@ mod test {
     }
 
     #[test]
+    fn no_two_marks_of_an_axis_meet() {
+        assert_eq!(marks(&(3.0..700.0)), [5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0]);
+        assert_eq!(marks(&(0.5..2e5)), [1.0, 10.0, 100.0, 1e3, 1e4, 1e5]);
+        assert_eq!(marks(&(6800.0..11000.0)), [7000.0, 8000.0, 9000.0, 10000.0]);
+        for (from, to) in [(0.1, 0.2), (1.0, 1.6), (90.0, 120.0), (5.0, 5e6), (1e4, 3e4), (9_990.0, 15_000.0)] {
+            let marks = marks(&(from..to));
+            assert!((2..=10).contains(&marks.len()), "{from} to {to}: {marks:?}");
+            // Of 750 pixels.
+            let at = |mark: f64| 750.0 * (mark / from).log10() / f64::log10(to / from);
+            assert!(marks.windows(2).all(|two| at(two[1]) - at(two[0]) > 45.0), "{from} to {to}: {marks:?}");
+        }
+    }
+
+    #[test]
+    fn figures_without_limits_are_rows_too() {
+        let report = json!({"ceilings": [], "doubts": ["x"], "read": {"off_gb_s": 3.5, "samples": [1, 2]}, "rows": [{"blocks": 10}]});
+        let saved = with_figures(json!({"kvring_run": 1, "kind": "bench", "report": report}));
+        let run = |name: &str| Run { name: name.into(), saved: saved.clone() };
+        let one = page(&[run("a.json")]).unwrap();
+        assert!(one.contains("<td>read, off_gb_s</td><td class=\"n\">3.5 </td>"), "{one}");
+        assert!(one.contains("<td>rows, 1, blocks</td>") && !one.contains("samples"), "{one}");
+        assert!(page(&[run("a.json"), run("b.json")]).unwrap().contains("<td>read, off_gb_s</td><td class=\"n\">3.5 "));
+    }
+
+    #[test]
     fn a_page_has_what_was_saved_and_nothing_from_elsewhere() {
         let report = json!({
             "doubts": ["a <doubt>"], "hit_ratio": 0.5, "hit_ratio_belady": 0.6, "hit_ratio_infinite": 0.9, "block_bytes": 1_000_000_000u64,
             "series": (0..40).map(|i| json!([f64::from(i) * 0.25, i * 2, i])).collect::<Vec<_>>(),
             "request_us": {"p50": 12.0, "p99": 90.0},
             "windows": {"hit_ratio": [0.5, 0.5, 0.4, 0.6, 0.5], "request_us": {"p50": [11.0, 12.0, 13.0, 12.0], "p99": [88.0]}},
-            "cdf_us": {"request": [[10.0, 0.5], [100.0, 0.9], [1000.0, 0.999]]},
+            "cdf_us": {"request": [[10.0, 0.5], [100.0, 0.9], [1000.0, 0.999]], "ping round trip": [[0.2, 0.5], [3.0, 1.0]]},
+            "gb_s_over_time": {"memcpy": [[0.1, 10.0], [0.2, 11.0]]},
             "ceilings": [{"name": "x", "value": 8.0, "limit": 10.0, "unit": "GB/s", "limit_is": "memcpy", "share": 0.8, "samples": [8.0, 8.1, 7.9, 8.0]}],
         });
         let run = |name: &str| Run {
@@ -616,7 +722,17 @@ mod test {
             saved: json!({"kvring_run": 1, "kind": "cache", "report": report, "settings": {"a": "1"}}),
         };
         let page = page(&[run("a.json"), run("b.json")]).unwrap();
-        for part in ["a &lt;doubt&gt;", "Belady", "80 %", "<svg", "no: noise does that", "8 GB/s", "hit ratio"] {
+        for part in [
+            "a &lt;doubt&gt;",
+            "Belady",
+            "80 %",
+            "<svg",
+            "no: noise does that",
+            "8 GB/s",
+            "hit ratio",
+            "ping round trip: how long",
+            "memcpy, over time",
+        ] {
             assert!(page.contains(part), "no {part:?}");
         }
         assert!(

@@ -9,7 +9,7 @@ use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 use kvring_ipc::wire::{LeaseId, Tag};
 use serde_json::json;
 
-use super::{BenchServer, Measured, Run, chain, median, rounded, store};
+use super::{BenchServer, Measured, Run, Series, chain, median, rounded, store};
 
 const BLOCK: usize = 1 << 20;
 const BLOCKS: usize = 256;
@@ -45,8 +45,9 @@ pub fn measure(run: &mut Run) -> Measured {
         return Err("the chain was not stored whole".into());
     }
     let (mut plain, mut loaded) = (Vec::new(), Vec::new());
+    let (mut plain_series, mut series) = (Series::default(), Series::default());
     for _ in 0..ROUNDS {
-        plain.push(rate(run.time / 4, |batch| {
+        plain.push(rate(run.time / 4, &mut plain_series, |batch| {
             for block in 0..64 {
                 copy(&source, (batch * 64 + block) % BLOCKS * BLOCK, &target, block * BLOCK);
             }
@@ -54,7 +55,7 @@ pub fn measure(run: &mut Run) -> Measured {
         })?);
         // The next batch is asked for before this one is copied, as an engine that prefetches does.
         let mut next = Some(post(&mut session, &keys, 0)?);
-        loaded.push(rate(run.time / 4, |batch| {
+        loaded.push(rate(run.time / 4, &mut series, |batch| {
             let (tag, lease) = next.take().ok_or("nothing was posted")?;
             next = Some(post(&mut session, &keys, batch + 1)?);
             let mut blocks = 0;
@@ -80,6 +81,7 @@ pub fn measure(run: &mut Run) -> Measured {
         "ratio": rounded(loaded / plain, 3),
         "page_bytes": page_bytes,
         "samples": samples,
+        "gb_s_over_time": {"load from DRAM and copy": series.points, "memcpy": plain_series.points},
     }))
 }
 
@@ -107,13 +109,18 @@ fn copy(source: &Mapping, from: usize, target: &Mapping, to: usize) {
 /// GB a second of something that moves blocks.
 fn rate(
     time: Duration,
+    series: &mut Series,
     mut batch: impl FnMut(usize) -> Result<usize, Box<dyn std::error::Error>>,
 ) -> Result<f64, Box<dyn std::error::Error>> {
     let started = Instant::now();
     let (mut blocks, mut number) = (0, 0);
+    series.begin();
     while started.elapsed() < time {
         blocks += batch(number)?;
         number += 1;
+        if series.is_due(started.elapsed(), time) {
+            series.add(started.elapsed(), (blocks * BLOCK) as u64);
+        }
     }
     Ok((blocks * BLOCK) as f64 / 1e9 / started.elapsed().as_secs_f64())
 }

@@ -135,6 +135,7 @@ pub fn run(args: BenchArgs) -> Outcome {
     if stolen > 10 {
         run.doubts.push(format!("the hypervisor took {} ms of CPU time away meanwhile: noisy neighbours", stolen * 10));
     }
+    raise(&mut report);
     let ceilings = ceilings(&report);
     report["doubts"] = run.doubts.into();
     report["ceilings"] = ceilings.iter().map(Ceiling::json).collect();
@@ -234,11 +235,14 @@ fn ceilings(report: &Value) -> Vec<Ceiling> {
     found
 }
 
+/// What is for pages, and for programs.
+const DRAWN: [&str; 4] = ["samples", "ceilings", "cdf_us", "gb_s_over_time"];
+
 fn print_tree(value: &Value, depth: usize) {
     let pad = "  ".repeat(depth);
     match value {
         Value::Object(map) => {
-            for (name, value) in map.iter().filter(|(name, _)| !["samples", "ceilings"].contains(&name.as_str())) {
+            for (name, value) in map.iter().filter(|(name, _)| !DRAWN.contains(&name.as_str())) {
                 match value {
                     Value::Object(_) => {
                         println!("{pad}{name}");
@@ -331,6 +335,60 @@ fn ratio_with_interval(of: &[f64], to: &[f64]) -> [f64; 3] {
 fn rounded(value: f64, digits: i32) -> f64 {
     let scale = 10f64.powi(digits);
     (value * scale).round() / scale
+}
+
+/// What a page draws of a histogram of nanoseconds: microseconds, and the part that took no longer.
+pub fn cdf_us(histogram: &Histogram<u64>) -> Value {
+    let steps = [0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9995, 0.9999, 0.99995, 0.99999, 1.0];
+    steps.iter().map(|q| json!([histogram.value_at_quantile(*q) as f64 / 1e3, q])).collect()
+}
+
+/// GB a second over time, for a page: of several measurements of one thing, one after another, and what lay between them
+/// left out.
+#[derive(Default)]
+struct Series {
+    points: Vec<[f64; 2]>,
+    /// Where the measurement that runs began on the axis.
+    began_s: f64,
+    last: (f64, u64),
+}
+
+impl Series {
+    /// Points of one measurement.
+    const POINTS: f64 = 8.0;
+
+    /// Another measurement begins.
+    fn begin(&mut self) {
+        (self.began_s, self.last) = (self.points.last().map_or(0.0, |point| point[0]), (0.0, 0));
+    }
+
+    /// Whether it is time for another point of a measurement that takes `time` in all.
+    fn is_due(&self, elapsed: Duration, time: Duration) -> bool {
+        elapsed.as_secs_f64() - self.last.0 >= time.as_secs_f64() / Self::POINTS
+    }
+
+    /// So many bytes since it began.
+    fn add(&mut self, elapsed: Duration, bytes: u64) {
+        let (last_s, last_bytes) = std::mem::replace(&mut self.last, (elapsed.as_secs_f64(), bytes));
+        let rate = bytes.saturating_sub(last_bytes) as f64 / 1e9 / (elapsed.as_secs_f64() - last_s).max(1e-9);
+        self.points.push([rounded(self.began_s + elapsed.as_secs_f64(), 4), rounded(rate, 4)]);
+    }
+}
+
+/// What a page draws of parts lies where it looks for it.
+fn raise(report: &mut Value) {
+    for what in ["cdf_us", "gb_s_over_time"] {
+        let mut all = serde_json::Map::new();
+        for part in ["ring", "dram", "ssd"] {
+            let Some(part) = report.get_mut(part).and_then(Value::as_object_mut) else { continue };
+            if let Some(Value::Object(map)) = part.remove(what) {
+                all.extend(map);
+            }
+        }
+        if !all.is_empty() {
+            report[what] = all.into();
+        }
+    }
 }
 
 pub fn percentiles(histogram: &Histogram<u64>, per: f64) -> Value {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::{BenchServer, Measured, Run, chain, percentiles, pin, rounded, store, two_cpus};
+use super::{BenchServer, Measured, Run, cdf_us, chain, percentiles, pin, rounded, store, two_cpus};
 use crate::replay::worker::new_histogram;
 use hdrhistogram::Histogram;
 use kvring_ipc::client::{Matched, monotonic_ns};
@@ -122,6 +122,10 @@ pub fn measure(run: &mut Run) -> Measured {
         "ping_round_trip_ns": percentiles(&round_trip, 1.0),
         "match256_ns": percentiles(&match256, 1.0),
         "match256_to_floor": rounded(ratio, 2),
+        "cdf_us": {
+            "ping round trip": cdf_us(&round_trip),
+            "match of 256 blocks": cdf_us(&match256),
+        },
         "cpus": [cpus.0, cpus.1],
     }))
 }

@@ -10,7 +10,7 @@ use kvring_ipc::client::{Matched, Session};
 use kvring_ipc::key::BlockKey;
 use serde_json::{Value, json};
 
-use super::{BenchServer, Measured, Run, chain, median, rounded, store};
+use super::{BenchServer, Measured, Run, Series, chain, median, rounded, store};
 
 /// Arguments of `kvring bench ssd`.
 #[derive(Args)]
@@ -123,12 +123,13 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
     let pid = session.welcome().map(|welcome| welcome.server_pid);
     let (mut reads, mut fio_reads, mut writes, mut fio_writes, mut cpu) = (vec![], vec![], vec![], vec![], vec![]);
     let (mut raw_reads, mut raw_writes) = (vec![], vec![]);
+    let (mut read_series, mut write_series) = (Series::default(), Series::default());
     for round in 0..args.rounds.max(1) {
         // A B, then B A: a disk that tires, or wakes up, favours neither side.
         for ours in [round % 2 == 1, round % 2 == 0] {
             if ours {
                 let (before, from) = (cpu_of(pid), Instant::now());
-                let read = read_chains(run.time, &server, &mut session, &chains, round)?;
+                let read = read_chains(run.time, &server, &mut session, &chains, round, &mut read_series)?;
                 cpu.push((cpu_of(pid) - before) / (read * from.elapsed().as_secs_f64()).max(1e-9));
                 reads.push(read);
                 continue;
@@ -142,7 +143,7 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
     for round in 0..args.rounds.max(1) {
         for ours in [round % 2 == 1, round % 2 == 0] {
             if ours {
-                writes.push(write_chains(run.time, &server, &mut session, round)?);
+                writes.push(write_chains(run.time, &server, &mut session, round, &mut write_series)?);
                 continue;
             }
             raw_writes.push(raw.run("write", WRITE_DEPTH, run.time)?);
@@ -183,6 +184,7 @@ pub fn measure(run: &mut Run, args: &SsdArgs) -> Measured {
         "read": side(reads, raw_reads, fio_reads),
         "write": side(writes, raw_writes, fio_writes),
         "server_cpu_s_per_gb_read": rounded(median(cpu), 3),
+        "gb_s_over_time": {"load from SSD": read_series.points, "write-back to SSD": write_series.points},
     }))
 }
 
@@ -205,11 +207,13 @@ fn read_chains(
     session: &mut Session,
     chains: &[Vec<BlockKey>],
     round: usize,
+    series: &mut Series,
 ) -> Result<f64, Box<dyn std::error::Error>> {
     let before = server.metric("ssd_read_bytes")?;
     let started = Instant::now();
     let mut flying = std::collections::VecDeque::new();
     let mut next = round * 7;
+    series.begin();
     while started.elapsed() < time {
         let far = Instant::now() + Duration::from_secs(30);
         while flying.len() < 3 {
@@ -232,6 +236,10 @@ fn read_chains(
             session.wait(tag, far, |_, _| {})?;
             session.release_soon(lease.id)?;
         }
+        // Asking costs the server's CPU time: a few times a round.
+        if series.is_due(started.elapsed(), time) {
+            series.add(started.elapsed(), server.metric("ssd_read_bytes")? - before);
+        }
     }
     let elapsed = started.elapsed().as_secs_f64();
     let read = server.metric("ssd_read_bytes")? - before;
@@ -248,19 +256,26 @@ fn write_chains(
     server: &BenchServer,
     session: &mut Session,
     round: usize,
+    series: &mut Series,
 ) -> Result<f64, Box<dyn std::error::Error>> {
     let before = server.metric("ssd_write_bytes")?;
     let started = Instant::now();
     let mut number = 0;
     let mut offered: u64 = 0;
     let slot_bytes = session.pool().slot_bytes() as u64;
+    series.begin();
     while started.elapsed() < time {
         offered += u64::from(store(session, &chain(&format!("write {round} {number}"), CHAIN))?) * slot_bytes;
         number += 1;
         // Ahead of the device by a few chains, not by the whole pool: what is evicted unwritten is work in vain.
-        while started.elapsed() < time
-            && server.metric("ssd_write_bytes")? - before + 5 * u64::from(CHAIN) * slot_bytes < offered
-        {
+        while started.elapsed() < time {
+            let written = server.metric("ssd_write_bytes")? - before;
+            if series.is_due(started.elapsed(), time) {
+                series.add(started.elapsed(), written);
+            }
+            if written + 5 * u64::from(CHAIN) * slot_bytes >= offered {
+                break;
+            }
             // Asking costs the server's CPU time: seldom.
             std::thread::sleep(Duration::from_millis(8));
         }

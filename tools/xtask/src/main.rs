@@ -23,6 +23,7 @@ cargo xtask sim         simulate for 60 s from the commit's hash
 cargo xtask sim SEED    replay one seed
 cargo xtask bugs        plant bugs in the engine one by one: the simulation must find each
 cargo xtask fuzz        fuzz every target; [TARGET] [--seconds 20] [--seed N]; TARGET FILE replays an input
+cargo xtask pages       pages of saved runs in a browser
 cargo xtask guest [stories|vfio|uio|cpu]
                         the device paths and a cache on emulated NVMe controllers, in QEMU
 cargo xtask spdk        make target/spdk/libkvring_spdk.so of the SPDK that pkg-config finds
@@ -46,6 +47,9 @@ fn main() -> ExitCode {
         ["find-planted"] => bugs::find_all(),
         ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
+        ["pages"] => {
+            step("the program", &mut cargo(&["build", "--release", "-p", "kvring"])).and_then(|()| python::browser())
+        }
         ["spdk"] => spdk(),
         ["guest"] => guest::guest(None),
         ["guest", stories @ ("stories" | "vfio" | "uio" | "cpu")] => guest::guest(Some(stories)),
@@ -123,6 +127,7 @@ fn ci() -> Outcome {
         replay.arg(trace);
     }
     step("replay", &mut replay)?;
+    python::browser()?;
     python::check()?;
     python::e2e(&[])?;
     // Last, so that the runner's closing lines are the last thing said.

@@ -80,10 +80,29 @@ pub fn check() -> Outcome {
     install_tools()?;
     step(
         "python format",
-        &mut tool("ruff", &["format", "--check", "--quiet", "python", "tests/vllm", "tests/gpu", "gpu"]),
+        &mut tool(
+            "ruff",
+            &["format", "--check", "--quiet", "python", "tests/vllm", "tests/gpu", "tests/report", "gpu"],
+        ),
     )?;
-    step("python lints", &mut tool("ruff", &["check", "--quiet", "python", "tests/vllm", "tests/gpu", "gpu"]))?;
+    step(
+        "python lints",
+        &mut tool("ruff", &["check", "--quiet", "python", "tests/vllm", "tests/gpu", "tests/report", "gpu"]),
+    )?;
     step("python types", &mut tool("mypy", &["--config-file", "python/pyproject.toml", "python/kvring"]))
+}
+
+/// Pages of `kvring report` in Debian's chromium, which takes half a minute to install; where there is none, the script
+/// says so and that is all.
+pub fn browser() -> Outcome {
+    if Command::new("chromium").arg("--version").output().is_err() {
+        let install = "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium";
+        if let Err(error) = step("packages: chromium", Command::new("sh").args(["-c", install])) {
+            println!("{error}: install chromium as root");
+        }
+    }
+    let program = built().join("release/kvring");
+    step("pages in a browser", Command::new("python3").arg("tests/report/browser.py").arg("--kvring").arg(program))
 }
 
 /// A virtual environment with a vLLM that generates on a CPU, and the official one beside it, once.
