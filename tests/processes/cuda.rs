@@ -383,7 +383,7 @@ fn wrong_pages_are_refused_before_anything_is_copied() {
     assert!(store(vec![0], 0).contains("1 pages for 2 keys"));
     assert!(store(vec![0, kvring_gpu::layout::NO_PAGE], 0).contains("stored whole"));
     assert!(store(vec![0, 1], 8191).contains("at most 8192"));
-    assert_eq!(gpu.fake.calls("cuMemcpyAsync"), 0);
+    assert_eq!(gpu.fake.calls("cuMemcpyDtoHAsync"), 0);
 }
 
 #[test]
@@ -395,7 +395,7 @@ fn a_device_that_is_lost_ends_every_ticket_and_keeps_its_slots_until_its_process
     let mut gpu = Gpu::new(place.config(1, &[NO_SSD, SMALL_POOL]), Fake::new(), Calibration::default());
     gpu.fake.set("slice_us", "5000").set("slice_bytes", "4096");
     gpu.begin_store(&keys, &pages);
-    eventually("copies are under way", || gpu.fake.calls("cuMemcpyAsync") > 4);
+    eventually("copies are under way", || gpu.fake.calls("cuMemcpyDtoHAsync") > 4);
     gpu.fake.set("fail", "cuStreamQuery:0:700");
     let ended = gpu.end();
     assert!(!ended.missed.is_empty());
@@ -431,7 +431,7 @@ fn a_writer() {
     let mut gpu = Gpu::new(config, fake, Calibration::default());
     let keys = chain(&format!("dead {seed}"), 16);
     gpu.begin_store(&keys, &(0..16).collect::<Vec<u32>>());
-    eventually("its device copies", || gpu.fake.calls("cuMemcpyAsync") > 8);
+    eventually("its device copies", || gpu.fake.calls("cuMemcpyDtoHAsync") > 8);
     println!("copying");
     std::thread::sleep(Duration::from_secs(60));
 }
@@ -505,7 +505,7 @@ fn a_server_that_dies_under_a_copy_waits_for_the_device_before_it_gives_slots_aw
     let mut gpu = Gpu::new(place.config(1, &[NO_SSD, SMALL_POOL]), Fake::new(), Calibration::default());
     gpu.fake.set("slice_us", "10000").set("slice_bytes", "4096");
     gpu.begin_store(&keys, &pages);
-    eventually("copies are under way", || gpu.fake.calls("cuMemcpyAsync") > 4);
+    eventually("copies are under way", || gpu.fake.calls("cuMemcpyDtoHAsync") > 4);
     std::thread::sleep(Duration::from_millis(50));
     signal(place.server_pid(), Signal::KILL);
     let mut rounds = 0;

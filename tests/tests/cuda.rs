@@ -202,17 +202,20 @@ fn with(calibration: Calibration) -> Options {
     Options { calibration: Some(calibration), ..plain() }
 }
 
-#[test]
-fn every_way_of_copying_puts_every_byte_where_it_belongs() {
+fn ways() -> [(&'static str, Calibration); 5] {
     let batched = Calibration { is_batched: true, ..Calibration::default() };
-    let ways = [
+    [
         ("one by one", Calibration::default()),
         ("batches", batched),
         ("rows", Calibration { rows_min: 2, ..batched }),
         ("staged", Calibration { staged_below_bytes: u64::MAX, ..batched }),
         ("direct", Calibration { direct_below_bytes: 1 << 30, ..batched }),
-    ];
-    for (name, way) in ways {
+    ]
+}
+
+#[test]
+fn every_way_of_copying_puts_every_byte_where_it_belongs() {
+    for (name, way) in ways() {
         for layout in [Layout::LayerFirst, Layout::BlockFirst] {
             // Odd sizes too: what is no multiple of 16 bytes, and blocks across pieces of the registration.
             for page_bytes in [SMALL, 36, 20 << 10] {
@@ -315,11 +318,33 @@ fn a_copy_that_is_refused_fails_its_batch_and_no_other() {
     let mut gpu = Gpu::new(Fake::new(), Layout::LayerFirst, SMALL, with(Calibration::default()));
     gpu.compute(1, 8);
     gpu.copy(Direction::Store, &[(0, 1)]);
-    gpu.fake.set("fail", "cuMemcpyAsync:2:2");
+    gpu.fake.set("fail", "cuMemcpyDtoHAsync:2:2");
     let ids = gpu.submit(Direction::Store, &[(1, 1)], None).unwrap();
     assert_eq!(gpu.outcomes(&ids), [Outcome::Failed], "not committed, and its slot may go back");
     gpu.copy(Direction::Store, &[(2, 1)]);
     assert!(gpu.is_in_slot(2, 8), "the device lives");
+}
+
+/// An engine that frees its memory under a copy has a bug: it costs that copy, not the process, whatever the way.
+#[test]
+fn memory_that_the_engine_has_freed_is_refused_and_nothing_else_happens() {
+    for (name, way) in ways() {
+        let options = Options { staging_bytes: 6 * (256 << 10), ..with(way) };
+        let mut gpu = Gpu::new(Fake::new(), Layout::LayerFirst, SMALL, options);
+        gpu.compute(1, 8);
+        gpu.copy(Direction::Store, &[(0, 1), (1, 2), (2, 3)]);
+        for address in gpu.addresses.clone() {
+            gpu.fake.free(address);
+        }
+        for direction in [Direction::Load, Direction::Store] {
+            let ids = gpu.submit(direction, &[(0, 1), (1, 2), (2, 3)], None).unwrap();
+            assert!(gpu.outcomes(&ids).iter().all(|outcome| *outcome == Outcome::Failed), "{name}, {direction:?}");
+        }
+        assert!(gpu.backend.trouble().iter().any(|note| note.contains("was refused")), "{:?}", gpu.backend.trouble());
+        assert_eq!(gpu.fake.crimes(), 0, "{name}: the driver would have read it as the processor's");
+        gpu.backend.close(true);
+        assert_eq!((gpu.fake.crimes(), gpu.fake.pinned_bytes()), (0, 0), "{name}: the context lives");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{
     CUDA_MEMCPY2D, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUmemcpyAttributes,
-    CUmodule, CUstream,
+    CUmodule, CUpointer_attribute, CUstream,
 };
 use libloading::Library;
 
@@ -152,7 +152,9 @@ table! {
     host_register = "cuMemHostRegister_v2" (*mut c_void, usize, c_uint);
     host_unregister = "cuMemHostUnregister" (*mut c_void);
     host_device_pointer = "cuMemHostGetDevicePointer_v2" (*mut CUdeviceptr, *mut c_void, c_uint);
-    copy = "cuMemcpyAsync" (CUdeviceptr, CUdeviceptr, usize, CUstream);
+    pointer_get_attribute = "cuPointerGetAttribute" (*mut c_void, CUpointer_attribute, CUdeviceptr);
+    copy_to_device = "cuMemcpyHtoDAsync_v2" (CUdeviceptr, *const c_void, usize, CUstream);
+    copy_to_host = "cuMemcpyDtoHAsync_v2" (*mut c_void, CUdeviceptr, usize, CUstream);
     copy_2d = "cuMemcpy2DAsync_v2" (*const CUDA_MEMCPY2D, CUstream);
     module_load = "cuModuleLoadData" (*mut CUmodule, *const c_void);
     module_unload = "cuModuleUnload" (CUmodule);

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{
     CUDA_MEMCPY2D, CUcontext, CUctx_st, CUdevice, CUdevice_attribute, CUevent_st, CUfunc_st, CUmemLocation,
-    CUmemLocationType, CUmemcpyAttributes, CUmemcpySrcAccessOrder, CUmemorytype, CUmod_st, CUstream_st,
+    CUmemLocationType, CUmemcpyAttributes, CUmemcpySrcAccessOrder, CUmemorytype, CUmod_st, CUpointer_attribute,
+    CUstream_st,
 };
 
 use super::api::{BatchCopy, DriverApi, check};
@@ -271,18 +272,44 @@ impl Context {
         check("cuMemHostUnregister", unsafe { (self.api.host_unregister)(host.cast()) })
     }
 
-    /// A copy in stream order.
+    /// Whether an address is one of device memory that is there. A copy that does not say what its addresses are takes
+    /// one that is not for the processor's, and the driver reads it: the end of the process.
+    ///
+    /// # Errors
+    /// What has gone wrong in the context.
+    pub fn is_device_memory(&self, address: u64) -> Done<bool> {
+        let mut kind = 0u32;
+        let attribute = CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        // SAFETY: the pointer is to a value of ours, of the attribute's size; the address is only looked up.
+        let asked = unsafe { (self.api.pointer_get_attribute)((&raw mut kind).cast(), attribute, address) };
+        match asked {
+            super::error::INVALID_VALUE => Ok(false),
+            asked => check("cuPointerGetAttribute", asked).map(|()| kind == CUmemorytype::CU_MEMORYTYPE_DEVICE as u32),
+        }
+    }
+
+    /// A copy in stream order, between pinned memory of the processor and memory of the device. Which of its addresses
+    /// is which is said: a stale one of the device's is refused, and not taken for the processor's.
     ///
     /// # Errors
     /// What the driver says; then it is not under way.
     ///
     /// # Safety
-    /// Both ranges are device memory or pinned, and are the copy's until it has been done.
-    pub unsafe fn copy(&self, target: u64, source: u64, bytes: u64, stream: Stream) -> Done {
-        // SAFETY: the caller's promise.
-        check("cuMemcpyAsync", unsafe {
-            (self.api.copy)(target, source, bytes as usize, handle::<CUstream_st>(stream.0))
-        })
+    /// Both ranges are there, and are the copy's until it has been done.
+    pub unsafe fn copy(&self, way: Way, host: usize, device: u64, bytes: u64, stream: Stream) -> Done {
+        let (bytes, stream) = (bytes as usize, handle::<CUstream_st>(stream.0));
+        match way {
+            Way::ToDevice => {
+                // SAFETY: the caller's promise.
+                let copied = unsafe { (self.api.copy_to_device)(device, handle::<c_void>(host), bytes, stream) };
+                check("cuMemcpyHtoDAsync", copied)
+            }
+            Way::ToHost => {
+                // SAFETY: the caller's promise.
+                let copied = unsafe { (self.api.copy_to_host)(handle::<c_void>(host), device, bytes, stream) };
+                check("cuMemcpyDtoHAsync", copied)
+            }
+        }
     }
 
     /// Many copies, in stream order with what surrounds them and in none among themselves. `None`: this driver
@@ -292,7 +319,7 @@ impl Context {
     /// What the driver says; then any of them may be under way.
     ///
     /// # Safety
-    /// As [`Context::copy`], for each.
+    /// As [`Context::copy`], for each; and those of the device are its memory ([`Context::is_device_memory`]).
     pub unsafe fn copy_batch(&self, copies: &mut BatchArguments, stream: Stream) -> Option<Done> {
         let mut attributes = CUmemcpyAttributes {
             srcAccessOrder: CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
@@ -344,21 +371,25 @@ impl Context {
     /// # Safety
     /// As [`Context::copy`], for each row.
     pub unsafe fn copy_rows(&self, rows: &RowsArguments, stream: Stream) -> Done {
+        let (here, there) = (CUmemorytype::CU_MEMORYTYPE_HOST, CUmemorytype::CU_MEMORYTYPE_DEVICE);
+        let (host, device) = ((rows.host_pitch as usize, here), (rows.device_pitch as usize, there));
+        let (source, target) = if rows.way == Way::ToDevice { (host, device) } else { (device, host) };
+        // Of host and device the one is looked at that the type says.
         let arguments = CUDA_MEMCPY2D {
             srcXInBytes: 0,
             srcY: 0,
-            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
-            srcHost: std::ptr::null(),
-            srcDevice: rows.source,
+            srcMemoryType: source.1,
+            srcHost: handle::<c_void>(rows.host),
+            srcDevice: rows.device,
             srcArray: std::ptr::null_mut(),
-            srcPitch: rows.source_pitch as usize,
+            srcPitch: source.0,
             dstXInBytes: 0,
             dstY: 0,
-            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
-            dstHost: std::ptr::null_mut(),
-            dstDevice: rows.target,
+            dstMemoryType: target.1,
+            dstHost: handle::<c_void>(rows.host),
+            dstDevice: rows.device,
             dstArray: std::ptr::null_mut(),
-            dstPitch: rows.target_pitch as usize,
+            dstPitch: target.0,
             WidthInBytes: rows.bytes as usize,
             Height: rows.rows as usize,
         };
@@ -389,7 +420,11 @@ impl Context {
         // SAFETY: the text ends with a NUL; the pointer is to a value of ours.
         check("cuModuleLoadData", unsafe { (self.api.module_load)(&raw mut module, ptx.as_ptr().cast()) })?;
         // SAFETY: the module is loaded; the name ends with a NUL.
-        check("cuModuleGetFunction", unsafe { (self.api.module_function)(&raw mut function, module, name.as_ptr()) })?;
+        let found = unsafe { (self.api.module_function)(&raw mut function, module, name.as_ptr()) };
+        check("cuModuleGetFunction", found).inspect_err(|_| {
+            // SAFETY: it was loaded above, and nobody knows of it.
+            unsafe { (self.api.module_unload)(module) };
+        })?;
         Ok(Kernel { function: function.expose_provenance(), module: module.expose_provenance() })
     }
 
@@ -454,6 +489,14 @@ impl Context {
     }
 }
 
+/// Which way a copy goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the documentation")]
+pub enum Way {
+    ToDevice,
+    ToHost,
+}
+
 /// Threads of one block of the kernel: its launch bound.
 pub const THREADS_PER_BLOCK: u32 = 512;
 
@@ -481,10 +524,11 @@ pub struct BatchArguments {
 #[derive(Debug, Clone, Copy)]
 #[expect(missing_docs, reason = "the names are the documentation")]
 pub struct RowsArguments {
-    pub target: u64,
-    pub target_pitch: u64,
-    pub source: u64,
-    pub source_pitch: u64,
+    pub way: Way,
+    pub host: usize,
+    pub host_pitch: u64,
+    pub device: u64,
+    pub device_pitch: u64,
     pub bytes: u64,
     pub rows: u32,
 }

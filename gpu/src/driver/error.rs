@@ -94,7 +94,7 @@ mod test {
 
     #[test]
     fn a_code_of_a_newer_driver_is_an_error_like_another() {
-        let of = |code| CudaError { call: "cuMemcpyAsync", code }.class();
+        let of = |code| CudaError { call: "cuMemcpyHtoDAsync", code }.class();
         assert_eq!(of(4_000_000), Class::Recoverable);
         assert_eq!(
             (of(600), of(801), of(700), of(709)),

@@ -370,16 +370,60 @@ pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(device: *mut u64, host: us
     u32::from(found.is_none())
 }
 
+/// An address that says not what it is: one that no allocation has is read by the driver itself, as the processor's.
+/// Of the device's range it is nobody's: a real driver dies of it.
+fn untyped(address: u64, bytes: usize) -> Option<usize> {
+    let found = DEVICE.real(address, bytes);
+    if found.is_none() && address as usize >= DEVICE_SHIFT {
+        DEVICE.crimes.fetch_add(1, Ordering::AcqRel);
+    }
+    found
+}
+
+/// An address that is said to be the device's.
+fn of_device(address: u64, bytes: usize) -> Option<usize> {
+    DEVICE.real(address, bytes).filter(|_| address as usize >= DEVICE_SHIFT)
+}
+
+/// An address that is said to be the processor's. What is not pinned a real driver would copy itself, and its caller would
+/// wait: refused, so that nobody does.
+fn of_host(address: usize, bytes: usize) -> Option<usize> {
+    DEVICE.real((address + HOST_SHIFT) as u64, bytes)
+}
+
 fn checked(target: u64, source: u64, bytes: usize) -> Option<Copy> {
-    Some(Copy { target: DEVICE.real(target, bytes)?, source: DEVICE.real(source, bytes)?, bytes })
+    Some(Copy { target: untyped(target, bytes)?, source: untyped(source, bytes)?, bytes })
+}
+
+fn typed(target: Option<usize>, source: Option<usize>, bytes: usize, stream: usize) -> u32 {
+    match (target, source) {
+        (Some(target), Some(source)) => DEVICE.submit(stream, Op::Copies(vec![Copy { target, source, bytes }])),
+        _ => 1,
+    }
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemcpyAsync(target: u64, source: u64, bytes: usize, stream: usize) -> u32 {
-    call_in_context!("cuMemcpyAsync");
-    match checked(target, source, bytes) {
-        Some(copy) => DEVICE.submit(stream, Op::Copies(vec![copy])),
-        None => 1,
+pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(target: u64, source: usize, bytes: usize, stream: usize) -> u32 {
+    call_in_context!("cuMemcpyHtoDAsync");
+    typed(of_device(target, bytes), of_host(source, bytes), bytes, stream)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(target: usize, source: u64, bytes: usize, stream: usize) -> u32 {
+    call_in_context!("cuMemcpyDtoHAsync");
+    typed(of_host(target, bytes), of_device(source, bytes), bytes, stream)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuPointerGetAttribute(value: *mut u32, attribute: c_int, address: u64) -> u32 {
+    call_in_context!("cuPointerGetAttribute");
+    // CU_POINTER_ATTRIBUTE_MEMORY_TYPE, and of its values CU_MEMORYTYPE_HOST and CU_MEMORYTYPE_DEVICE.
+    match DEVICE.real(address, 1) {
+        Some(_) if attribute == 2 => {
+            unsafe { *value = if address as usize >= DEVICE_SHIFT { 2 } else { 1 } };
+            0
+        }
+        _ => 1,
     }
 }
 
@@ -409,19 +453,19 @@ pub unsafe extern "C" fn cuMemcpy2DAsync_v2(rows: *const Memcpy2D, stream: usize
     call_in_context!("cuMemcpy2DAsync");
     let rows = unsafe { &*rows };
     let pitches = rows.width..=i32::MAX as usize;
-    // CU_MEMORYTYPE_UNIFIED.
-    if rows.source_type != 4
-        || rows.target_type != 4
-        || !pitches.contains(&rows.source_pitch)
-        || !pitches.contains(&rows.target_pitch)
-    {
+    if !pitches.contains(&rows.source_pitch) || !pitches.contains(&rows.target_pitch) {
         return 1;
     }
     let span = |pitch: usize| pitch * (rows.height - 1) + rows.width;
-    // All of it in one allocation, not only each row.
+    // All of it in one allocation, not only each row. CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE.
+    let side = |kind: u32, host: usize, device: u64, pitch: usize| match kind {
+        1 => of_host(host, span(pitch)),
+        2 => of_device(device, span(pitch)),
+        _ => None,
+    };
     let (Some(source), Some(target)) = (
-        DEVICE.real(rows.source_device, span(rows.source_pitch)),
-        DEVICE.real(rows.target_device, span(rows.target_pitch)),
+        side(rows.source_type, rows.source_host, rows.source_device, rows.source_pitch),
+        side(rows.target_type, rows.target_host, rows.target_device, rows.target_pitch),
     ) else {
         return 1;
     };

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{CudaBackend, Done, Flight, Host, Things};
+use super::{CudaBackend, Done, Flight, Host, Pinned, Things};
 use crate::backend::{Direction, Outcome};
 use crate::driver::error::CudaError;
 use crate::plan::{Calibration, Limits, Plan, Span};
@@ -26,7 +26,7 @@ const MARGIN: f64 = 1.05;
 
 struct Bench<'a> {
     backend: &'a mut CudaBackend,
-    host: u64,
+    host: Pinned,
     device: u64,
     plan: Plan,
     until: Instant,
@@ -36,8 +36,9 @@ struct Bench<'a> {
 pub(super) fn measure(backend: &mut CudaBackend) -> Done<Calibration> {
     let context = backend.context.clone();
     let (host, host_device) = context.alloc_host(BYTES as usize)?;
+    let host = Pinned { host: host.expose_provenance(), device: host_device, bytes: BYTES as usize };
     // Rows lie at twice their width.
-    let mut had = Things { host_memory: vec![host.expose_provenance()], ..Things::default() };
+    let mut had = Things { host_memory: vec![host.host], ..Things::default() };
     let device = match context.alloc(2 * BYTES as usize) {
         Ok(device) => device,
         Err(error) => {
@@ -49,7 +50,7 @@ pub(super) fn measure(backend: &mut CudaBackend) -> Done<Calibration> {
     // `within` has made it this thread's for as long as this takes.
     backend.thread = Some(std::thread::current().id());
     let until = Instant::now() + AT_MOST;
-    let mut bench = Bench { backend, host: host_device, device, plan: Plan::default(), until };
+    let mut bench = Bench { backend, host, device, plan: Plan::default(), until };
     let measured = bench.measure();
     // The caller's thread goes its own way.
     bench.backend.thread = None;

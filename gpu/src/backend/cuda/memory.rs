@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Done, KERNEL, PTX, Pinned, Things};
-use crate::driver::context::{Context, Stream};
+use crate::driver::context::{self, Context, Stream};
 use crate::driver::error::Class;
 
 /// Device memory. The thread that uses it has the device's context current, or is given it.
@@ -71,8 +71,9 @@ impl DeviceMemory {
             // SAFETY: the pinned buffer is ours, of `pinned.bytes`, and no copy of it is under way (`settle`).
             unsafe { std::ptr::copy_nonoverlapping(source[at..].as_ptr(), target, count) };
             let device = self.address + (offset + at) as u64;
+            let way = context::Way::ToDevice;
             // SAFETY: inside the device memory by the assert; both are left alone until `settle` returns.
-            unsafe { self.context.copy(device, self.pinned.device, count as u64, self.stream) }?;
+            unsafe { self.context.copy(way, self.pinned.host, device, count as u64, self.stream) }?;
             self.settle()
         })
     }
@@ -87,8 +88,9 @@ impl DeviceMemory {
     pub fn read(&self, offset: usize, target: &mut [u8]) -> Done {
         self.through(offset, target.len(), |at, count| {
             let device = self.address + (offset + at) as u64;
+            let way = context::Way::ToHost;
             // SAFETY: inside the device memory by the assert; both are left alone until `settle` returns.
-            unsafe { self.context.copy(self.pinned.device, device, count as u64, self.stream) }?;
+            unsafe { self.context.copy(way, self.pinned.host, device, count as u64, self.stream) }?;
             self.settle()?;
             let source: *const u8 = std::ptr::with_exposed_provenance(self.pinned.host);
             // SAFETY: the pinned buffer is ours, of `pinned.bytes`, and the copy into it has been done.
@@ -109,10 +111,9 @@ impl DeviceMemory {
         assert!(2 * bytes <= self.bytes, "2 * {bytes} of {}", self.bytes);
         let context = self.context.clone();
         context.within(|| {
-            let (at, host) = context.alloc_host(2 * bytes)?;
+            let host = context.alloc_host(2 * bytes)?.0.expose_provenance();
             let other = context.create_stream(false)?;
-            let things =
-                Things { streams: vec![other], host_memory: vec![at.expose_provenance()], ..Things::default() };
+            let things = Things { streams: vec![other], host_memory: vec![host], ..Things::default() };
             let (began, mut copied) = (std::time::Instant::now(), 0u64);
             while copied == 0 || began.elapsed().as_secs_f64() < seconds {
                 // Two in flight, so that the link never waits for us.
@@ -120,16 +121,16 @@ impl DeviceMemory {
                     if way != Way::FromDevice {
                         // SAFETY: the pinned memory is ours until both streams are idle; inside the device memory
                         // by the assert.
-                        unsafe { context.copy(self.address, host, bytes as u64, self.stream) }?;
+                        unsafe { context.copy(context::Way::ToDevice, host, self.address, bytes as u64, self.stream) }?;
                         copied += bytes as u64;
                     }
                     if way != Way::ToDevice {
                         let (target, source) = match way {
-                            Way::Both => (host + bytes as u64, self.address + bytes as u64),
+                            Way::Both => (host + bytes, self.address + bytes as u64),
                             _ => (host, self.address),
                         };
                         // SAFETY: as above; to and fro touch different halves.
-                        unsafe { context.copy(target, source, bytes as u64, other) }?;
+                        unsafe { context.copy(context::Way::ToHost, target, source, bytes as u64, other) }?;
                         copied += bytes as u64;
                     }
                 }

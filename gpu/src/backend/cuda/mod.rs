@@ -29,7 +29,7 @@ use super::tensors::Tensors;
 use super::{Batch, BatchId, CopyBackend, Direction, Marks, Moment, Outcome, Refusal, Shape};
 use crate::driver::api::{DriverApi, Unavailable};
 use crate::driver::context::{
-    BatchArguments, Context, Event, Kernel, RowsArguments, Stream, THREADS_PER_BLOCK, Things,
+    BatchArguments, Context, Event, Kernel, RowsArguments, Stream, THREADS_PER_BLOCK, Things, Way,
 };
 use crate::driver::error::{Class, CudaError};
 use crate::plan::{Calibration, Limits, Op, PIECE_BYTES_MAX, Plan, Span};
@@ -171,14 +171,26 @@ struct Lane {
 /// Where the host's side of a plan lies.
 enum Host<'a> {
     Pool(&'a Registration),
-    Flat(u64),
+    Flat(Pinned),
 }
 
 impl Host<'_> {
+    /// For the device, which may know it by another address than the processor.
     fn device_address(&self, offset: u64) -> u64 {
         match self {
             Self::Pool(registration) => registration.device_address(offset),
-            Self::Flat(address) => address + offset,
+            Self::Flat(pinned) => pinned.device + offset,
+        }
+    }
+
+    /// For the processor.
+    fn address(&self, offset: u64, bytes: u64) -> usize {
+        match self {
+            Self::Pool(registration) => registration.address(offset as usize, bytes as usize),
+            Self::Flat(pinned) => {
+                assert!((offset + bytes) as usize <= pinned.bytes, "{offset}+{bytes} of {}", pinned.bytes);
+                pinned.host + offset as usize
+            }
         }
     }
 }
@@ -212,6 +224,9 @@ pub struct CudaBackend {
     notes: Vec<String>,
     plan: Plan,
     spans: Vec<Span>,
+    linear: Vec<Span>,
+    /// Allocations that were found there, for one submission.
+    seen: Vec<bool>,
     arguments: BatchArguments,
 }
 
@@ -300,6 +315,8 @@ impl CudaBackend {
             notes,
             plan: Plan::default(),
             spans: Vec::new(),
+            linear: Vec::new(),
+            seen: Vec::new(),
             arguments: BatchArguments::default(),
             tensors: Some(tensors),
             context,
@@ -497,7 +514,7 @@ impl CudaBackend {
                     batch.pool.mapping().copy_out(*slot_at, target);
                 }
             }
-            Host::Flat(bounce.device)
+            Host::Flat(bounce)
         } else {
             Host::Pool(registration)
         };
@@ -603,52 +620,38 @@ impl CudaBackend {
         let Lane { direction, head, tail, .. } = self.lanes[lane];
         let is_load = direction == Direction::Load;
         let (copying, computing) = if is_load { (head, tail) } else { (tail, head) };
+        // A kernel that reads what is not there loses the context.
+        self.are_there(plan.pieces.iter())?;
         let list = if plan.pieces.is_empty() { None } else { Some(self.write_list(lane, plan, host, begun)?) };
-        let mut batch = std::mem::take(&mut self.arguments);
-        batch.targets.clear();
-        batch.sources.clear();
-        batch.sizes.clear();
+        let way = if is_load { Way::ToDevice } else { Way::ToHost };
+        let mut linear = std::mem::take(&mut self.linear);
+        linear.clear();
         for op in &plan.ops {
             match op {
-                Op::Linear(span) => {
-                    let (host, device) = (host.device_address(span.host), span.device);
-                    batch.targets.push(if is_load { device } else { host });
-                    batch.sources.push(if is_load { host } else { device });
-                    batch.sizes.push(span.bytes as usize);
-                }
+                Op::Linear(span) => linear.push(*span),
                 Op::Rows { first, rows, host_pitch, device_pitch } => {
-                    let host = host.device_address(first.host);
-                    let (device, bytes, rows) = (first.device, first.bytes, *rows);
                     let (host_pitch, device_pitch) = (*host_pitch, *device_pitch);
-                    let rows = match is_load {
-                        true => RowsArguments {
-                            target: device,
-                            target_pitch: device_pitch,
-                            source: host,
-                            source_pitch: host_pitch,
-                            bytes,
-                            rows,
-                        },
-                        false => RowsArguments {
-                            target: host,
-                            target_pitch: host_pitch,
-                            source: device,
-                            source_pitch: device_pitch,
-                            bytes,
-                            rows,
-                        },
+                    let extent = u64::from(rows - 1) * host_pitch + first.bytes;
+                    let arguments = RowsArguments {
+                        way,
+                        host: host.address(first.host, extent),
+                        host_pitch,
+                        device: first.device,
+                        device_pitch,
+                        bytes: first.bytes,
+                        rows: *rows,
                     };
                     // SAFETY: `submit`'s contract and the plan's: pages of `Tensors` on one side, one piece of
                     // the registered pool on the other, both the batch's until it has landed.
-                    match unsafe { context.copy_rows(&rows, copying) } {
+                    match unsafe { context.copy_rows(&arguments, copying) } {
                         Err(error) if error.class() == Class::Unsupported => {
                             self.note_once(format!("rows are copied one by one: {error}"));
                             self.calibration.rows_min = 0;
-                            for row in 0..u64::from(rows.rows) {
-                                batch.targets.push(rows.target + row * rows.target_pitch);
-                                batch.sources.push(rows.source + row * rows.source_pitch);
-                                batch.sizes.push(bytes as usize);
-                            }
+                            linear.extend((0..u64::from(*rows)).map(|row| Span {
+                                host: first.host + row * host_pitch,
+                                device: first.device + row * device_pitch,
+                                ..*first
+                            }));
                         }
                         copied => copied?,
                     }
@@ -660,10 +663,10 @@ impl CudaBackend {
                     context.wait(head, staging.emptied)?;
                     let copy_ranges = || -> Done {
                         for range in &plan.ranges[ranges.clone()] {
-                            let (host, buffer) = (host.device_address(range.host), staging.address + range.device);
-                            let (target, source) = if is_load { (buffer, host) } else { (host, buffer) };
+                            let buffer = staging.address + range.device;
+                            let host = host.address(range.host, range.bytes);
                             // SAFETY: as above; the buffer is this operation's between its two events.
-                            unsafe { context.copy(target, source, range.bytes, copying) }?;
+                            unsafe { context.copy(way, host, buffer, range.bytes, copying) }?;
                         }
                         Ok(())
                     };
@@ -677,46 +680,61 @@ impl CudaBackend {
                 Op::Direct { pieces } => self.launch(list, pieces.clone(), computing)?,
             }
         }
-        let copied = self.copy_linear(&mut batch, copying);
-        self.arguments = batch;
+        let copied = self.copy_linear(&linear, host, way, copying);
+        self.linear = linear;
         copied
     }
 
-    /// Linear copies: in one call, where the driver has that, or one by one.
-    fn copy_linear(&mut self, batch: &mut BatchArguments, stream: Stream) -> Done {
-        if self.has_batch && self.calibration.is_batched && batch.sizes.len() > 1 {
-            let mut at = 0;
-            while at < batch.sizes.len() {
-                let until = (at + BATCH_CALL_MAX).min(batch.sizes.len());
-                let mut some = BatchArguments {
-                    targets: batch.targets[at..until].to_vec(),
-                    sources: batch.sources[at..until].to_vec(),
-                    sizes: batch.sizes[at..until].to_vec(),
-                };
-                // SAFETY: as in `submit_operations`.
-                match unsafe { self.context.copy_batch(&mut some, stream) } {
-                    Some(Ok(())) => (at, self.batch_has_worked) = (until, true),
-                    None => break,
-                    Some(Err(error)) if error.class() == Class::Unsupported && !self.batch_has_worked => {
-                        self.note_once(format!("copies are handed over one by one: {error}"));
-                        self.has_batch = false;
-                        break;
-                    }
-                    Some(Err(error)) => return Err(error),
-                }
+    /// Whether what is to be copied is still memory of the device: once an allocation, some tenths of a microsecond each. An
+    /// engine that frees its memory under a copy has a bug; where nobody else would tell, it would be the end of the
+    /// process, or of the context.
+    fn are_there<'a>(&mut self, spans: impl Iterator<Item = &'a Span>) -> Done {
+        self.seen.clear();
+        for span in spans {
+            let allocation = span.allocation as usize;
+            if self.seen.len() <= allocation {
+                self.seen.resize(allocation + 1, false);
             }
-            if at == batch.sizes.len() {
-                return Ok(());
+            if !std::mem::replace(&mut self.seen[allocation], true) && !self.context.is_device_memory(span.device)? {
+                return Err(CudaError { call: "cuPointerGetAttribute", code: crate::driver::error::INVALID_VALUE });
             }
-            // What the refused call may have begun is copied again: the same bytes to the same place.
-            for list in [&mut batch.targets, &mut batch.sources] {
-                list.drain(..at);
-            }
-            batch.sizes.drain(..at);
         }
-        for ((target, source), bytes) in batch.targets.iter().zip(&batch.sources).zip(&batch.sizes) {
+        Ok(())
+    }
+
+    /// Linear copies: in one call, where the driver has that, or one by one.
+    fn copy_linear(&mut self, copies: &[Span], host: &Host<'_>, way: Way, stream: Stream) -> Done {
+        let mut rest = copies;
+        if self.has_batch && self.calibration.is_batched && rest.len() > 1 {
+            self.are_there(rest.iter())?;
+        }
+        while self.has_batch && self.calibration.is_batched && rest.len() > 1 {
+            let (now, later) = rest.split_at(rest.len().min(BATCH_CALL_MAX));
+            let BatchArguments { targets, sources, sizes } = &mut self.arguments;
+            let near = now.iter().map(|copy| host.device_address(copy.host));
+            let far = now.iter().map(|copy| copy.device);
+            let (near_side, far_side) = if way == Way::ToDevice { (sources, targets) } else { (targets, sources) };
+            near_side.clear();
+            near_side.extend(near);
+            far_side.clear();
+            far_side.extend(far);
+            sizes.clear();
+            sizes.extend(now.iter().map(|copy| copy.bytes as usize));
+            // SAFETY: as in `submit_operations`; `are_there` has asked for those of the device.
+            match unsafe { self.context.copy_batch(&mut self.arguments, stream) } {
+                Some(Ok(())) => (rest, self.batch_has_worked) = (later, true),
+                None => break,
+                // What the refused call may have begun is copied again: the same bytes to the same place.
+                Some(Err(error)) if error.class() == Class::Unsupported && !self.batch_has_worked => {
+                    self.note_once(format!("copies are handed over one by one: {error}"));
+                    self.has_batch = false;
+                }
+                Some(Err(error)) => return Err(error),
+            }
+        }
+        for Span { host: at, device, bytes, allocation: _ } in rest {
             // SAFETY: as in `submit_operations`.
-            unsafe { self.context.copy(*target, *source, *bytes as u64, stream) }?;
+            unsafe { self.context.copy(way, host.address(*at, *bytes), *device, *bytes, stream) }?;
         }
         Ok(())
     }
@@ -757,7 +775,7 @@ impl CudaBackend {
         let bytes = (plan.pieces.len() * PIECE_BYTES) as u64;
         // On the head: whatever launches waits for it, there or at the tail.
         // SAFETY: both are this list's, until the batch has landed.
-        unsafe { self.context.copy(list.device, list.host.device, bytes, head) }?;
+        unsafe { self.context.copy(Way::ToDevice, list.host.host, list.device, bytes, head) }?;
         if self.lanes[lane].tail != head {
             let Lane { begun, tail, .. } = self.lanes[lane];
             self.context.record(begun, head)?;

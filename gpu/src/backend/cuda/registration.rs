@@ -123,6 +123,14 @@ impl Registration {
         state + at
     }
 
+    /// Where bytes of the pool lie for the processor. Their piece is ready, and there is one.
+    pub fn address(&self, offset: usize, bytes: usize) -> usize {
+        let piece = |at: usize| at / self.inner.piece_bytes;
+        assert_eq!(piece(offset), piece(offset + bytes.max(1) - 1), "a copy ends where its piece does");
+        assert!(self.inner.states[piece(offset)].load(Ordering::Acquire) > FAILED, "it is not pinned");
+        self.inner.pool.mapping().address(offset, bytes).expose_provenance()
+    }
+
     /// Why a piece could not be pinned, once one could not.
     pub fn failure(&self) -> Option<CudaError> {
         *self.inner.failure.lock().unwrap_or_else(PoisonError::into_inner)
