@@ -240,7 +240,14 @@ fn every_way_of_copying_puts_every_byte_where_it_belongs() {
 
 #[test]
 fn a_store_waits_for_the_engine_s_last_write_and_a_load_for_its_last_read() {
-    let mut gpu = Gpu::new(Fake::new(), Layout::LayerFirst, SMALL, plain());
+    // Each way has a stream of its own that touches pages: the head or the tail, by the kernel or not.
+    for (name, way) in ways() {
+        println!("{name}");
+        waits_for_the_engine(Gpu::new(Fake::new(), Layout::LayerFirst, SMALL, with(way)));
+    }
+}
+
+fn waits_for_the_engine(mut gpu: Gpu) {
     let marks = gpu.backend.marks().unwrap();
     let stream = gpu.fake.compute_stream();
     let all = (gpu.addresses[0], PAGES * SMALL);
@@ -347,6 +354,110 @@ fn memory_that_the_engine_has_freed_is_refused_and_nothing_else_happens() {
     }
 }
 
+/// Where the driver refuses what marks the end of a batch, its end is found another way: nothing ends before it has, and
+/// the device lives.
+#[test]
+fn an_end_that_cannot_be_marked_is_found_all_the_same() {
+    let refusals: [&[&str]; 5] = [
+        &["cuStreamWriteValue64:0:2"],
+        &["cuStreamWriteValue64:0:2", "cuEventCreate:0:2"],
+        &["cuStreamWriteValue64:0:2", "cuEventRecord:1:2"],
+        &["cuEventRecord:0:2"],
+        &["cuStreamWaitEvent:0:2"],
+    ];
+    for (name, way) in ways() {
+        let uses_kernel = ["staged", "direct"].contains(&name);
+        for refusals in refusals {
+            let mut gpu = Gpu::new(Fake::new(), Layout::LayerFirst, SMALL, with(way));
+            gpu.compute(1, 42);
+            gpu.copy(Direction::Store, &[(0, 1)]);
+            gpu.fake.set("slice_us", "300").set("slice_bytes", "4096");
+            refusals.iter().for_each(|refusal| drop(gpu.fake.set("fail", refusal)));
+            let ids = gpu.submit(Direction::Store, &[(3, 1)], None).unwrap();
+            let outcomes = gpu.outcomes(&ids);
+            // The kernel's batches have events and waits of their own: one of those is what was refused.
+            assert!(outcomes == [Outcome::Copied] || uses_kernel && outcomes == [Outcome::Failed], "{outcomes:?}");
+            assert!(gpu.is_in_slot(3, 42) || outcomes == [Outcome::Failed], "{name}, {refusals:?}: not yet there");
+            assert!(!gpu.backend.trouble().is_empty());
+            gpu.there_and_back(13);
+            gpu.backend.close(true);
+            assert_eq!((gpu.fake.crimes(), gpu.fake.pinned_bytes()), (0, 0), "{name}, {refusals:?}");
+        }
+    }
+}
+
+#[test]
+fn a_copy_that_cannot_wait_for_the_engine_is_not_made() {
+    for (name, way) in ways() {
+        let mut gpu = Gpu::new(Fake::new(), Layout::LayerFirst, SMALL, with(way));
+        gpu.copy(Direction::Store, &[(0, 1)]);
+        gpu.pool.copy_in(5, 0, &[0x33; LAYERS * SMALL]);
+        let after = gpu.backend.marks().unwrap().mark(gpu.fake.compute_stream()).unwrap();
+        gpu.fake.set("fail", "cuStreamWaitEvent:0:400");
+        let ids = gpu.submit(Direction::Store, &[(5, 1)], Some(&after)).unwrap();
+        assert_eq!(gpu.outcomes(&ids), [Outcome::Failed], "{name}");
+        let mut slot = vec![0; LAYERS * SMALL];
+        gpu.pool.copy_out(5, 0, &mut slot);
+        assert!(slot.iter().all(|byte| *byte == 0x33), "{name}: stored before it was computed");
+        gpu.there_and_back(17);
+    }
+}
+
+/// What is measured at the start may be refused in the middle: nothing is freed that is still copied, nothing stays
+/// that was for it, and without figures it copies in the plainest way.
+#[test]
+fn a_measurement_that_is_refused_leaves_nothing_behind() {
+    for refused in ["cuMemcpyDtoHAsync:9:2", "cuMemcpyBatchAsync:3:2", "cuLaunchKernel:2:2"] {
+        let fake = Fake::new();
+        fake.set("slice_us", "20").set("fail", refused);
+        let mut gpu = Gpu::new(fake, Layout::LayerFirst, SMALL, Options { calibration: None, ..plain() });
+        let trouble = gpu.backend.trouble();
+        assert!(trouble.iter().any(|note| note.contains("was not measured")), "{refused}: {trouble:?}");
+        assert_eq!(gpu.fake.crimes(), 0, "{refused}: it was still being copied");
+        gpu.fake.set("slice_us", "0");
+        gpu.there_and_back(19);
+        gpu.backend.close(true);
+        let tensors = (LAYERS * PAGES * SMALL) as u64;
+        assert_eq!((gpu.fake.crimes(), gpu.fake.held()), (0, tensors), "{refused}");
+    }
+}
+
+/// A back end that cannot start leaves a process that goes on without one.
+#[test]
+fn a_start_that_fails_gives_back_what_it_had() {
+    for (what, value) in [
+        ("free_bytes", (LAYERS * PAGES * SMALL + (1 << 20)).to_string()),
+        ("fail", "cuStreamCreateWithPriority:3:2".into()),
+        ("fail", "cuEventCreate:1:2".into()),
+    ] {
+        let fake = Fake::new();
+        let addresses: Vec<usize> = (0..LAYERS).map(|_| fake.alloc(PAGES * SMALL)).collect();
+        let held = fake.held();
+        fake.set(what, &value);
+        // SAFETY: nothing is copied.
+        #[expect(unsafe_code, reason = "an address is a promise")]
+        let tensors = unsafe { Tensors::new(&map_of(&addresses, Layout::LayerFirst, SMALL)) }.unwrap();
+        let options = Options { driver: Some(fake.path().to_path_buf()), ..plain() };
+        let error = CudaBackend::new(tensors, options).err().expect(what).to_string();
+        assert!(error.contains("cannot start on device 0") && error.contains("says 2"), "{error}");
+        assert_eq!((fake.held(), fake.pinned_bytes()), (held, 0), "{what} = {value}");
+        assert_eq!(fake.calls("cuDevicePrimaryCtxRelease"), 1);
+    }
+}
+
+#[test]
+fn words_that_cannot_be_pinned_are_done_without() {
+    let fake = Fake::new();
+    fake.set("fail", "cuMemHostRegister:0:2");
+    let mut gpu = Gpu::new(fake, Layout::LayerFirst, SMALL, plain());
+    gpu.there_and_back(23);
+    assert_eq!(gpu.fake.calls("cuStreamWriteValue64"), 0);
+    let trouble = gpu.backend.trouble();
+    assert!(trouble.iter().any(|note| note.contains("the words cannot be pinned")), "{trouble:?}");
+    gpu.backend.close(true);
+    assert_eq!((gpu.fake.crimes(), gpu.fake.pinned_bytes()), (0, 0));
+}
+
 #[test]
 fn a_lost_context_is_told_once_and_never_touched_again() {
     for code in [700, 719, 999] {
@@ -387,7 +498,9 @@ fn a_pool_that_cannot_be_pinned_goes_through_a_pinned_buffer() {
     assert!(slot[SMALL..].iter().all(|byte| *byte == 0x33), "another block's bytes in the slot");
     let trouble = gpu.backend.trouble();
     assert!(
-        trouble.iter().any(|note| note.contains("cannot be pinned") && note.contains("cuMemHostRegister says 2")),
+        trouble.iter().any(|note| {
+            note.contains("cannot be pinned") && note.contains("cuMemHostRegister says 2") && note.contains("ulimit -l")
+        }),
         "{trouble:?}"
     );
     gpu.backend.close(true);

@@ -61,6 +61,14 @@ pub extern "C" fn fake_cuda_pinned_bytes() -> u64 {
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn fake_cuda_held() -> u64 {
+    let memory = lock(&DEVICE.memory);
+    let host: usize = memory.host.values().sum();
+    let handles = lock(&DEVICE.streams).len() + lock(&DEVICE.events).len();
+    (memory.used + host + handles) as u64
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn fake_cuda_alloc(bytes: usize) -> usize {
     allocate(bytes).map_or(0, |real| real + DEVICE_SHIFT)
 }

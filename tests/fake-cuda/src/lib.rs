@@ -99,6 +99,13 @@ impl Fake {
         unsafe { pinned() }
     }
 
+    /// What somebody has: bytes of the device and pinned ones of the driver's, streams and events, counted together.
+    pub fn held(&self) -> u64 {
+        let held: Symbol<'_, unsafe extern "C" fn() -> u64> =
+            unsafe { self.library.get(b"fake_cuda_held") }.expect("it is the fake");
+        unsafe { held() }
+    }
+
     /// Device memory: its address for the device.
     pub fn alloc(&self, bytes: usize) -> usize {
         let alloc: Symbol<'_, unsafe extern "C" fn(usize) -> usize> =

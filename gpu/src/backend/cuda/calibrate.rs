@@ -3,9 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{CudaBackend, Done, Flight, Host, Pinned, Things};
-use crate::backend::{Direction, Outcome};
-use crate::driver::error::CudaError;
+use super::{CudaBackend, Done, Flight, Host, Mark, Pinned, Things};
+use crate::backend::Direction;
+use crate::driver::error::{Class, CudaError};
 use crate::plan::{Calibration, Limits, Plan, Span};
 
 /// Bytes of one measurement.
@@ -54,8 +54,9 @@ pub(super) fn measure(backend: &mut CudaBackend) -> Done<Calibration> {
     let measured = bench.measure();
     // The caller's thread goes its own way.
     bench.backend.thread = None;
-    // What has not ended may still use it.
-    if bench.backend.lanes.iter().all(|lane| lane.flights.is_empty()) {
+    // What has not ended may still use it, and of a context that is lost nobody can tell.
+    let is_lost = measured.as_ref().is_err_and(|error| matches!(error.class(), Class::Sticky | Class::Gone));
+    if bench.backend.lanes.iter().all(|lane| lane.flights.is_empty()) && !is_lost {
         context.free(&had);
     }
     measured
@@ -149,28 +150,28 @@ impl Bench<'_> {
         self.backend.calibration = calibration;
         let began = Instant::now();
         let begun = self.backend.execute(lane, &self.plan, &Host::Flat(self.host), None)?;
-        if let Some(failed) = begun.failed {
-            return Err(failed);
-        }
+        // Refused in part: the rest is under way, and its end is waited for as any other's.
+        let failed = begun.failed;
         let (number, begun) = self.backend.finish(lane, begun)?;
         self.backend.lanes[lane].flights.push_back(Flight {
             id: 0,
             number,
-            has_failed: false,
+            has_failed: failed.is_some(),
             list: begun.list,
-            event: begun.event,
+            mark: begun.mark,
             bounced: Vec::new(),
             registration: None,
         });
         let mut ended = Vec::new();
         while ended.is_empty() {
-            self.backend.land(lane, false, &mut ended)?;
+            let is_idle = begun.mark == Mark::Idle && self.backend.is_idle(lane)?;
+            self.backend.land(lane, is_idle, &mut ended)?;
             if Instant::now() > self.until {
                 return Err(CudaError { call: "a copy of 4 MiB has not ended; cuStreamQuery", code: 600 });
             }
             std::hint::spin_loop();
         }
-        assert_eq!(ended[0].1, Outcome::Copied);
-        Ok(began.elapsed().as_secs_f64())
+        let took = began.elapsed().as_secs_f64();
+        failed.map_or(Ok(took), Err)
     }
 }

@@ -143,11 +143,23 @@ struct Flight {
     /// An operation of it was refused; the others are under way.
     has_failed: bool,
     list: Option<usize>,
-    /// Where words are not written: happens when it has left the tail.
-    event: Option<Event>,
+    mark: Mark,
     /// Ranges that a store left in the bounce buffer: (there, in the pool, bytes).
     bounced: Vec<(usize, usize, usize)>,
     registration: Option<Arc<Registration>>,
+}
+
+/// By what the end of a batch is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// The word has its number.
+    Word,
+    /// Where words are not written: happens when it has left the tail.
+    Event(Event),
+    /// The driver has refused both: when neither stream of the lane has anything left. Until then nothing follows it.
+    Idle,
+    /// Nothing tells any more: the context is lost.
+    Never,
 }
 
 /// One direction.
@@ -207,6 +219,7 @@ pub struct CudaBackend {
     words: Option<Arc<Mapping>>,
     words_file: OwnedFd,
     words_address: u64,
+    words_are_pinned: bool,
     has_words: bool,
     has_batch: bool,
     /// A call of it has succeeded: it is not for want of support that another one fails.
@@ -247,28 +260,47 @@ impl CudaBackend {
         // The caller's thread has a context of its own, or none: it keeps it.
         let within = context.clone();
         let kept = words.clone();
-        let built = within.within(|| Self::build(context, tensors, options, words_file, words));
-        if built.is_err() {
+        let mut things = Things::default();
+        let built = within.within(|| Self::build(&context, tensors, options, words_file, words, &mut things));
+        if let Err(error) = &built {
+            let is_over = matches!(error.class(), Class::Recoverable | Class::Unsupported);
+            if is_over {
+                // Nothing of it is under way: the process goes on without a device, and without what was for it.
+                let _ = within.within(|| {
+                    within.free(&things);
+                    within.unregister(kept.address(0, 4096))
+                });
+                within.release();
+            }
             // It may be pinned: an address that is pinned is not given to somebody else.
             std::mem::forget(kept);
         }
         built.map_err(start)
     }
 
+    /// `things` is what has to be freed if it fails; else they are the back end's.
     fn build(
-        context: Arc<Context>,
+        context: &Arc<Context>,
         tensors: Tensors,
         options: Options,
         words_file: OwnedFd,
         words: Arc<Mapping>,
+        things: &mut Things,
     ) -> Done<Self> {
-        let mut things = Things::default();
-        let has_words =
-            matches!(context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS), Ok(1));
-        // SAFETY: `words` is kept for as long as the registration: `close` unregisters it or leaves both.
-        let words_address = unsafe { context.register(words.address(0, 4096), 4096) }?;
-        let pitch_max = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_PITCH)?;
+        let context = context.clone();
         let mut notes = Vec::new();
+        let can_write = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS);
+        // SAFETY: `words` is kept for as long as the registration: `close` unregisters it or leaves both.
+        let words_address = match unsafe { context.register(words.address(0, 4096), 4096) } {
+            Ok(address) => Some(address),
+            Err(error) if matches!(error.class(), Class::Sticky | Class::Gone) => return Err(error),
+            Err(error) => {
+                notes.push(format!("the end of copies is found by asking, the words cannot be pinned: {error}"));
+                None
+            }
+        };
+        let has_words = words_address.is_some() && matches!(can_write, Ok(1));
+        let pitch_max = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_PITCH)?;
         let wants_kernel = options.staging_bytes > 0;
         let kernel = match CStr::from_bytes_with_nul(PTX.as_bytes()) {
             Ok(ptx) if wants_kernel => context.load_kernel(ptx, KERNEL),
@@ -283,7 +315,7 @@ impl CudaBackend {
             .ok();
         things.kernels.extend(kernel);
         let list_pieces = list_pieces(&tensors, &options);
-        let mut lane = |direction| Lane::new(&context, direction, kernel.is_some(), list_pieces, &mut things);
+        let mut lane = |direction| Lane::new(&context, direction, kernel.is_some(), list_pieces, things);
         let lanes = [lane(Direction::Load)?, lane(Direction::Store)?];
         let marks = Arc::new_cyclic(|this| EventMarks {
             this: this.clone(),
@@ -300,12 +332,13 @@ impl CudaBackend {
             lanes,
             words: Some(words),
             words_file,
-            words_address,
+            words_address: words_address.unwrap_or(0),
+            words_are_pinned: words_address.is_some(),
             has_words,
             kernel,
             list_pieces,
             registration: None,
-            things,
+            things: std::mem::take(things),
             marks,
             process: std::process::id(),
             thread: None,
@@ -331,7 +364,10 @@ impl CudaBackend {
                     backend.notes.push(format!("which way of copying is the fastest was not measured: {error}"));
                     Calibration { is_batched: backend.has_batch, ..Calibration::default() }
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    *things = std::mem::take(&mut backend.things);
+                    return Err(error);
+                }
             },
         };
         backend.calibration.is_batched &= backend.has_batch;
@@ -351,15 +387,16 @@ impl CudaBackend {
             let mut had = Things::default();
             let all = (0..2 * STAGING_BUFFERS)
                 .try_for_each(|_| self.context.alloc(bytes).map(|address| had.device_memory.push(address)));
-            let events: Done<Vec<Event>> = (0..4 * STAGING_BUFFERS).map(|_| self.context.create_event()).collect();
-            if let (Ok(()), Ok(events)) = (all, events) {
-                let buffers = had.device_memory.iter().zip(events.chunks(2));
+            let events = (0..4 * STAGING_BUFFERS)
+                .try_for_each(|_| self.context.create_event().map(|event| had.events.push(event)));
+            if let (Ok(()), Ok(())) = (all, events) {
+                let buffers = had.device_memory.iter().zip(had.events.chunks(2));
                 for (number, (address, pair)) in buffers.enumerate() {
                     let staging = Staging { address: *address, filled: pair[0], emptied: pair[1] };
                     self.lanes[number % 2].staging.push(staging);
                 }
                 self.things.device_memory.append(&mut had.device_memory);
-                self.things.events.extend(events);
+                self.things.events.append(&mut had.events);
                 self.staging_bytes = bytes as u64;
                 return;
             }
@@ -407,6 +444,12 @@ impl CudaBackend {
         if self.lost.is_none() {
             let whose = "the device's context is lost, perhaps by another's kernel: restart this process";
             self.lost = Some(format!("{error}: {whose}"));
+        }
+    }
+
+    fn lose_if_sticky(&mut self, error: CudaError) {
+        if matches!(error.class(), Class::Sticky | Class::Gone) {
+            self.lose(error);
         }
     }
 
@@ -533,7 +576,7 @@ impl CudaBackend {
                     number,
                     has_failed: begun.failed.is_some(),
                     list: begun.list,
-                    event: begun.event,
+                    mark: begun.mark,
                     bounced: if stays { bounced } else { Vec::new() },
                     registration: Some(registration.clone()),
                 });
@@ -547,7 +590,7 @@ impl CudaBackend {
                     number: u64::MAX,
                     has_failed: true,
                     list: None,
-                    event: None,
+                    mark: Mark::Never,
                     bounced: Vec::new(),
                     registration: Some(registration.clone()),
                 });
@@ -567,8 +610,12 @@ impl CudaBackend {
             let (host, device) = match self.context.alloc_host(bytes) {
                 Ok(made) => made,
                 Err(error) => {
+                    self.lose_if_sticky(error);
                     self.cannot_bounce = true;
-                    self.notes.push(format!("neither the pool nor a buffer can be pinned: nothing is copied: {error}"));
+                    self.notes.push(format!(
+                        "neither the pool nor a buffer can be pinned, so nothing is copied: {error}; raise the limit \
+                         of locked memory (ulimit -l) and start the instance again"
+                    ));
                     return Err(Refusal::Broken("nothing can be pinned".into()));
                 }
             };
@@ -578,7 +625,9 @@ impl CudaBackend {
             let why = self.registration.as_ref().and_then(|registration| registration.failure());
             let why = why.map_or_else(String::new, |error| format!(": {error}"));
             self.notes.push(format!(
-                "the pool cannot be pinned{why}; copies take a detour through {} MiB of pinned memory",
+                "the pool cannot be pinned{why}; copies take a detour through {} MiB of pinned memory, which is slower: \
+                 raise the limit of locked memory (ulimit -l unlimited; --ulimit memlock=-1 for a container) and \
+                 start the instance again",
                 bytes >> 20
             ));
         }
@@ -589,16 +638,18 @@ impl CudaBackend {
     /// the result.
     fn execute(&mut self, lane: usize, plan: &Plan, host: &Host<'_>, after: Option<Event>) -> Done<Begun> {
         let context = self.context.clone();
-        let mut begun = Begun { failed: None, list: None, event: None };
+        let mut begun = Begun { failed: None, list: None, mark: Mark::Word };
         let Lane { direction, head, tail, begun: head_begun, .. } = self.lanes[lane];
-        if let Some(after) = after {
+        // Without this wait nothing may be copied.
+        let waits = after.map_or(Ok(()), |after| {
             context.wait(head, after)?;
-        }
-        if tail != head && after.is_some() {
-            context.record(head_begun, head)?;
-            context.wait(tail, head_begun)?;
-        }
-        let submitted = self.submit_operations(lane, plan, host, &mut begun);
+            if tail != head {
+                context.record(head_begun, head)?;
+                context.wait(tail, head_begun)?;
+            }
+            Ok(())
+        });
+        let submitted = waits.and_then(|()| self.submit_operations(lane, plan, host, &mut begun));
         if let Err(error) = submitted {
             if matches!(error.class(), Class::Sticky | Class::Gone) {
                 return Err(error);
@@ -796,39 +847,60 @@ impl CudaBackend {
         unsafe { self.context.launch_copy(kernel, blocks, at, count, stream) }
     }
 
-    /// Marks the end of what was submitted to a lane: its number will be in the word.
+    /// Marks the end of what was submitted to a lane: by a word, else by an event, else by nothing, and then the lane's
+    /// streams have to be empty. What is under way is never lost sight of for a call that was refused.
     fn finish(&mut self, lane: usize, mut begun: Begun) -> Done<(u64, Begun)> {
+        let number = self.lanes[lane].number + 1;
+        self.lanes[lane].number = number;
+        begun.mark = match self.mark_end(lane, number) {
+            Err(error) if matches!(error.class(), Class::Sticky | Class::Gone) => return Err(error),
+            Err(error) => {
+                self.note_once(format!("the end of copies is found by waiting for all of them: {error}"));
+                Mark::Idle
+            }
+            Ok(mark) => mark,
+        };
+        Ok((number, begun))
+    }
+
+    fn mark_end(&mut self, lane: usize, number: u64) -> Done<Mark> {
         let word = self.words_address + (lane * WORD_STRIDE) as u64;
         let Lane { head, tail, ended, .. } = self.lanes[lane];
         if tail != head {
             self.context.record(ended, head)?;
             self.context.wait(tail, ended)?;
         }
-        let number = self.lanes[lane].number + 1;
         if self.has_words {
             // SAFETY: the words are registered; each lane's is eight bytes at a multiple of 64.
             match unsafe { self.context.write_word(tail, word, number) } {
-                Err(error) if error.class() == Class::Unsupported => {
+                Ok(()) => return Ok(Mark::Word),
+                Err(error) if matches!(error.class(), Class::Sticky | Class::Gone) => return Err(error),
+                Err(error) => {
                     self.note_once(format!("the end of copies is found by asking: {error}"));
-                    self.has_words = false;
+                    self.has_words = error.class() != Class::Unsupported;
                 }
-                written => written?,
             }
         }
-        if !self.has_words {
-            let event = match self.lanes[lane].events.pop() {
-                Some(event) => event,
-                None => {
-                    let event = self.context.create_event()?;
-                    self.things.events.push(event);
-                    event
-                }
-            };
-            self.context.record(event, tail)?;
-            begun.event = Some(event);
+        let event = match self.lanes[lane].events.pop() {
+            Some(event) => event,
+            None => {
+                let event = self.context.create_event()?;
+                self.things.events.push(event);
+                event
+            }
+        };
+        let recorded = self.context.record(event, tail);
+        if recorded.is_err() {
+            self.lanes[lane].events.push(event);
         }
-        self.lanes[lane].number = number;
-        Ok((number, begun))
+        recorded.map(|()| Mark::Event(event))
+    }
+
+    /// Whether nothing of a lane is under way.
+    fn is_idle(&self, lane: usize) -> Done<bool> {
+        let Lane { head, tail, .. } = self.lanes[lane];
+        // The head first: what it has left may only then reach the tail.
+        Ok(self.context.is_idle(head)? && self.context.is_idle(tail)?)
     }
 
     /// Bytes may still move: everything stays where it is until the process ends.
@@ -847,9 +919,11 @@ impl CudaBackend {
             None => 0,
         };
         while let Some(front) = self.lanes[lane].flights.front() {
-            let has_landed = match front.event {
-                Some(event) => is_idle || self.context.has_happened(event)?,
-                None => is_idle && front.number != u64::MAX || word >= front.number,
+            let has_landed = match front.mark {
+                Mark::Word => is_idle || word >= front.number,
+                Mark::Event(event) => is_idle || self.context.has_happened(event)?,
+                Mark::Idle => is_idle,
+                Mark::Never => false,
             };
             if !has_landed {
                 break;
@@ -859,7 +933,9 @@ impl CudaBackend {
             if let Some(list) = flight.list {
                 lane.lists[list].1 = false;
             }
-            lane.events.extend(flight.event);
+            if let Mark::Event(event) = flight.mark {
+                lane.events.push(event);
+            }
             let is_copied = !flight.has_failed;
             if let (Some(bounce), Some(registration), true) = (lane.bounce, &flight.registration, is_copied) {
                 for (at, slot_at, bytes) in &flight.bounced {
@@ -880,7 +956,7 @@ impl CudaBackend {
 struct Begun {
     failed: Option<CudaError>,
     list: Option<usize>,
-    event: Option<Event>,
+    mark: Mark,
 }
 
 #[derive(Clone, Copy)]
@@ -912,8 +988,8 @@ impl Lane {
         if tail != head {
             things.streams.push(tail);
         }
-        let (begun, ended) = (context.create_event()?, context.create_event()?);
-        things.events.extend([begun, ended]);
+        let mut event = || context.create_event().inspect(|event| things.events.push(*event));
+        let (begun, ended) = (event()?, event()?);
         let mut lists = Vec::new();
         for _ in 0..if has_kernel { IN_FLIGHT } else { 0 } {
             lists.push((List::new(context, list_pieces, things)?, false));
@@ -965,11 +1041,12 @@ impl CopyBackend for CudaBackend {
             return Err(Refusal::Broken("a forked process has no CUDA".into()));
         }
         let Some(tensors) = self.tensors.clone() else { return Err(Refusal::Broken("the memory is away".into())) };
-        if self.lanes[batch.direction as usize].flights.len() >= IN_FLIGHT {
+        let flights = &self.lanes[batch.direction as usize].flights;
+        if flights.len() >= IN_FLIGHT || flights.iter().any(|flight| flight.mark == Mark::Idle) {
             return Err(Refusal::Full);
         }
         if let Err(error) = self.make_current() {
-            self.lose(error);
+            self.lose_if_sticky(error);
             return Err(Refusal::Broken(error.to_string()));
         }
         let registration = self.attach(batch.pool)?;
@@ -985,7 +1062,7 @@ impl CopyBackend for CudaBackend {
             }
             let polled = self.make_current().and_then(|()| {
                 self.land(lane, false, ended)?;
-                if is_due && self.lost.is_none() && self.context.is_idle(self.lanes[lane].tail)? {
+                if is_due && self.lost.is_none() && self.is_idle(lane)? {
                     // All of it has left: a word that is not there will not come.
                     self.land(lane, true, ended)?;
                 }
@@ -1050,7 +1127,7 @@ impl CopyBackend for CudaBackend {
         self.marks.close(&mut self.things);
         self.context.free(&self.things);
         self.things = Things::default();
-        if let Some(words) = self.words.take()
+        if let Some(words) = self.words.take().filter(|_| self.words_are_pinned)
             && self.context.unregister(words.address(0, 4096)).is_err()
         {
             std::mem::forget(words);
