@@ -744,8 +744,9 @@ struct Flight {
 
 /// Filled slots that are committed in one request: few enough that others see them soon.
 const COMMIT_BLOCKS: usize = 16;
-/// Most blocks that are offered to the back end at once.
-const BATCH_COPIES: usize = 64;
+/// How far into a queue one that can be copied is looked for, behind those whose slots are not ready: some 10 ns each,
+/// 40 us a turn.
+const LOOK_AHEAD: usize = 4096;
 /// How long to look at rings and copies before sleeping: a few times what a quick answer takes.
 const SPIN: Duration = Duration::from_micros(20);
 
@@ -1059,41 +1060,47 @@ impl<B: CopyBackend> Transfer<B> {
         self.advance(ticket)
     }
 
-    /// Hands blocks to the back end, as many as it takes: loads first.
+    /// Hands blocks to the back end, as many as it takes: loads first, and those whose slots are ready before others.
     fn hand_over(&mut self) -> Result<bool, Broken> {
         let mut handed = false;
         if self.same_session().is_none() {
             return Ok(false);
         }
         for direction in [Direction::Load, Direction::Store] {
-            while let Some(front) = self.copies[direction as usize].front() {
-                let (ticket, group) = (front.ticket, front.group);
-                let (Some(job), Some(session)) = (self.jobs.get(&ticket), self.instance.session_held()) else {
-                    return Ok(handed);
-                };
-                let alike = |copy: &&Copy| copy.ticket == ticket && copy.group == group;
-                let blocks: Vec<BlockCopy<'_>> = self.copies[direction as usize]
-                    .iter()
-                    .take_while(alike)
-                    .take(BATCH_COPIES)
-                    .map(|copy| BlockCopy {
-                        slot: copy.grant.slot,
-                        pages: job.pages_of(copy.index, self.pages_per_block),
-                    })
+            while !self.copies[direction as usize].is_empty() {
+                let Some(session) = self.instance.session_held() else { return Ok(handed) };
+                let (pool, queue) = (session.pool(), &self.copies[direction as usize]);
+                let mut ready = |copy: &Copy| self.backend.is_ready(direction, pool, copy.grant.slot);
+                let Some(first) = queue.iter().take(LOOK_AHEAD).position(&mut ready) else { break };
+                let (ticket, group) = (queue[first].ticket, queue[first].group);
+                let Some(job) = self.jobs.get(&ticket) else { return Ok(handed) };
+                let tensors = job.groups.tensors(group, self.tensors_count);
+                let room = self.backend.room(direction, &tensors);
+                let alike = |copy: &Copy| copy.ticket == ticket && copy.group == group;
+                let mut ready = |copy: &Copy| self.backend.is_ready(direction, pool, copy.grant.slot);
+                let chosen: Vec<usize> = queue
+                    .range(first..)
+                    .enumerate()
+                    .take_while(|(_, copy)| alike(copy))
+                    .filter(|(_, copy)| ready(copy))
+                    .take(room)
+                    .map(|(at, _)| first + at)
                     .collect();
-                let batch = Batch {
-                    direction,
-                    pool: session.pool(),
-                    blocks: &blocks,
-                    tensors: job.groups.tensors(group, self.tensors_count),
-                    after: job.after.as_ref(),
+                if chosen.is_empty() {
+                    break;
+                }
+                let block = |at: &usize| BlockCopy {
+                    slot: queue[*at].grant.slot,
+                    pages: job.pages_of(queue[*at].index, self.pages_per_block),
                 };
+                let blocks: Vec<BlockCopy<'_>> = chosen.iter().map(block).collect();
+                let batch = Batch { direction, pool, blocks: &blocks, tensors, after: job.after.as_ref() };
                 let id = self.next_batch;
                 match self.backend.submit(id, &batch) {
                     Ok(taken) => {
-                        let taken = taken.clamp(1, blocks.len());
-                        let pool = session.pool().clone();
-                        let copies: Vec<Copy> = self.copies[direction as usize].drain(..taken).collect();
+                        let taken = taken.clamp(1, chosen.len());
+                        let pool = pool.clone();
+                        let copies = take_out(&mut self.copies[direction as usize], &chosen[..taken]);
                         let flight = Flight { direction, session_number: self.session_number, pool, copies };
                         self.flights.insert(id, flight);
                         self.next_batch += 1;
@@ -1386,6 +1393,20 @@ impl<B> Drop for Transfer<B> {
         let is_still = self.flights.is_empty() && !self.is_tainted;
         self.instance.say_goodbye(is_still);
     }
+}
+
+/// Takes these out of a queue; their places are in order.
+fn take_out(queue: &mut VecDeque<Copy>, places: &[usize]) -> Vec<Copy> {
+    let count = places.len();
+    if places.last() == Some(&(count - 1)) {
+        return queue.drain(..count).collect();
+    }
+    let (mut taken, mut left) = (Vec::with_capacity(count), VecDeque::with_capacity(queue.len() - count));
+    for (at, copy) in queue.drain(..).enumerate() {
+        if places.get(taken.len()) == Some(&at) { taken.push(copy) } else { left.push_back(copy) }
+    }
+    *queue = left;
+    taken
 }
 
 impl Groups {

@@ -319,7 +319,11 @@ impl Trial {
                 while !blocks.is_empty() {
                     let at = Instant::now();
                     // As the agent offers them.
-                    let offered = &blocks[..blocks.len().min(64)];
+                    let room = self.backend.room(*direction, &(0..self.shape.layers as u32));
+                    if room == 0 {
+                        break;
+                    }
+                    let offered = &blocks[..blocks.len().min(room)];
                     let left = self.submit(*direction, offered)?;
                     if left == offered.len() {
                         break;

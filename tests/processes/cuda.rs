@@ -51,6 +51,12 @@ fn tensors_at(address: usize) -> Tensors {
 
 impl Gpu {
     fn new(config: Config, fake: Fake, calibration: Calibration) -> Self {
+        let patience =
+            Patience { load: Duration::from_secs(20), store: Duration::from_secs(20), ..Patience::default() };
+        Self::with_patience(config, fake, calibration, patience)
+    }
+
+    fn with_patience(config: Config, fake: Fake, calibration: Calibration, patience: Patience) -> Self {
         let address = fake.alloc(PAGES * BLOCK);
         let options = Options {
             driver: Some(fake.path().to_path_buf()),
@@ -61,8 +67,6 @@ impl Gpu {
         let backend = CudaBackend::new(tensors_at(address), options).unwrap();
         let token = random_token();
         let worker = Instance::open_with_token(config.clone(), layout(), 0, token.clone()).unwrap();
-        let patience =
-            Patience { load: Duration::from_secs(20), store: Duration::from_secs(20), ..Patience::default() };
         let agent = Agent::start(worker, backend, patience).unwrap();
         let scheduler = Instance::open_with_token(config, None, 0, token).unwrap();
         Self { fake, address, agent, scheduler, next: 0 }
@@ -324,6 +328,108 @@ fn layers_come_in_groups_and_each_is_there_when_it_is_said_to_be() {
     let watch = gpu.agent.load(load).unwrap();
     let ended = gpu.end();
     assert!(ended.missed.contains(&10) && watch.has_missed() && watch.groups_done() == 0, "{ended:?}");
+}
+
+#[test]
+fn what_is_ready_does_not_wait_for_what_is_being_pinned() {
+    let place = Place::new();
+    let (near, far) = (chain("near", 10), chain("far", 40));
+    let batched = Calibration { is_batched: true, ..Calibration::default() };
+    let mut one = Gpu::new(place.config(0, &[NO_SSD, SMALL_POOL]), Fake::new(), batched);
+    for keys in [&near, &far] {
+        keys.iter().zip(0..).for_each(|(key, page)| one.compute(page, *key));
+        one.begin_store(keys, &(0..keys.len() as u32).collect::<Vec<_>>());
+        assert_eq!(one.end().missed, [0u32; 0]);
+    }
+    let mut other = Gpu::new(place.config(1, &[NO_SSD, SMALL_POOL]), Fake::new(), batched);
+    let low: Vec<u32> = (0..10).collect();
+    other.begin_load(&near, &low, 1).expect("resident");
+    assert_eq!(other.end().missed, [0u32; 0]);
+    // 16 slots a piece: of these forty most lie in others.
+    other.fake.set("register_ms", "1500");
+    let far_watch = other.begin_load(&far, &(20..60).collect::<Vec<_>>(), 1).expect("resident");
+    other.begin_load(&near, &(10..20).collect::<Vec<_>>(), 1).expect("resident");
+    let ended = other.end();
+    assert_eq!((ended.ticket, ended.missed), (3, vec![]), "the one that is ready");
+    assert!(!far_watch.is_ended() && near.iter().zip(10..).all(|(key, page)| other.has(page, *key)));
+    assert_eq!(other.end().missed, [0u32; 0]);
+    assert!(far.iter().zip(20..).all(|(key, page)| other.has(page, *key)));
+}
+
+#[test]
+fn a_ticket_that_is_cancelled_ends_when_the_device_has_let_go_of_its_pages() {
+    let place = Place::new();
+    let keys = chain("cancelled", 16);
+    let pages: Vec<u32> = (0..16).collect();
+    let mut gpu = Gpu::new(place.config(0, &[NO_SSD, SMALL_POOL]), Fake::new(), Calibration::default());
+    for (key, page) in keys.iter().zip(&pages) {
+        gpu.compute(*page as usize, *key);
+    }
+    // Pinned, so that all of it is handed over at once.
+    gpu.begin_store(&chain("first", 16), &pages);
+    gpu.end();
+    gpu.fake.set("stall", "true");
+    let calls = gpu.fake.calls("cuMemcpyDtoHAsync");
+    let watch = gpu.begin_store(&keys, &pages);
+    eventually("it is handed over", || gpu.fake.calls("cuMemcpyDtoHAsync") > calls);
+    gpu.agent.cancel(&[gpu.next]);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!watch.is_ended(), "its pages are still read");
+    gpu.fake.set("stall", "false");
+    gpu.end();
+    // What had been copied is committed, and is right.
+    let elsewhere: Vec<u32> = (20..36).collect();
+    if gpu.begin_load(&keys, &elsewhere, 1).is_some() {
+        let missed = gpu.end().missed;
+        let is_right = |at: u32| missed.contains(&at) || gpu.has(elsewhere[at as usize], keys[at as usize]);
+        assert!((0..16 - missed.len() as u32).all(is_right), "{missed:?}");
+    }
+    // A load likewise: what was written into its pages is not taken back by its end.
+    gpu.begin_store(&keys, &pages);
+    gpu.end();
+    gpu.fake.set("stall", "true");
+    let calls = gpu.fake.calls("cuMemcpyHtoDAsync");
+    let watch = gpu.begin_load(&keys, &elsewhere, 1).expect("resident");
+    eventually("it is handed over", || gpu.fake.calls("cuMemcpyHtoDAsync") > calls);
+    gpu.agent.cancel(&[gpu.next]);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!watch.is_ended(), "its pages are still written");
+    gpu.fake.set("stall", "false");
+    gpu.end();
+    assert!(gpu.agent.stop());
+    assert_eq!(gpu.fake.crimes(), 0);
+}
+
+#[test]
+fn a_device_that_is_stuck_at_the_end_keeps_what_it_may_still_touch() {
+    let place = Place::new();
+    let keys = chain("stuck", 10);
+    let pages: Vec<u32> = (0..10).collect();
+    let mut survivor = place.agent(1, &[NO_SSD, SMALL_POOL]);
+    let config = place.config(0, &[NO_SSD, SMALL_POOL]);
+    let patience = Patience { drain: Duration::from_millis(300), ..Patience::default() };
+    let mut gpu = Gpu::with_patience(config, Fake::new(), Calibration::default(), patience);
+    gpu.begin_store(&chain("first", 10), &pages);
+    gpu.end();
+    gpu.fake.set("stall", "true");
+    let calls = gpu.fake.calls("cuMemcpyDtoHAsync");
+    let watch = gpu.begin_store(&keys, &pages);
+    eventually("it is handed over", || gpu.fake.calls("cuMemcpyDtoHAsync") > calls);
+    let (pinned, began) = (gpu.fake.pinned_bytes(), Instant::now());
+    assert!(!gpu.agent.stop(), "whoever stops it is told that copies are in flight");
+    assert!(began.elapsed() < Duration::from_secs(5), "in time: {:?}", began.elapsed());
+    assert!(!watch.is_ended(), "nobody is told that pages are free which are still read");
+    let frees = ["cuMemHostUnregister", "cuMemFree", "cuStreamDestroy"].map(|name| gpu.fake.calls(name));
+    assert_eq!((frees, gpu.fake.pinned_bytes()), ([0; 3], pinned), "nothing goes");
+    eventually("its slots are kept", || place.metric("host_slots_quarantined_count") >= 1);
+    // The device comes back too late: it writes where nobody else is.
+    let others = chain("others", 40);
+    store(&mut survivor, &others);
+    gpu.fake.set("stall", "false");
+    std::thread::sleep(Duration::from_millis(100));
+    load(&mut survivor, &others);
+    drop(gpu.agent);
+    assert_eq!(gpu.fake.crimes(), 0);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use kvring_gpu::backend::{Batch, BlockCopy, CopyBackend, Direction, Moment, Outc
 use kvring_gpu::driver::api::{DriverApi, Unavailable};
 use kvring_gpu::layout::{GroupMap, MemoryMap, TensorMap};
 use kvring_gpu::plan::Calibration;
+use kvring_gpu::trial::{Scatter, Shape, Trial, Who};
 use kvring_ipc::client::Pool;
 use kvring_ipc::mapping::Mapping;
 
@@ -372,7 +373,9 @@ fn an_end_that_cannot_be_marked_is_found_all_the_same() {
             gpu.compute(1, 42);
             gpu.copy(Direction::Store, &[(0, 1)]);
             gpu.fake.set("slice_us", "300").set("slice_bytes", "4096");
-            refusals.iter().for_each(|refusal| drop(gpu.fake.set("fail", refusal)));
+            for refusal in refusals {
+                gpu.fake.set("fail", refusal);
+            }
             let ids = gpu.submit(Direction::Store, &[(3, 1)], None).unwrap();
             let outcomes = gpu.outcomes(&ids);
             // The kernel's batches have events and waits of their own: one of those is what was refused.
@@ -523,6 +526,48 @@ fn copies_wait_for_pieces_that_are_being_pinned_and_only_those_are_pinned_that_a
     assert!(gpu.is_in_slot(0, 9));
     let words = 4096;
     assert_eq!(gpu.fake.pinned_bytes(), words + (64 << 10), "one piece");
+}
+
+#[test]
+fn what_a_load_waits_for_is_pinned_before_what_stores_do() {
+    let fake = Fake::new();
+    fake.set("register_ms", "100");
+    // 18 pieces; a slot lies in one or two.
+    let mut gpu = Gpu::new(fake, Layout::LayerFirst, SMALL, Options { registration_bytes: 64 << 10, ..plain() });
+    let mut ready = |direction, slot| gpu.backend.is_ready(direction, &gpu.pool, slot);
+    for slot in 0..SLOTS {
+        assert!(!ready(Direction::Store, slot), "nothing is pinned yet");
+    }
+    let began = Instant::now();
+    while !ready(Direction::Load, SLOTS - 2) {
+        assert!(began.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(!ready(Direction::Store, SLOTS - 5), "those that stores wait for come later");
+    println!("{:?}", began.elapsed());
+    gpu.compute(1, 5);
+    gpu.copy(Direction::Store, &[(SLOTS - 2, 1)]);
+    assert!(gpu.is_in_slot(SLOTS - 2, 5));
+    gpu.backend.close(true);
+    assert_eq!(gpu.fake.pinned_bytes(), 0, "what nobody waits for any more is not pinned");
+}
+
+#[test]
+fn a_batch_is_bounded_by_bytes_and_by_copies() {
+    let fake = Fake::new();
+    let shape =
+        |page_bytes, blocks_count| Shape { name: "", layers: 1, page_bytes, is_block_first: false, blocks_count };
+    for (page_bytes, blocks, taken) in [(8 << 10, 2100, 2048), (2 << 20, 20, 16)] {
+        let options = Options { driver: Some(fake.path().to_path_buf()), ..plain() };
+        let mut trial = Trial::new(&Who::Cuda(options), &shape(page_bytes, blocks)).unwrap();
+        let chosen = trial.choose(Scatter::Random);
+        // The pool is pinned first.
+        trial.copy(&[(Direction::Store, &chosen)]).unwrap();
+        let calls = fake.calls("cuMemcpyBatchAsync");
+        assert_eq!(blocks - trial.submit(Direction::Store, &chosen).unwrap(), taken, "pages of {page_bytes}");
+        assert_eq!(fake.calls("cuMemcpyBatchAsync"), calls + 1, "in one call");
+        while trial.poll().unwrap() == 0 {}
+    }
 }
 
 #[test]

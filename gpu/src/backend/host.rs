@@ -106,6 +106,14 @@ impl<M: BlockMemory> CopyBackend for HostBackend<M> {
         self.memory.shape()
     }
 
+    /// One at a time: whoever offers looks at its rings between two.
+    fn room(&self, _direction: Direction, _tensors: &Range<u32>) -> usize {
+        match &self.helpers {
+            None => usize::from(self.waiting.is_none()),
+            Some(helpers) => usize::from(helpers.orders.iter().any(|orders| !orders.is_full())),
+        }
+    }
+
     fn submit(&mut self, id: BatchId, batch: &Batch<'_>) -> Result<usize, Refusal> {
         let Some(BlockCopy { slot, pages }) = batch.blocks.first() else { return Err(Refusal::Full) };
         let job = || Job {

@@ -138,6 +138,13 @@ pub trait CopyBackend {
     fn marks(&self) -> Option<std::sync::Arc<dyn Marks>> {
         None
     }
+    /// How many blocks of these tensors are worth offering now: no more would be taken. 0: none would.
+    fn room(&self, direction: Direction, tensors: &Range<u32>) -> usize;
+    /// Whether a block in this slot can be taken as far as the slot goes. If not, it is being made so, and blocks behind
+    /// it need not wait for that.
+    fn is_ready(&mut self, _direction: Direction, _pool: &Pool, _slot: u32) -> bool {
+        true
+    }
     /// Begins to copy the first blocks of a batch: says how many, at least one.
     ///
     /// # Errors

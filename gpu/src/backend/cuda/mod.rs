@@ -13,8 +13,9 @@ pub mod calibrate;
 pub mod memory;
 pub mod registration;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ffi::CStr;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -45,7 +46,9 @@ const IN_FLIGHT: usize = 4;
 const STAGING_BUFFERS: usize = 3;
 /// Smaller buffers than this are not worth the kernel.
 const STAGING_BYTES_MIN: usize = 256 << 10;
-/// Most copies in one call: more have hung and crashed drivers (vLLM #49276).
+/// Most copies in one call: more have hung and crashed drivers (vLLM #49276). And of one batch, where no kernel gathers
+/// them: 2048 pages of 8 KiB are 16 MiB, 0.3 ms of the link at best; to hand them over takes 1 ms in one call and 5 ms
+/// one by one (0.5 and 2.3 us each), which is what a look at the rings may have to wait.
 const BATCH_CALL_MAX: usize = 2048;
 /// Blocks of the kernel's grid: enough to keep up with the bus, few enough to leave the rest of the GPU alone.
 const GRID_MAX: u32 = 32;
@@ -237,6 +240,8 @@ pub struct CudaBackend {
     notes: Vec<String>,
     plan: Plan,
     spans: Vec<Span>,
+    /// Slots of the batch that is taken.
+    slots: HashSet<u32>,
     linear: Vec<Span>,
     /// Allocations that were found there, for one submission.
     seen: Vec<bool>,
@@ -348,6 +353,7 @@ impl CudaBackend {
             notes,
             plan: Plan::default(),
             spans: Vec::new(),
+            slots: HashSet::new(),
             linear: Vec::new(),
             seen: Vec::new(),
             arguments: BatchArguments::default(),
@@ -447,6 +453,11 @@ impl CudaBackend {
         }
     }
 
+    fn has_room(&self, direction: Direction) -> bool {
+        let flights = &self.lanes[direction as usize].flights;
+        flights.len() < IN_FLIGHT && flights.iter().all(|flight| flight.mark != Mark::Idle)
+    }
+
     fn lose_if_sticky(&mut self, error: CudaError) {
         if matches!(error.class(), Class::Sticky | Class::Gone) {
             self.lose(error);
@@ -469,26 +480,25 @@ impl CudaBackend {
     fn take(&mut self, batch: &Batch<'_>, tensors: &Tensors, registration: &Registration) -> Result<Taken, Refusal> {
         let placement = tensors.placement();
         let pool = batch.pool;
+        let is_urgent = batch.direction == Direction::Load;
         let (start, end) = (placement.slot_start(), placement.slot_end());
         assert!(end <= pool.slot_bytes(), "a block is no larger than its slot");
         let part_bytes = end - start;
-        let pieces_per_block = placement.runs_per_block() + part_bytes.div_ceil(PIECE_BYTES_MAX as usize) + 8;
         let mut taken = Taken { blocks: 0, bounces: false };
         self.spans.clear();
-        let mut bytes_so_far = 0;
+        self.slots.clear();
+        let mut size = BatchSize::default();
         for (index, block) in batch.blocks.iter().enumerate() {
-            let is_full = bytes_so_far + part_bytes > self.options.batch_bytes
-                || (index + 1) * pieces_per_block > self.list_pieces;
-            let comes_twice = batch.blocks[..index].iter().any(|before| before.slot == block.slot);
-            if index > 0 && (is_full || comes_twice) {
+            if !self.slots.insert(block.slot) {
+                // It comes twice: once a batch.
                 break;
             }
             let slot_at = pool.offset_of(block.slot);
-            let bounces = match registration.state_of(slot_at + start, part_bytes) {
+            let bounces = match registration.state_of(slot_at + start, part_bytes, is_urgent) {
                 State::Pending => {
                     // All that will be needed is asked for at once, not a piece a turn.
                     for later in &batch.blocks[index + 1..] {
-                        let _ = registration.state_of(pool.offset_of(later.slot) + start, part_bytes);
+                        let _ = registration.state_of(pool.offset_of(later.slot) + start, part_bytes, is_urgent);
                     }
                     break;
                 }
@@ -504,11 +514,10 @@ impl CudaBackend {
                     "a block is larger than the pinned buffer it would have to go through".into(),
                 ));
             }
-            taken = Taken { blocks: index + 1, bounces };
             let base = if bounces { index * part_bytes } else { slot_at + start };
+            let before = self.spans.len();
             let spans = &mut self.spans;
             placement.copies(block.pages, batch.tensors.clone(), |copy| {
-                bytes_so_far += copy.bytes;
                 spans.push(Span {
                     host: (base + copy.offset_in_slot - start) as u64,
                     device: copy.address as u64,
@@ -516,6 +525,12 @@ impl CudaBackend {
                     allocation: copy.allocation,
                 });
             });
+            size.add(&spans[before..], &self.calibration, self.options.registration_bytes);
+            if index > 0 && !size.fits(self.options.batch_bytes, self.list_pieces) {
+                spans.truncate(before);
+                break;
+            }
+            taken = Taken { blocks: index + 1, bounces };
         }
         if taken.blocks == 0 { Err(Refusal::Full) } else { Ok(taken) }
     }
@@ -835,7 +850,7 @@ impl CudaBackend {
         Ok(list.device)
     }
 
-    fn launch(&self, list: Option<u64>, pieces: std::ops::Range<usize>, stream: Stream) -> Done {
+    fn launch(&self, list: Option<u64>, pieces: Range<usize>, stream: Stream) -> Done {
         let (Some(list), Some(kernel)) = (list, self.kernel) else {
             return Err(CudaError { call: "the copy kernel", code: crate::driver::error::NOT_SUPPORTED });
         };
@@ -965,6 +980,35 @@ struct Taken {
     bounces: bool,
 }
 
+/// How large a batch is by all that bounds it.
+#[derive(Debug, Default)]
+struct BatchSize {
+    bytes: usize,
+    /// That no kernel gathers.
+    copies: usize,
+    /// For a kernel, at most.
+    pieces: usize,
+}
+
+impl BatchSize {
+    /// A block's.
+    fn add(&mut self, spans: &[Span], calibration: &Calibration, registration_bytes: usize) {
+        let bytes: u64 = spans.iter().map(|span| span.bytes).sum();
+        let is_gathered = spans.len() > 1 && bytes < calibration.staged_below_bytes.saturating_mul(spans.len() as u64);
+        self.bytes += bytes as usize;
+        self.copies += if is_gathered { 0 } else { spans.len() };
+        // Each end of a registration piece cuts one in two.
+        let cuts = bytes as usize / registration_bytes + 1;
+        self.pieces += spans.iter().map(|span| span.bytes.div_ceil(PIECE_BYTES_MAX) as usize).sum::<usize>() + cuts;
+    }
+
+    fn fits(&self, bytes_max: usize, pieces_max: usize) -> bool {
+        // And each end of a staging buffer.
+        let pieces = self.pieces + self.bytes / STAGING_BYTES_MIN + 1;
+        self.bytes <= bytes_max && self.copies <= BATCH_CALL_MAX && pieces <= pieces_max
+    }
+}
+
 fn list_pieces(tensors: &Tensors, options: &Options) -> usize {
     let placement = tensors.placement();
     let bytes = placement.slot_end() - placement.slot_start();
@@ -1033,6 +1077,27 @@ impl CopyBackend for CudaBackend {
         Some(self.marks.clone())
     }
 
+    fn room(&self, direction: Direction, tensors: &Range<u32>) -> usize {
+        let Some(of) = self.tensors.as_ref().map(Tensors::placement).filter(|_| self.lost.is_none()) else {
+            // Whoever offers is told why not.
+            return 1;
+        };
+        if !self.has_room(direction) {
+            return 0;
+        }
+        // Tensors are alike, or nearly so: `take` counts what they are.
+        let bytes = (of.slot_end() - of.slot_start()) * tensors.len() / (of.tensors_count() as usize).max(1);
+        (self.options.batch_bytes / bytes.max(1)).clamp(1, BATCH_CALL_MAX)
+    }
+
+    fn is_ready(&mut self, direction: Direction, pool: &Pool, slot: u32) -> bool {
+        let Some(tensors) = self.tensors.as_ref().filter(|_| self.lost.is_none()) else { return true };
+        let (start, end) = (tensors.placement().slot_start(), tensors.placement().slot_end());
+        let Ok(registration) = self.attach(pool) else { return true };
+        let is_urgent = direction == Direction::Load;
+        registration.state_of(pool.offset_of(slot) + start, end - start, is_urgent) != State::Pending
+    }
+
     fn submit(&mut self, id: BatchId, batch: &Batch<'_>) -> Result<usize, Refusal> {
         if let Some(lost) = &self.lost {
             return Err(Refusal::Broken(lost.clone()));
@@ -1041,8 +1106,7 @@ impl CopyBackend for CudaBackend {
             return Err(Refusal::Broken("a forked process has no CUDA".into()));
         }
         let Some(tensors) = self.tensors.clone() else { return Err(Refusal::Broken("the memory is away".into())) };
-        let flights = &self.lanes[batch.direction as usize].flights;
-        if flights.len() >= IN_FLIGHT || flights.iter().any(|flight| flight.mark == Mark::Idle) {
+        if !self.has_room(batch.direction) {
             return Err(Refusal::Full);
         }
         if let Err(error) = self.make_current() {

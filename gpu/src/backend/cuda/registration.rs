@@ -1,15 +1,15 @@
 //! The pool, pinned for the device: piece by piece, when a piece is first needed, by a thread of its own.
 //!
 //! Pinning takes locks that every process on the machine waits for, and time by the gigabyte (some 0.1 s where pages are there already):
-//! hence small pieces, one process at a time (a lock on the pool's own file), and only what is used. Whoever
-//! wants to copy meanwhile is told to come back. A piece that cannot be pinned is not tried again.
+//! hence small pieces, one process at a time (a lock on the pool's own file), and only what is used: what loads
+//! wait for before what stores do. Whoever wants to copy meanwhile is told to come back. A piece that cannot be pinned is not tried again.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use kvring_ipc::client::Pool;
 use rustix::fs::FlockOperation;
 
@@ -31,13 +31,25 @@ pub enum State {
 const RETRIES: usize = 2;
 const ABSENT: u64 = 0;
 const PENDING: u64 = 1;
-const FAILED: u64 = 2;
+/// Pending, and a load waits for it.
+const URGENT: u64 = 2;
+const FAILED: u64 = 3;
+
+/// Pieces that are to be pinned, in this order.
+#[derive(Default)]
+struct Wanted {
+    urgent: VecDeque<usize>,
+    others: VecDeque<usize>,
+}
 
 struct Inner {
     context: Arc<Context>,
     pool: Pool,
     piece_bytes: usize,
     states: Vec<AtomicU64>,
+    wanted: Mutex<Wanted>,
+    /// Rung when there is one more, or the end.
+    rung: Condvar,
     is_stopping: AtomicBool,
     failure: Mutex<Option<CudaError>>,
 }
@@ -46,7 +58,6 @@ struct Inner {
 /// [`Registration::leave`] it.
 pub struct Registration {
     inner: Arc<Inner>,
-    wanted: Option<Sender<usize>>,
     thread: Option<JoinHandle<()>>,
     is_left: AtomicBool,
 }
@@ -65,14 +76,14 @@ impl Registration {
             pool,
             piece_bytes,
             states,
+            wanted: Mutex::default(),
+            rung: Condvar::new(),
             is_stopping: AtomicBool::new(false),
             failure: Mutex::new(None),
         });
-        let (wanted, asked) = unbounded();
         let of_thread = inner.clone();
-        let thread =
-            std::thread::Builder::new().name("kvring-register".into()).spawn(move || of_thread.serve(&asked))?;
-        Ok(Self { inner, wanted: Some(wanted), thread: Some(thread), is_left: AtomicBool::new(false) })
+        let thread = std::thread::Builder::new().name("kvring-register".into()).spawn(move || of_thread.serve())?;
+        Ok(Self { inner, thread: Some(thread), is_left: AtomicBool::new(false) })
     }
 
     /// Whether it is this pool's.
@@ -90,8 +101,10 @@ impl Registration {
         self.inner.piece_bytes
     }
 
-    /// The state of the pieces of a range, the worst of them; what is not pinned yet is asked for.
-    pub fn state_of(&self, offset: usize, bytes: usize) -> State {
+    /// The state of the pieces of a range, the worst of them; what is not pinned yet is asked for, urgently if a load
+    /// waits for it.
+    pub fn state_of(&self, offset: usize, bytes: usize, is_urgent: bool) -> State {
+        let wanted = if is_urgent { URGENT } else { PENDING };
         let pieces = offset / self.inner.piece_bytes..=(offset + bytes.max(1) - 1) / self.inner.piece_bytes;
         let mut worst = State::Ready(0);
         for piece in pieces {
@@ -99,16 +112,15 @@ impl Registration {
             let state = &self.inner.states[piece];
             match state.load(Ordering::Acquire) {
                 FAILED => return State::Failed,
-                ABSENT => {
-                    // Relaxed: only this thread asks.
-                    state.store(PENDING, Ordering::Relaxed);
-                    if self.wanted.as_ref().is_none_or(|wanted| wanted.send(piece).is_err()) {
-                        state.store(FAILED, Ordering::Relaxed);
-                        return State::Failed;
+                before if before < wanted => {
+                    // Relaxed: the queue's lock orders it; pinned meanwhile, it stays so.
+                    let asked = state.compare_exchange(before, wanted, Ordering::Relaxed, Ordering::Relaxed);
+                    if asked.is_ok() {
+                        self.inner.want(piece, is_urgent);
                     }
                     worst = State::Pending;
                 }
-                PENDING => worst = State::Pending,
+                PENDING | URGENT => worst = State::Pending,
                 _ => {}
             }
         }
@@ -143,12 +155,30 @@ impl Registration {
 }
 
 impl Inner {
-    fn serve(&self, asked: &Receiver<usize>) {
-        let current = self.context.make_current();
-        for piece in asked {
-            if self.is_stopping.load(Ordering::Relaxed) {
-                return;
+    fn want(&self, piece: usize, is_urgent: bool) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_urgent { &mut wanted.urgent } else { &mut wanted.others }.push_back(piece);
+        drop(wanted);
+        self.rung.notify_one();
+    }
+
+    /// The next piece; none at the end.
+    fn next(&self) -> Option<usize> {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        while !self.is_stopping.load(Ordering::Relaxed) {
+            match wanted.urgent.pop_front().or_else(|| wanted.others.pop_front()) {
+                // Asked for twice, by a store and then by a load: pinned once.
+                Some(piece) if self.states[piece].load(Ordering::Relaxed) >= FAILED => {}
+                Some(piece) => return Some(piece),
+                None => wanted = self.rung.wait(wanted).unwrap_or_else(PoisonError::into_inner),
             }
+        }
+        None
+    }
+
+    fn serve(&self) {
+        let current = self.context.make_current();
+        while let Some(piece) = self.next() {
             let mut made = current.and_then(|()| self.register(piece));
             for _ in 0..RETRIES {
                 // Pages that migrate while they are pinned make it fail for a moment (pin_user_pages, -ENOMEM).
@@ -210,7 +240,9 @@ impl Inner {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.inner.is_stopping.store(true, Ordering::Relaxed);
-        drop(self.wanted.take());
+        // Between its look at the flag and its sleep the thread holds the lock.
+        drop(self.inner.wanted.lock().unwrap_or_else(PoisonError::into_inner));
+        self.inner.rung.notify_one();
         if self.is_left.load(Ordering::Relaxed) {
             // The thread may be in a call that never returns; the mapping stays with this reference.
             return std::mem::forget(self.inner.clone());
