@@ -64,6 +64,20 @@ impl Default for Calibration {
     }
 }
 
+impl Calibration {
+    /// One way for everything: `engine`, the copy engine over pages as they are; `staged`, a kernel that gathers and
+    /// scatters them in device memory; `direct`, a kernel over mapped host memory. For benchmarks.
+    pub fn of_way(name: &str) -> Option<Self> {
+        let engine = Self { is_batched: true, ..Self::default() };
+        match name {
+            "engine" => Some(engine),
+            "staged" => Some(Self { staged_below_bytes: u64::MAX, ..engine }),
+            "direct" => Some(Self { direct_below_bytes: u64::MAX, ..engine }),
+            _ => None,
+        }
+    }
+}
+
 /// One operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {

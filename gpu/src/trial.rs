@@ -10,6 +10,7 @@ use kvring_ipc::client::Pool;
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 
 use crate::backend::cuda::memory::{DeviceMemory, Way};
+use crate::backend::cuda::swap::Swap;
 use crate::backend::cuda::{CudaBackend, Options};
 use crate::backend::host::HostBackend;
 use crate::backend::tensors::{HostTensors, Tensors};
@@ -100,6 +101,13 @@ pub enum Who {
     },
     /// A device.
     Cuda(Options),
+    /// A device, page by page as vLLM has it ([`Swap`]).
+    Swap {
+        /// Which device.
+        options: Options,
+        /// Many pages in one call.
+        is_batched: bool,
+    },
 }
 
 enum Memory {
@@ -161,7 +169,7 @@ impl Trial {
                 let address = mapping.address(0, 1).expose_provenance();
                 (Memory::Host(mapping), address, None)
             }
-            Who::Cuda(options) => {
+            Who::Cuda(options) | Who::Swap { options, .. } => {
                 let api = DriverApi::load(options.driver.as_deref())?;
                 let context = Arc::new(Context::retain(api, options.device)?);
                 let memory = DeviceMemory::new(context.clone(), shape.memory_bytes())?;
@@ -177,6 +185,11 @@ impl Trial {
             Who::Cpu { threads, non_temporal_from_bytes } => {
                 let memory = HostTensors::with_non_temporal_from(tensors, *non_temporal_from_bytes);
                 Box::new(HostBackend::with_threads(memory, *threads)?)
+            }
+            Who::Swap { options, is_batched } => {
+                let backend = Swap::new(tensors, options, *is_batched)?;
+                described = backend.describe();
+                Box::new(backend)
             }
             Who::Cuda(options) => {
                 let backend = CudaBackend::new(tensors, options.clone())?;
@@ -468,16 +481,25 @@ fn noise(seed: u64, bytes: usize) -> Vec<u8> {
 /// # Errors
 /// What the driver says, or the kernel.
 pub fn pinning(options: &Options, bytes: usize, pages: Pages) -> Done<[Duration; 2]> {
-    let context = Context::retain(DriverApi::load(options.driver.as_deref())?, options.device)?;
     let length = (bytes as u64).next_multiple_of(pages.bytes());
     let mapping = Mapping::new(sealed_memfd("kvring-trial", length, pages)?, length as usize)?;
     mapping.populate(0, length as usize)?;
-    let address = mapping.address(0, length as usize);
+    pinning_of(options, mapping)
+}
+
+/// The same, of memory that is there; it is given up.
+///
+/// # Errors
+/// What the driver says.
+pub fn pinning_of(options: &Options, mapping: Mapping) -> Done<[Duration; 2]> {
+    let context = Context::retain(DriverApi::load(options.driver.as_deref())?, options.device)?;
+    let length = mapping.bytes();
+    let address = mapping.address(0, length);
     let mut took = [Duration::ZERO; 2];
     let timed = context.within(|| {
         let began = Instant::now();
         // SAFETY: mapped until it has been unregistered: if that fails it is kept for ever, below.
-        unsafe { context.register(address, length as usize) }?;
+        unsafe { context.register(address, length) }?;
         took[0] = began.elapsed();
         context.unregister(address)?;
         took[1] = began.elapsed() - took[0];

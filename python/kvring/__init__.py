@@ -386,7 +386,8 @@ class Agent:
     must be left alone until it has ended, pages of a store must not be written until it has ended or `fence` has
     returned. On a CUDA device, copies wait for what was submitted to `stream` before: by default torch's current
     stream, so call them where the engine submits its work. Raises OSError where there is no CUDA driver for
-    memory on a device, with the remedy.
+    memory on a device, with the remedy. `copy_way` is for benchmarks: "engine", "staged" or "direct" for every copy
+    of a device, instead of what is measured to be the fastest at the start.
     """
 
     def __init__(
@@ -398,6 +399,7 @@ class Agent:
         token: str | None = None,
         load_timeout_ms: int = 2000,
         store_timeout_ms: int = 2000,
+        copy_way: str | None = None,
         **settings: Any,
     ) -> None:
         self._device = memory.device
@@ -405,7 +407,7 @@ class Agent:
         text = memory.to_json()
         timeouts = load_timeout_ms, store_timeout_ms
         self._native = _native.Agent(
-            _said(settings), layout.to_json(), text, tensors, rank, token, *timeouts, memory.device
+            _said(settings), layout.to_json(), text, tensors, rank, token, *timeouts, memory.device, copy_way
         )
 
     def _stream(self, stream: int | None) -> int | None:

@@ -46,6 +46,7 @@ class Agent:
         load_timeout_ms: int = 2000,
         store_timeout_ms: int = 2000,
         device: int | None = None,
+        copy_way: str | None = None,
     ) -> None: ...
     def load(
         self,

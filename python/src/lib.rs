@@ -13,6 +13,7 @@ use kvring_gpu::backend::cuda::{CudaBackend, Options as CudaOptions};
 use kvring_gpu::backend::host::HostBackend;
 use kvring_gpu::backend::tensors::{HostTensors, Tensors};
 use kvring_gpu::layout::MemoryMap;
+use kvring_gpu::plan::Calibration;
 use kvring_ipc::client;
 use kvring_ipc::config::{Config, Loaded};
 use kvring_ipc::events::{Event, Events};
@@ -261,7 +262,7 @@ type Ended = (u64, bool, Vec<u32>, f64);
 impl Agent {
     /// `tensors` are those that `memory` describes: kept alive as long as this agent is.
     #[new]
-    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_timeout_ms=2000, store_timeout_ms=2000, device=None))]
+    #[pyo3(signature = (settings, layout, memory, tensors, rank=0, token=None, load_timeout_ms=2000, store_timeout_ms=2000, device=None, copy_way=None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, in Python")]
     fn new(
         py: Python<'_>,
@@ -274,7 +275,11 @@ impl Agent {
         load_timeout_ms: u64,
         store_timeout_ms: u64,
         device: Option<i32>,
+        copy_way: Option<&str>,
     ) -> PyResult<Self> {
+        let unknown =
+            |way| PyValueError::new_err(format!("copy_way = {way:?}: engine, staged or direct, or none of them"));
+        let calibration = copy_way.map(|way| Calibration::of_way(way).ok_or_else(|| unknown(way))).transpose()?;
         let map: MemoryMap =
             serde_json::from_str(memory).map_err(|error| PyValueError::new_err(format!("memory: {error}")))?;
         let parsed: Layout =
@@ -295,6 +300,7 @@ impl Agent {
                     driver: config.cuda_driver,
                     staging_bytes: config.cuda_staging_bytes as usize,
                     may_batch: config.cuda_batch_copy,
+                    calibration,
                     ..CudaOptions::default()
                 };
                 let tensors = over.clone();

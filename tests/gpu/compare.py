@@ -5,8 +5,9 @@ vLLM's own swap_blocks where vLLM is installed, and one plain copy of as many by
     python compare.py --device cpu                # only shows that it runs
 
 All in one process over the same tensors, one after the other in each round (A B A B), medians over the rounds. What
-each copies is compared first. On a CUDA device a bf16 matrix product is timed alone and beside each of them, too. One
-JSON object a line, as soon as it is known. `kvring bench copy --device 0` has vLLM's loop and batch re-implemented
+each copies is compared first. On a CUDA device a bf16 matrix product is timed alone and beside each of them, too, and
+beside kvring with each of its ways of copying for everything: the copy engine over pages as they are, staged, direct.
+One JSON object a line, as soon as it is known. `kvring bench copy --device 0` has vLLM's loop and batch re-implemented
 beside kvring's own ways, in compiled code.
 """
 
@@ -149,11 +150,13 @@ class Swap(Select):
 class Kvring:
     """Through the server: keys, leases, checksums and all."""
 
-    name = "kvring"
+    WAYS = ("engine", "staged", "direct")
 
-    def __init__(self, world: World, place: str) -> None:
+    def __init__(self, world: World, place: str, way: str | None = None) -> None:
         self.world = world
-        self._socket = f"{place}/s"
+        self.name = f"kvring, {way}" if way else "kvring"
+        # Short: a socket's path is.
+        self._socket = f"{place}/{way or 's'}"
         memory = kvring.Memory([kvring.Group(world.kv)])
         layout = kvring.Layout(
             model="compare", dtype="uint8", tokens_per_block=SIZE, layers=world.layers, kv_heads=1,
@@ -163,7 +166,9 @@ class Kvring:
         pool_gb = 4 * world.blocks * layout.block_bytes / (1 << 30) + 0.01
         settings: dict[str, Any] = {"server_recv_port": self._socket, "cpu_cache_gb": pool_gb, "ssd_cache_gb": 0}
         token = kvring.new_token()
-        self._agent = kvring.Agent(layout, memory, token=token, instance_id=0, load_timeout_ms=30_000, **settings)
+        self._agent = kvring.Agent(
+            layout, memory, token=token, instance_id=0, load_timeout_ms=30_000, copy_way=way, **settings
+        )
         self._scheduler = kvring.Instance(token=token, instance_id=0, client_wait_ms=2000, **settings)
         self._tickets = itertools.count(1)
         self._chain: kvring.KeyChain | None = None
@@ -324,6 +329,14 @@ def main() -> None:
                 if device.type == "cuda":
                     for result in interference(world, methods, arguments.seconds, 3):
                         tell(shape=shape, **result)
+                    for way in Kvring.WAYS:
+                        forced = Kvring(world, place, way)
+                        try:
+                            check(world, forced)
+                            for result in interference(world, [forced], arguments.seconds, 3):
+                                tell(shape=shape, **result)
+                        finally:
+                            forced.close()
             finally:
                 ours.close()
 

@@ -216,7 +216,7 @@ fn every_way_is_checked_and_measured_by_the_benchmark() {
     let driver = fake.path().to_str().unwrap();
     let common =
         ["bench", "copy", "--json", "--seconds", "0.05", "--rounds", "1", "--size-mb", "4", "--shape", "70B TP8"];
-    for (device, rows) in [(vec![], 2 * 4 * 2), (vec!["--device", "0", "--cuda-driver", driver], 2 * 6 * 3)] {
+    for (device, rows) in [(vec![], 2 * 4 * 2), (vec!["--device", "0", "--cuda-driver", driver], 2 * 8 * 3)] {
         let output = place.kvring(&[&common[..], &device].concat()).output().unwrap();
         assert!(output.status.success(), "{}", text(&output));
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -256,7 +256,7 @@ fn the_selftest_passes_what_is_right_and_goes_on_after_what_hangs() {
     let parts: Vec<&str> = parts.iter().flat_map(|part| ["--only", part]).collect();
     let (well, cases) = with(&parts, "");
     assert!(well && cases.values().all(|(end, _)| end == "passed"), "{cases:?}");
-    assert_eq!(cases.len(), 9 + 6, "{cases:?}");
+    assert_eq!(cases.len(), 10 + 8, "{cases:?}");
 
     let (well, cases) = with(&["--only", "killed"], "dma_process=true,linger_ms=6000,slice_us=200");
     let (end, why) = &cases["fault: killed while it stores"];
@@ -420,7 +420,9 @@ fn a_device_that_is_stuck_at_the_end_keeps_what_it_may_still_touch() {
     assert!(began.elapsed() < Duration::from_secs(5), "in time: {:?}", began.elapsed());
     assert!(!watch.is_ended(), "nobody is told that pages are free which are still read");
     let frees = ["cuMemHostUnregister", "cuMemFree", "cuStreamDestroy"].map(|name| gpu.fake.calls(name));
-    assert_eq!((frees, gpu.fake.pinned_bytes()), ([0; 3], pinned), "nothing goes");
+    assert_eq!(frees, [0; 3], "nothing goes");
+    // More may be pinned: another piece was on its way.
+    assert!(gpu.fake.pinned_bytes() >= pinned);
     eventually("its slots are kept", || place.metric("host_slots_quarantined_count") >= 1);
     // The device comes back too late: it writes where nobody else is.
     let others = chain("others", 40);

@@ -37,6 +37,9 @@ pub struct CopyArgs {
     /// Only shapes whose name contains this.
     #[arg(long)]
     shape: Option<String>,
+    /// Chunks of 8 KiB to 2 MiB instead of models' pages.
+    #[arg(long)]
+    sweep: bool,
 }
 
 const KIB: usize = 1 << 10;
@@ -53,13 +56,30 @@ const SHAPES: &[(&str, usize, usize, bool)] = &[
     ("640 KiB blocks (70B TP8, block first)", 80, 8 * KIB, true),
 ];
 
+/// A page of each of four layers: what is neighbour in a slot lies apart in memory.
+const CHUNKS: &[(&str, usize, usize, bool)] = &[
+    ("chunks of 8 KiB", 4, 8 * KIB, false),
+    ("chunks of 16 KiB", 4, 16 * KIB, false),
+    ("chunks of 32 KiB", 4, 32 * KIB, false),
+    ("chunks of 64 KiB", 4, 64 * KIB, false),
+    ("chunks of 128 KiB", 4, 128 * KIB, false),
+    ("chunks of 256 KiB", 4, 256 * KIB, false),
+    ("chunks of 512 KiB", 4, 512 * KIB, false),
+    ("chunks of 1 MiB", 4, 1024 * KIB, false),
+    ("chunks of 2 MiB", 4, 2048 * KIB, false),
+];
+
 /// The shapes, for copies of about so many MiB; of eight blocks at least.
 pub fn shapes(size_mb: usize) -> Vec<Shape> {
+    shapes_of(SHAPES, size_mb)
+}
+
+fn shapes_of(shapes: &[(&'static str, usize, usize, bool)], size_mb: usize) -> Vec<Shape> {
     let shape = |(name, layers, page_bytes, is_block_first): &(&'static str, usize, usize, bool)| {
         let blocks_count = ((size_mb << 20) / (layers * page_bytes)).max(8);
         Shape { name, layers: *layers, page_bytes: *page_bytes, is_block_first: *is_block_first, blocks_count }
     };
-    SHAPES.iter().map(shape).collect()
+    shapes.iter().map(shape).collect()
 }
 
 /// The ways of one who copies.
@@ -83,6 +103,9 @@ pub fn ways(device: Option<i32>, driver: Option<&Path>) -> Vec<(&'static str, Wh
         ("staged", with(Some(Calibration { staged_below_bytes: u64::MAX, ..batched }))),
         ("direct", with(Some(Calibration { direct_below_bytes: u64::MAX, ..batched }))),
         ("as shipped", with(None)),
+        // Written anew, in compiled code; beside vLLM itself: tests/gpu/compare.py.
+        ("vLLM's swap_blocks", Who::Swap { options: options.clone(), is_batched: false }),
+        ("vLLM's swap_blocks_batch", Who::Swap { options, is_batched: true }),
     ]
 }
 
@@ -91,7 +114,7 @@ pub fn measure(run: &mut Run, args: &CopyArgs) -> Measured {
     let (mut rows, mut notes): (Vec<Value>, Vec<String>) = (Vec::new(), Vec::new());
     let mut described = String::new();
     let seconds = (run.time.as_secs_f64() / args.rounds as f64 / 4.0).max(0.01);
-    for shape in shapes(args.size_mb) {
+    for shape in shapes_of(if args.sweep { CHUNKS } else { SHAPES }, args.size_mb) {
         let name = shape.name;
         if args.shape.as_ref().is_some_and(|part| !name.contains(part.as_str())) {
             continue;

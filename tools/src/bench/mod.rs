@@ -312,7 +312,7 @@ fn stolen_ticks() -> u64 {
 }
 
 /// The middle of some measurements.
-fn median(mut values: Vec<f64>) -> f64 {
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let at = |place: usize| values.get(place).copied().unwrap_or(f64::NAN);
     if values.len() % 2 == 1 {

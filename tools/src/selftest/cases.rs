@@ -14,7 +14,7 @@ use kvring_engine::checksum::{self, SCRATCH_BYTES};
 use kvring_gpu::backend::Direction;
 use kvring_gpu::backend::cuda::Options;
 use kvring_gpu::plan::Calibration;
-use kvring_gpu::trial::{Scatter, Shape, Trial, Who, pinning, pool_of};
+use kvring_gpu::trial::{Scatter, Shape, Trial, Who, pinning, pinning_of, pool_of};
 use kvring_ipc::client::{Pool, monotonic_ns};
 use kvring_ipc::config::Config;
 use kvring_ipc::mapping::{Mapping, Pages};
@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use super::{SelftestArgs, again};
 use crate::Outcome;
 use crate::bench::copy;
-use crate::bench::percentiles;
+use crate::bench::{median, percentiles};
 
 type Told = Result<Value, Box<dyn std::error::Error>>;
 
@@ -51,6 +51,7 @@ pub fn of(args: &SelftestArgs) -> Vec<Case> {
         add("fault: a kernel goes astray".into(), Box::new(astray));
         add("completion: seen by another process".into(), Box::new(completion));
         add("pinning".into(), Box::new(pin));
+        add("pinning by two processes at once".into(), Box::new(pin_at_once));
     }
     for shape in copy::shapes(args.size_mb) {
         for (way, who) in ways(args) {
@@ -67,6 +68,11 @@ pub fn play(args: &SelftestArgs, role: &str, files: &[String]) -> Outcome {
     match (role, files) {
         ("victim", [pool]) => victim(args, pool),
         ("partner", [pool]) => half(args, pool, 1),
+        ("pinner", [pool]) => {
+            println!("ready");
+            println!("{}", pin_for(args, pool, SHARED)?);
+            Ok(())
+        }
         ("observer", [pool, words, rounds]) => observe(pool, words, rounds.parse()?),
         _ => Err(format!("there is no role {role:?} with {} files", files.len()).into()),
     }
@@ -173,6 +179,13 @@ fn start(args: &SelftestArgs, role: &[&str]) -> Result<Child, Box<dyn std::error
     Err(format!("{}: {}", role[0], child.wait()?).into())
 }
 
+/// The last line of somebody else, when there are no more.
+fn said_last(child: &mut Child) -> Told {
+    let stdout = child.stdout.take().ok_or("no output")?;
+    let last = BufReader::new(stdout).lines().map_while(Result::ok).last().unwrap_or_default();
+    Ok(serde_json::from_str::<Value>(&last)?)
+}
+
 /// Copies to and fro in one half of a pool, each byte compared.
 fn half(args: &SelftestArgs, pool: &str, half: usize) -> Outcome {
     let mut trial = trial_over(&shipped(args), pool)?;
@@ -218,7 +231,7 @@ fn victim(args: &SelftestArgs, pool: &str) -> Outcome {
             let calibration = Some(Calibration { is_batched: true, ..Calibration::default() });
             Who::Cuda(Options { calibration, ..options })
         }
-        cpu @ Who::Cpu { .. } => cpu,
+        other => other,
     };
     let mut trial = trial_over(&who, pool)?;
     // Each page is another: whatever is stored anew differs from what lay there.
@@ -349,14 +362,13 @@ fn completion(args: &SelftestArgs) -> Told {
         let at = seen.words64(SEEN_AT + 8, 1)[0].load(Ordering::Relaxed);
         after_submission.record(at.saturating_sub(began))?;
     }
-    let stdout = observer.stdout.take().ok_or("no output")?;
-    let last = BufReader::new(stdout).lines().map_while(Result::ok).last().unwrap_or_default();
+    let last = said_last(&mut observer)?;
     if !observer.wait()?.success() {
         return Err("the other process failed".into());
     }
     Ok(json!({
         "rounds": ROUNDS,
-        "word_after_last_byte_us": serde_json::from_str::<Value>(&last)?,
+        "word_after_last_byte_us": last,
         "word_after_submission_us": percentiles(&after_submission, 1e3),
     }))
 }
@@ -412,6 +424,39 @@ fn pin(args: &SelftestArgs) -> Told {
         told.insert(format!("pages of {} KiB", pages.bytes() >> 10), said);
     }
     Ok(told.into())
+}
+
+/// Pins and lets go of memory that others have too, again and again.
+fn pin_for(args: &SelftestArgs, pool: &str, time: Duration) -> Told {
+    let options = Options { device: args.device.unwrap_or(0), driver: args.cuda_driver.clone(), ..Options::default() };
+    let file = File::options().read(true).write(true).open(pool).map_err(|error| format!("{pool}: {error}"))?;
+    let bytes = file.metadata()?.len() as usize;
+    let (began, mut seconds, mut refused) = (Instant::now(), Vec::new(), Vec::new());
+    while began.elapsed() < time {
+        match pinning_of(&options, Mapping::new(&file, bytes)?) {
+            Ok([pin, _]) => seconds.push(pin.as_secs_f64() / (bytes as f64 / f64::from(1 << 30))),
+            Err(error) => refused.push(error.to_string()),
+        }
+    }
+    let worst = seconds.iter().copied().fold(0.0, f64::max);
+    let (times, median) = (seconds.len(), if seconds.is_empty() { Value::Null } else { median(seconds).into() });
+    Ok(json!({"times": times, "pin_s_per_gib": median, "worst_s_per_gib": worst, "refused": refused.len(),
+        "why": refused.first()}))
+}
+
+/// What one process's pinning costs another that pins the same pool, and whether it is refused then: without the lock by
+/// which instances take turns.
+fn pin_at_once(args: &SelftestArgs) -> Told {
+    let (file, _mapping, pages) = pool_of((args.size_mb << 20).max(2 << 20))?;
+    let path = path_of(&file);
+    let alone = pin_for(args, &path, SHARED / 2)?;
+    let mut partner = start(args, &["pinner", &path])?;
+    let ours = pin_for(args, &path, SHARED)?;
+    let theirs = said_last(&mut partner)?;
+    if !partner.wait()?.success() {
+        return Err("the other process failed".into());
+    }
+    Ok(json!({"alone": alone, "at_once": [ours, theirs], "pool_page_bytes": pages.bytes()}))
 }
 
 fn speed(args: &SelftestArgs, shape: &Shape, way: &str, who: &Who) -> Told {

@@ -12,6 +12,7 @@
 pub mod calibrate;
 pub mod memory;
 pub mod registration;
+pub mod swap;
 
 use std::collections::{HashSet, VecDeque};
 use std::ffi::CStr;
