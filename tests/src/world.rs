@@ -1054,7 +1054,8 @@ impl World {
             return;
         }
         let now_ns = self.now_ns;
-        for zombie in &self.zombies {
+        // Time goes on in steps of a second sometimes: whose grace is over since has written its last.
+        for zombie in self.zombies.iter().filter(|zombie| zombie.until_ns.is_none_or(|until| until > now_ns)) {
             for slot in &zombie.slots {
                 let offset = *slot as usize * self.shape.slot_bytes as usize;
                 self.pool.copy_in(offset, &self.chance.next_u64().to_le_bytes());
@@ -1442,6 +1443,10 @@ impl World {
             self.shard().evict(Tier::Host, slots);
             self.now_ns += 10_000;
             self.poll_once();
+            let host = &self.shard().cache().host;
+            if host.free_count() + host.closed_free_count() == host.count() {
+                break;
+            }
         }
         let stuck = |(_, block): &(_, &Block)| block.place(Tier::Host) != Place::Absent;
         let stuck: Vec<Block> = self.shard().cache().index.blocks().filter(stuck).map(|(_, block)| *block).collect();
