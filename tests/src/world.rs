@@ -82,7 +82,8 @@ impl Shape {
             may_die: chance.happens(700),
             may_lie: chance.happens(300),
             may_crash: chance.happens(400),
-            is_restless: chance.happens(150),
+            // Where bugs are planted most are of this kind.
+            is_restless: chance.happens(if cfg!(planted) { 500 } else { 150 }),
             write_blocks_per_hour: if chance.happens(200) { Some(8 << chance.below(8)) } else { None },
             verify: [Verify::Off, Verify::Crash, Verify::Sampled, Verify::Always][chance.below(4) as usize],
         }
@@ -563,7 +564,7 @@ impl World {
             7..8 if self.shape.may_crash && self.prepared.is_some() => self.follow(),
             7..8 if self.shape.may_crash => self.prepare_ahead(),
             8..12 if self.shape.may_crash && self.shape.is_restless => match self.chance.below(4) {
-                0 => self.die_and_take_over(),
+                0..2 => self.die_and_take_over(),
                 _ => self.resize(),
             },
             8..100 => self.now_ns += self.chance.below(400_000),
