@@ -367,13 +367,13 @@ impl Cache {
     }
 
     /// Nothing can be written: what continues stranded blocks is forgotten instead, from its end on, up to `budget` blocks
-    /// of it. Else a pool full of them would take nothing any more. Says how many blocks went.
+    /// of it, of which the first is at most the longest chain away. Else a pool full of them would take nothing any more. Says how many blocks went.
     pub fn strip_stranded(&mut self, budget: u32) -> u32 {
-        let mut count = 0;
+        let (mut count, mut steps) = (0, kvring_ipc::wire::MATCH_BLOCKS_MAX);
         // Each once: what somebody has a lease on stays, and its turn comes again.
         for _ in 0..self.index.stranded.len().min(STRIPPED_MAX) {
             let Some((_, block)) = self.next_stranded() else { break };
-            let (mut at, mut steps) = (block, kvring_ipc::wire::MATCH_BLOCKS_MAX);
+            let mut at = block;
             while count < budget
                 && let Some((slot, parent)) = self.index.strip(block, at, &mut steps)
             {
@@ -384,7 +384,7 @@ impl Cache {
             if self.index.stranded_in(block).is_some() {
                 self.index.stranded.push_back(block);
             }
-            if count >= budget {
+            if count >= budget || steps == 0 {
                 break;
             }
         }

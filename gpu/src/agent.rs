@@ -55,7 +55,7 @@ pub struct Load {
     pub epoch: u64,
     /// Nothing is written before this moment: the last reader of the pages comes before it.
     pub after: Option<Moment>,
-    /// In how many groups of layers the blocks come, the first of all blocks before the second of any:
+    /// In how many groups of layers the blocks come, the first of all blocks whose slots are ready before the second of any:
     /// for an engine that computes on the first layers while later ones load. 1: each block whole.
     pub layer_groups: u32,
 }

@@ -692,7 +692,9 @@ impl Instance {
         match self.formers.iter_mut().find(|former| former.number == session_number) {
             // Lost while it was asked: what it granted before that is the caller's to give back.
             Some(former) => former.held_count += held,
-            None => self.held_count += held,
+            None if session_number == self.sessions_count => self.held_count += held,
+            // With a pool that no server has any more: nobody asks for those.
+            None => {}
         }
         reserved
     }

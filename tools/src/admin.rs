@@ -597,8 +597,10 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
     let request = Request::Verify { bytes_per_s: args.mb_per_s.saturating_mul(1_000_000) };
     let epoch = stats(&socket)?["epoch"].take();
+    // Of one that is under way it is not known how fast it may go.
+    let mut mb_per_s = 1;
     match ask(&socket, &request, PATIENCE).map_err(|error| explained(error, &socket))? {
-        Reply::Verifying => {}
+        Reply::Verifying => mb_per_s = args.mb_per_s.max(1),
         Reply::Refused { reason, .. } if reason.contains("under way") => {}
         Reply::Refused { reason, .. } => return Err(reason.into()),
         reply => return Err(format!("an unexpected answer: {reply:?}").into()),
@@ -606,7 +608,7 @@ pub fn verify(args: &VerifyArgs) -> Outcome {
     let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} slots, {msg}");
     let bar = ProgressBar::no_length().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     // The largest block at this rate, and as long as a device may take that is then found to be lost.
-    let pace = Duration::from_secs(LARGEST_BLOCK_MB / args.mb_per_s.max(1));
+    let pace = Duration::from_secs(LARGEST_BLOCK_MB / mb_per_s);
     let (mut moved, mut bytes) = (Instant::now(), u64::MAX);
     let state = loop {
         let mut stats = stats(&socket)?;

@@ -415,13 +415,15 @@ impl Keeper {
                 None => {}
             }
             // An upgrade to a program that does not start goes back to the one that runs.
-            own_program = !end.served;
+            // Neither is tried for ever: what mends the other may be installed meanwhile.
+            own_program = !end.served && !own_program;
             self.crashed(&end);
             if let Some(unready) = standby.take_if(|standby| !standby.ready) {
                 // It may take seconds yet, or for ever: nobody waits for that. What this process runs is known to start;
-                // the upgrade is tried again once that serves.
-                own_program = true;
-                self.wanted |= unready.sizes == self.sizes;
+                // the upgrade is tried again once that serves. Once: whatever kills those that serve may be mended by it.
+                if !self.fell_back && unready.sizes == self.sizes {
+                    (own_program, self.wanted) = (true, true);
+                }
                 unready.process.end();
             }
             if !self.wait_a_little(signals) {

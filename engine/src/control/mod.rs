@@ -212,14 +212,30 @@ fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> ServeError {
     move |errno| ServeError::System { what, errno }
 }
 
+/// How long a process that dies of a panic may take to say so.
+const LAST_WORDS: Duration = Duration::from_millis(50);
+
 /// From now on a panic of the shard, or of the main thread, ends the process at once, and the keeper starts the next one.
 /// Else the process would unwind and unmap its pool first, while everybody waits.
 pub fn end_with_a_panic() {
     let tell = std::panic::take_hook();
+    let kill = || {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    };
     std::panic::set_hook(Box::new(move |panic| {
+        if !matches!(std::thread::current().name(), Some("main" | engine::SHARD_THREAD)) {
+            return tell(panic);
+        }
+        // By then the log is written, or nobody reads it.
+        let killer = std::thread::Builder::new().spawn(move || {
+            #[expect(clippy::disallowed_methods, reason = "the end of the process")]
+            std::thread::sleep(LAST_WORDS);
+            kill();
+        });
         tell(panic);
-        if matches!(std::thread::current().name(), Some("main" | engine::SHARD_THREAD)) {
-            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        match killer {
+            Ok(killer) => drop(killer.join()),
+            Err(_) => kill(),
         }
     }));
 }

@@ -342,6 +342,7 @@ impl<D: Device> Shard<D> {
     /// What waits to be written stays unwritten: the next engine process finds it in the pool.
     pub fn drop_dirty(&mut self) {
         self.dirty.clear();
+        self.cache.index.stranded.clear();
         self.requeue_from = u32::MAX;
     }
     /// The cache, for checks and statistics.
@@ -369,7 +370,7 @@ impl<D: Device> Shard<D> {
         let unseen = if self.requeue_from == u32::MAX { 0 } else { self.cache.host.count() - self.requeue_from };
         let hashing = self.hasher.as_ref().map_or(0, Hasher::pending_count);
         let writing: u32 = self.devices.iter().map(Transfers::writes_count).sum();
-        self.dirty.len() as u32 + unseen + hashing + writing
+        (self.dirty.len() + self.cache.index.stranded.len()) as u32 + unseen + hashing + writing
     }
     /// Has up to `count` blocks leave a tier. Says how many.
     pub fn evict(&mut self, tier: Tier, count: u32) -> u32 {

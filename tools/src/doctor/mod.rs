@@ -177,7 +177,7 @@ fn look_at_socket(report: &mut Report, config: &Config) -> bool {
     let dir = socket.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !dir.is_dir() {
         let found = format!("{} is no directory", dir.display());
-        report.bad("socket", Level::Problem, found, format!("mkdir -p {}", dir.display()));
+        report.bad("socket", Level::Problem, found, format!("mkdir -p {}", stale::quoted(dir)));
         return false;
     }
     // Its lock is not tried: a server that starts right now would take us for another one.
@@ -188,9 +188,14 @@ fn look_at_socket(report: &mut Report, config: &Config) -> bool {
             return true;
         }
         Err(Errno::NOENT) => report.ok("socket", format!("{}: free", socket.display())),
+        Err(Errno::CONNREFUSED) if !is_socket(socket) => {
+            let found = format!("{} is no socket", socket.display());
+            report.bad("socket", Level::Problem, found, "set server_recv_port to a path where nothing else lies");
+        }
+        // Nobody removes it by hand: one that starts has bound it before it listens.
         Err(Errno::CONNREFUSED) => {
-            let found = format!("{}: a dead server's, the next one removes it", socket.display());
-            report.advise("socket", found, format!("rm {}", socket.display()));
+            let whose = "a dead server's, which the next one removes, or one's that starts";
+            report.note("socket", format!("{}: {whose}", socket.display()));
         }
         Err(error) => {
             let found = format!("{}: {error}", socket.display());
@@ -198,6 +203,10 @@ fn look_at_socket(report: &mut Report, config: &Config) -> bool {
         }
     }
     false
+}
+
+fn is_socket(path: &Path) -> bool {
+    path.metadata().is_ok_and(|found| found.file_type().is_socket())
 }
 
 fn look_at_kernel(report: &mut Report, config: &Config) {

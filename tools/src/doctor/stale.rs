@@ -11,11 +11,19 @@ use kvring_ipc::launch::beside_socket;
 use super::{Level, Report, read};
 use crate::observe::process_state;
 
+/// More files than a cache has: a larger number is somebody's date.
+const FILES_MAX: u32 = 10_000;
+
 /// Files of ours in a directory: which of a cache's files each is.
 fn files_in(dir: &Path) -> Vec<(u32, PathBuf)> {
     let number = |name: &str| match name.strip_prefix("kvring.cache")? {
         "" => Some(0),
-        rest => rest.strip_prefix('.')?.parse().ok(),
+        // As we write it, and nothing that only looks like a number.
+        rest => {
+            let text = rest.strip_prefix('.')?;
+            let number = text.parse().ok()?;
+            ((1..FILES_MAX).contains(&number) && number.to_string() == text).then_some(number)
+        }
     };
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let mut files: Vec<(u32, PathBuf)> = entries
@@ -36,7 +44,8 @@ pub fn look_at_dir(report: &mut Report, dir: &Path, index: u32, count: u32) {
     let name = dir.display();
     let all = || files.iter().map(|(_, path)| path.clone()).collect::<Vec<_>>();
     if count == 0 {
-        return report.stale(format!("{name}: an SSD tier that ssd_cache_gb = 0 does not open"), &all());
+        let found = format!("{name}: an SSD tier that ssd_cache_gb = 0 does not open: {}", size(&all()));
+        return report.advise("stale", found, "set ssd_cache_gb; a cache that nobody wants is a directory to remove");
     }
     match files::read_superblock(&Medium::Directory(dir.to_path_buf())) {
         Ok(Found::Super(found)) => {
@@ -47,7 +56,8 @@ pub fn look_at_dir(report: &mut Report, dir: &Path, index: u32, count: u32) {
                     its_index + 1,
                     index + 1
                 );
-                return report.stale(what, &all());
+                let remedy = "name all directories of that cache in ssd_cache_dir, in the order in which it was made";
+                return report.bad("stale", Level::Warning, format!("{what}: {}", size(&all())), remedy);
             }
             let used = u64::from(found.slots_count()).div_ceil(found.slots_per_file.max(1));
             let beyond: Vec<PathBuf> =
@@ -56,8 +66,15 @@ pub fn look_at_dir(report: &mut Report, dir: &Path, index: u32, count: u32) {
                 report.stale(format!("{name}: files beyond the {used} that its superblock counts"), &beyond);
             }
         }
-        Ok(Found::OtherVersion) => report.stale(format!("{name}: a cache of another version of kvring"), &all()),
-        Ok(Found::Foreign(what)) => report.stale(format!("{name}: kvring.cache holds {what}"), &all()),
+        Ok(Found::OtherVersion) => {
+            let found = format!("{name}: a cache of another version of kvring: {}", size(&all()));
+            let remedy = "start the version that made it, or start empty once with ssd_on_mismatch = reset";
+            report.bad("stale", Level::Warning, found, remedy);
+        }
+        Ok(Found::Foreign(what)) => {
+            let found = format!("{name}: kvring.cache holds {what}");
+            report.bad("stale", Level::Warning, found, "set ssd_cache_dir to another directory");
+        }
         // A start that was cut short makes kvring.cache anew; what it does not get to stays.
         Ok(Found::Nothing) => {
             let rest: Vec<PathBuf> =
@@ -79,13 +96,12 @@ pub fn look_beside(report: &mut Report, config: &Config) {
     if lives || !lock.exists() {
         return;
     }
-    let log = config.server_log.clone().unwrap_or_else(|| beside_socket(&config.socket, "log"));
-    let beside = [config.socket.clone(), lock, beside_socket(&config.socket, "starting"), log];
+    let beside = [config.socket.clone(), lock, beside_socket(&config.socket, "starting")];
     let left: Vec<PathBuf> = beside.into_iter().filter(|path| path.symlink_metadata().is_ok()).collect();
-    report.advise(
+    // Nothing to remove: the kernel may hold the lock yet for a server that is being ended.
+    report.note(
         "stale",
         format!("{}: of a server that has ended, {}; the next one uses them", names(&left), size(&left)),
-        remove(&left),
     );
 }
 
@@ -114,7 +130,7 @@ fn remove(paths: &[PathBuf]) -> String {
 }
 
 /// A word for a shell.
-fn quoted(path: &Path) -> String {
+pub fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%=".contains(c);
     if text.chars().all(plain) && !text.starts_with('-') { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
@@ -127,7 +143,10 @@ mod test {
     #[test]
     fn files_are_told_by_their_names() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["kvring.cache", "kvring.cache.12", "kvring.cache.2", "kvring.cache.old", "kvring.lock", "other"] {
+        for name in ["kvring.cache", "kvring.cache.12", "kvring.cache.2", "kvring.cache.old", "kvring.lock", "other"]
+            .into_iter()
+            .chain(["kvring.cache.20240101", "kvring.cache.+5", "kvring.cache.007", "kvring.cache.0"])
+        {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         let numbers: Vec<u32> = files_in(dir.path()).into_iter().map(|(number, _)| number).collect();

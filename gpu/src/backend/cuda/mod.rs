@@ -367,6 +367,10 @@ impl CudaBackend {
             Some(calibration) => calibration,
             None => match calibrate::measure(&mut backend) {
                 Ok(measured) => measured,
+                // Copies of it may be under way, and nothing tells when they are not: what they use stays where it is.
+                Err(CudaError { call, .. }) if backend.lanes.iter().any(|lane| !lane.flights.is_empty()) => {
+                    return Err(CudaError { call, code: crate::driver::error::NOT_READY });
+                }
                 Err(error) if matches!(error.class(), Class::Recoverable | Class::Unsupported) => {
                     backend.notes.push(format!("which way of copying is the fastest was not measured: {error}"));
                     Calibration { is_batched: backend.has_batch, ..Calibration::default() }
@@ -1092,6 +1096,10 @@ impl CopyBackend for CudaBackend {
     }
 
     fn is_ready(&mut self, direction: Direction, pool: &Pool, slot: u32) -> bool {
+        // Whoever submits is told what is wrong; and a registration that ends here undoes its pinning here.
+        if self.lost.is_none() && self.make_current().is_err() {
+            return true;
+        }
         let Some(tensors) = self.tensors.as_ref().filter(|_| self.lost.is_none()) else { return true };
         let (start, end) = (tensors.placement().slot_start(), tensors.placement().slot_end());
         let Ok(registration) = self.attach(pool) else { return true };
