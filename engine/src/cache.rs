@@ -322,7 +322,8 @@ impl Cache {
             if planted::has(Bug::MovedHeaderFirst) {
                 self.describe(to, block);
             }
-            planted::step();
+            // To copy a block is many stores.
+            (0..16).for_each(|_| planted::step());
             if !planted::has(Bug::MovedUncopied) {
                 copy(slot, to);
             }

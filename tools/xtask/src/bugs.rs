@@ -10,7 +10,7 @@ use kvring_tests::world::{STEPS, World};
 use super::{Outcome, seed_of_commit};
 
 /// A bug that is not found in this time is not found.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(240);
 /// So long nothing is found without one.
 const SOUND: Duration = Duration::from_secs(10);
 
