@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
@@ -64,7 +64,9 @@ class WorkerSide:
         self._kv_caches = kv_caches
         token, settings, own = instance(self._vllm_config)
         self._fence_ms = int(own.get("fence_ms", FENCE_MS))
-        waits = {name: int(own[name]) for name in ("load_timeout_ms", "store_timeout_ms") if name in own}
+        waits: dict[str, Any] = {
+            name: int(own[name]) for name in ("load_timeout_ms", "store_timeout_ms") if name in own
+        }
         try:
             geometry = Geometry.of(self._vllm_config, self._kv_cache_config)
             part = Part.of(self._vllm_config, get_tensor_model_parallel_rank(), get_pp_group().rank_in_group)
