@@ -45,6 +45,7 @@ bugs! {
     MovedUncopied: "a block is moved to another slot without its bytes",
     MovedHeaderFirst: "the table says that a block was moved before its bytes are there",
     ChangesMissed: "what changes in the pool while the next engine process prepares is not looked at again",
+    ChangeNotNoted: "a change of the slot table is not noted in its journal",
     StrandedStays: "a block that is in the pool alone, and what continues it on the SSD alone, never leaves",
     OrphanLeaks: "a recovered slot whose block has no parent is never free again",
 }

@@ -42,6 +42,8 @@ pub struct Recovery {
     late_next: usize,
     /// Blocks in the pool whose parent may be on the disk, by depth.
     orphans: VecDeque<Header>,
+    /// Slots of the pool whose block was there already, or had no room: as long as the pool is followed, that may change.
+    untaken: Vec<u32>,
 }
 
 const DEPTHS: usize = MATCH_BLOCKS_MAX as usize + 1;
@@ -90,9 +92,9 @@ impl Recovery {
 }
 
 impl Cache {
-    /// Takes back what the pool's table and these headers of the disk say, at once.
+    /// Takes back what the pool's table and these headers of the disk say, at once, as the first engine process.
     pub fn recover(&mut self, found: impl IntoIterator<Item = HeaderPiece>) -> Recovered {
-        self.begin_recovery(self.disk.is_some());
+        self.begin_recovery(self.disk.is_some(), 1);
         found.into_iter().for_each(|piece| self.found_on_disk(piece));
         self.disk_was_read();
         while self.recover_some(u32::MAX) > 0 {}
@@ -101,10 +103,12 @@ impl Cache {
 
     /// Takes back what the pool's table says: blocks that were in the pool, with all that come before
     /// them, are resident again when this returns. With `with_disk` the others follow, as they are found.
-    /// Nobody else writes the table any more. What [`Cache::follow_pool`] has taken is taken already.
-    pub fn begin_recovery(&mut self, with_disk: bool) {
-        self.follow_pool();
-        self.host.end_recovery();
+    /// Nobody else writes the table any more: this is the engine process of that `epoch`, the one after the last. What
+    /// [`Cache::follow_pool`] has taken is taken already.
+    pub fn begin_recovery(&mut self, with_disk: bool, epoch: u64) {
+        self.take_pool(epoch.checked_sub(1));
+        self.recovery.untaken = Vec::new();
+        self.host.end_recovery(epoch);
         match self.disk.as_mut().filter(|_| with_disk) {
             Some(disk) => {
                 disk.begin_recovery();
@@ -117,7 +121,15 @@ impl Cache {
     /// Takes what the pool's table says now, while the engine process that writes it still serves: at its end only what
     /// has changed since is left to be taken. May be called again; nobody is served from this cache yet.
     pub fn follow_pool(&mut self) {
-        let Changes { gone, mut found } = self.host.recover();
+        self.take_pool(None);
+    }
+
+    /// `after` the engine process of this epoch has ended, if it has.
+    fn take_pool(&mut self, after: Option<u64>) {
+        // What was not taken is found again.
+        let orphans = std::mem::take(&mut self.recovery.orphans).into_iter().map(|orphan| orphan.slot);
+        let untaken = std::mem::take(&mut self.recovery.untaken);
+        let Changes { gone, mut found, .. } = self.host.recover(after, orphans.chain(untaken));
         for (slot, block) in gone {
             if self.index.is_at(block, Tier::Host, slot) {
                 self.index.detach(block);
@@ -128,14 +140,12 @@ impl Cache {
             self.recovery.recovered.host -= 1;
             found.extend(self.host.untake(slot));
         }
-        // What was not taken was found again.
-        self.recovery.orphans.clear();
         let mut late: BTreeMap<u32, Vec<Header>> = BTreeMap::new();
         for (at, header) in found.iter().enumerate() {
             self.fetch_ahead(Tier::Host, &found, at);
             match self.adopt(Tier::Host, header) {
                 Adopted::Yes(id) => self.host.took(header, id),
-                Adopted::No => self.host.release(header.slot),
+                Adopted::No => self.leave(header.slot),
                 Adopted::NoParent => late.entry(header.depth).or_default().push(*header),
             }
         }
@@ -144,9 +154,15 @@ impl Cache {
                 Adopted::Yes(id) => self.host.took(&header, id),
                 // It may be on the disk.
                 Adopted::NoParent => self.recovery.orphans.push_back(header),
-                Adopted::No => self.host.release(header.slot),
+                Adopted::No => self.leave(header.slot),
             }
         }
+    }
+
+    /// The block of a slot that was found is not taken from there.
+    fn leave(&mut self, slot: u32) {
+        self.host.release(slot);
+        self.recovery.untaken.push(slot);
     }
 
     /// This lies on the disk.

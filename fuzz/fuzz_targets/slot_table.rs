@@ -1,5 +1,6 @@
 //! Anything in the slot table that an engine process left: the next one takes over what is sound, or
-//! nothing, and its index and slots are sound whatever lies there.
+//! nothing, and its index and slots are sound whatever lies there. It may have taken what was there before, and look only at
+//! what the journal names, of which anything may be a lie as well.
 //!
 //! Input: pieces of (16 bits of place, one of length, bytes) over a table that was made properly; then what
 //! headers hold, with the right sums.
@@ -19,7 +20,8 @@ const SLOTS: u32 = 12;
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
-    let tp_size = 1 + u32::from(input.byte() % 3);
+    let first = input.byte();
+    let (tp_size, follows) = (1 + u32::from(first % 3), first >= 128);
     let shape = TableShape { pool_id: 1, layout: 7, slot_bytes: 4096, slots_max: SLOTS, tp_size };
     let memory = mapping(shape.bytes() as u64);
     let table = SlotTable::create(memory.clone(), shape, SLOTS, "a layout");
@@ -35,6 +37,22 @@ fuzz_target!(|data: &[u8]| {
             table.set_writer(slot, u32::from(how) % tp_size, Some(SessionId(u32::from(input.byte()))));
         }
     }
+    let options = IndexOptions {
+        host_slots: SLOTS,
+        disk_slots: 0,
+        policy: EvictionPolicy::Lru,
+        protected_hits: 2,
+        secret: [1, 2],
+    };
+    let mut host = HostSlots::new(SLOTS, tp_size);
+    host.keep_in(table.clone());
+    let mut cache = Cache::new(&options, host, None);
+    if follows {
+        table.begin_journal(1);
+        cache.follow_pool();
+        cache.check();
+        table.clear(u32::from(input.byte()) % SLOTS);
+    }
     while !input.is_empty() {
         let (place, length) = (usize::from(input.u16()), usize::from(input.byte()));
         // From the front, and from the back, where headers lie.
@@ -47,17 +65,7 @@ fuzz_target!(|data: &[u8]| {
     if *table.shape() != shape {
         return;
     }
-    let options = IndexOptions {
-        host_slots: SLOTS,
-        disk_slots: 0,
-        policy: EvictionPolicy::Lru,
-        protected_hits: 2,
-        secret: [1, 2],
-    };
-    let mut host = HostSlots::new(SLOTS, tp_size);
-    host.keep_in(table);
-    let mut cache = Cache::new(&options, host, None);
-    cache.begin_recovery(false);
+    cache.begin_recovery(false, 2);
     cache.host.bear(0..SLOTS);
     cache.check();
     for session in cache.host.suspects() {

@@ -299,6 +299,13 @@ impl Scene {
         let tracer = Tracer::begin(&self.place, pid, what, at)?;
         let asked = self.do_it(deed);
         let output = Self::finished(asked);
+        if deed == Deed::Crash {
+            // Nobody was asked, so nobody says when it is over.
+            let serves_anew = || self.place.stats().is_some_and(|now| now["epoch"] != stats["epoch"]);
+            eventually("another one serves, or somebody is dead", || {
+                tracer.told().killed_before.is_some() || serves_anew()
+            });
+        }
         let told = tracer.settled();
         tracer.end();
         println!("{deed:?} {who:?} {at}: {told:?} {}", output.as_ref().map(text).unwrap_or_default().trim());

@@ -216,6 +216,8 @@ pub struct World {
     shard: Option<Shard<Sim>>,
     /// Slots that the pool has now, of as many as there is memory for; and slots of a device that are used.
     host_slots: u32,
+    /// Which engine process serves.
+    epoch: u64,
     /// An engine process that waits for its turn.
     prepared: Option<Prepared>,
     disk_limit: u32,
@@ -260,6 +262,12 @@ fn table_shape(shape: &Shape) -> TableShape {
     }
 }
 
+/// Memory for a slot table: one in eight worlds has the one of an earlier version.
+fn table_memory(shape: &Shape, chance: &mut Chance) -> Arc<Mapping> {
+    let shape = table_shape(shape);
+    mapping(if chance.happens(125) { shape.bytes_without_journal() } else { shape.bytes() } as u64)
+}
+
 fn mapping(bytes: u64) -> Arc<Mapping> {
     let fd = sealed_memfd("kvring-world", bytes, Pages::Small).expect("a memfd");
     Arc::new(Mapping::new(&fd, bytes as usize).expect("a mapping"))
@@ -292,11 +300,10 @@ impl World {
     }
 
     /// A world of this shape.
-    pub fn with_shape(shape: Shape, chance: Chance) -> Self {
+    pub fn with_shape(shape: Shape, mut chance: Chance) -> Self {
         let pool = mapping(u64::from(shape.host_slots) * shape.slot_bytes);
-        let table_shape = table_shape(&shape);
-        let table = mapping(table_shape.bytes() as u64);
-        SlotTable::create(table.clone(), table_shape, shape.host_slots, "");
+        let table = table_memory(&shape, &mut chance);
+        SlotTable::create(table.clone(), table_shape(&shape), shape.host_slots, "");
         let mut world = Self {
             chance,
             now_ns: 1,
@@ -308,6 +315,7 @@ impl World {
             disk_limit: u32::MAX,
             tail_has_pages: false,
             retired: Vec::new(),
+            epoch: 0,
             prepared: None,
             unborn: Vec::new(),
             born_late_permille: 1000,
@@ -432,7 +440,9 @@ impl World {
         let zone = |platter: &Platter| platter[0][SECTOR_BYTES as usize..][..header_bytes as usize].to_vec();
         self.header_zones = platters.iter().map(zone).collect();
         self.slot_table().resize(self.host_slots);
-        cache.begin_recovery(with_disk);
+        // Now and then one has not come up before it.
+        self.epoch += 1 + u64::from(self.chance.happens(100));
+        cache.begin_recovery(with_disk, self.epoch);
         let shape = &self.shape;
         self.tally.blocks_recovered += u64::from(cache.recovery.recovered.host);
         // Reading what the disks hold takes its time, and serving does not wait for it.
@@ -1126,7 +1136,7 @@ impl World {
         // Memory does not outlive the machine, nor do sizes that it was asked for while it ran.
         self.prepared = None;
         self.host_slots = self.shape.host_slots;
-        self.table = mapping(table_shape(&self.shape).bytes() as u64);
+        self.table = table_memory(&self.shape, &mut self.chance);
         SlotTable::create(self.table.clone(), table_shape(&self.shape), self.shape.host_slots, "");
         self.start();
     }

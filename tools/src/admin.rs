@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvring_ipc::config::CLIENT_SETTINGS;
-use kvring_ipc::handshake::{ChannelError, Reply, Request, Sizes, ask};
+use kvring_ipc::handshake::{self, ChannelError, Reply, Request, Sizes};
 use kvring_ipc::key::{BlockKey, Namespace};
 use serde_json::{Value, json};
 
@@ -26,6 +26,23 @@ const STOP_PATIENCE: Duration = Duration::from_secs(45);
 /// A device that ends nothing for so long hangs.
 const VERIFY_PATIENCE: Duration = Duration::from_secs(60);
 const LARGEST_BLOCK_MB: u64 = 256;
+
+/// Asks, and asks again whoever serves next if the engine process ends before it has answered: one may take over at any moment.
+/// Not what must not be done twice.
+fn ask(socket: &Path, request: &Request, patience: Duration) -> Result<Reply, ChannelError> {
+    use rustix::io::Errno;
+    let until = Instant::now() + patience;
+    loop {
+        match handshake::ask(socket, request, patience) {
+            Err(ChannelError::Closed | ChannelError::System(Errno::PIPE | Errno::CONNRESET))
+                if Instant::now() < until && !matches!(request, Request::Evict { .. } | Request::Stop) =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            answered => return answered,
+        }
+    }
+}
 
 fn explained(error: ChannelError, socket: &std::path::Path) -> String {
     use rustix::io::Errno;

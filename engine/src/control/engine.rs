@@ -539,7 +539,7 @@ impl Engine {
             table.resize(pool.slots_count);
             tracing::info!("the pool has {} blocks now, and had {slots_before}", pool.slots_count);
         }
-        cache.begin_recovery(with_disk);
+        cache.begin_recovery(with_disk, epoch);
         let suspects = cache.host.suspects();
         metrics.dram_recovered_blocks_count.add(u64::from(cache.recovery.recovered.host));
         if cache.recovery.recovered.host > 0 || !suspects.is_empty() {

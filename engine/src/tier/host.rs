@@ -9,7 +9,7 @@ use kvring_ipc::mapping::Mapping;
 use kvring_ipc::wire::Grant;
 
 use super::header::{CRC_UNKNOWN, Header};
-use super::table::SlotTable;
+use super::table::{Seen, SlotTable};
 use crate::dma;
 use crate::index::BlockId;
 use crate::limits::SESSIONS_MAX;
@@ -94,6 +94,8 @@ pub struct Changes {
     pub gone: Vec<(u32, BlockId)>,
     /// What slots hold that was not taken yet.
     pub found: Vec<Header>,
+    /// Slots are not free any more, or not in quarantine.
+    leaves_lists: bool,
 }
 
 /// No header has this checksum, but for one of 2^64: then it is looked at once more for nothing.
@@ -110,6 +112,8 @@ pub struct HostSlots {
     /// The checksum of each header that a recovery has found and its block was taken from; [`UNSURE`] for one to look
     /// at again.
     taken: Vec<u64>,
+    /// How far the table's journal was when a recovery began to look at it last.
+    seen: Option<Seen>,
     tp_size: u32,
     free: Vec<u32>,
     born_count: u32,
@@ -139,6 +143,7 @@ impl HostSlots {
             writers: dma::Table::new(count as usize * tp_size as usize),
             first_generation: 0,
             taken: Vec::new(),
+            seen: None,
             tp_size,
             free: Vec::with_capacity(count as usize),
             born_count: 0,
@@ -239,57 +244,78 @@ impl HostSlots {
     /// slot counts as held until it is released. The rest of what was in use is free at once: else the first
     /// store would evict what was just recovered.
     ///
-    /// May be asked while that process still serves, and then again when it is gone: it says what has changed since, and
-    /// to see that nothing has takes a slot some nanoseconds. Not once a slot was given out.
-    pub fn recover(&mut self) -> Changes {
+    /// May be asked while that process still serves, and then again when it is gone: it says what has changed since. Asked
+    /// for what has come `after` it looked last and the process of that epoch has ended, it looks only at what the table's
+    /// journal names, and at slots that are `unsettled`; else at every slot, which takes some nanoseconds for each. Not once
+    /// a slot was given out.
+    pub fn recover(&mut self, after: Option<u64>, unsettled: impl IntoIterator<Item = u32>) -> Changes {
         let mut changes = Changes::default();
-        let Some(table) = &self.table else { return changes };
+        let Some(table) = self.table.clone() else { return changes };
+        // Before anything is looked at.
+        let seen = table.seen();
+        let changed = self.seen.zip(after).and_then(|(seen, epoch)| table.changed_since(seen, epoch));
+        self.seen = seen;
         self.taken.resize(self.slots.len(), 0);
-        self.quarantined.clear();
-        let mut left_free = false;
-        for (slot, taken) in (0..).zip(&mut self.taken) {
-            let mut suspects = 0;
-            for rank in 0..self.tp_size {
-                if let Some(session) = table.writer(slot, rank) {
-                    suspects |= 1 << rank;
-                    self.writers[(slot * self.tp_size + rank) as usize] = session.0.wrapping_add(1);
-                }
+        match changed {
+            Some(mut slots) => {
+                slots.extend(unsettled);
+                slots.retain(|slot| *slot < self.count());
+                slots.sort_unstable();
+                slots.dedup();
+                slots.into_iter().for_each(|slot| self.look(&table, slot, &mut changes));
             }
-            let same = table.seal(slot) == *taken || planted::has(Bug::ChangesMissed) && *taken != 0;
-            if suspects == 0 && same {
-                continue;
-            }
-            let s = &mut self.slots[slot as usize];
-            let was_free = s.state == State::Free;
-            if let (State::Held, Some(block)) = (s.state, s.block.checked_sub(1)) {
-                changes.gone.push((slot, BlockId(block)));
-            }
-            *s = Slot::zeroed();
-            *taken = UNSURE;
-            if suspects != 0 {
-                (s.state, s.joined, s.done, s.suspects, s.aborted) =
-                    (State::Quarantined, suspects, suspects, suspects, true);
-                self.quarantined.push(slot);
-            } else if let Some(header) = table.header(slot) {
-                let crc_known = header.flags & CRC_UNKNOWN == 0;
-                (s.state, s.generation) = (State::Held, header.generation);
-                (s.data_crc, s.crc_known, s.doubted) = (header.data_crc, crc_known, crc_known);
-                changes.found.push(header);
-            } else if slot < self.born_before {
-                s.state = State::Free;
-                if !was_free {
-                    self.free.push(slot);
-                }
-            }
-            left_free |= was_free && s.state != State::Free;
+            None => (0..self.count()).for_each(|slot| self.look(&table, slot, &mut changes)),
         }
-        if left_free {
+        if changes.leaves_lists {
             self.free.retain(|slot| self.slots[*slot as usize].state == State::Free);
+            self.quarantined.retain(|slot| self.slots[*slot as usize].state == State::Quarantined);
         }
         let born = if planted::has(Bug::BirthForgotten) { 0 } else { table.born_count() };
         // The pool of the one that still serves may be larger; and the table is its own to write.
         self.are_born(0..born.min(self.count()));
         changes
+    }
+
+    /// What the table says of one slot.
+    fn look(&mut self, table: &SlotTable, slot: u32, changes: &mut Changes) {
+        let mut suspects = 0;
+        for rank in 0..self.tp_size {
+            if let Some(session) = table.writer(slot, rank) {
+                suspects |= 1 << rank;
+                self.writers[(slot * self.tp_size + rank) as usize] = session.0.wrapping_add(1);
+            }
+        }
+        let taken = &mut self.taken[slot as usize];
+        let same = table.seal(slot) == *taken || planted::has(Bug::ChangesMissed) && *taken != 0;
+        if suspects == 0 && same {
+            return;
+        }
+        let s = &mut self.slots[slot as usize];
+        let before = s.state;
+        if let (State::Held, Some(block)) = (before, s.block.checked_sub(1)) {
+            changes.gone.push((slot, BlockId(block)));
+        }
+        *s = Slot::zeroed();
+        *taken = UNSURE;
+        if suspects != 0 {
+            (s.state, s.joined, s.done, s.suspects, s.aborted) =
+                (State::Quarantined, suspects, suspects, suspects, true);
+            if before != State::Quarantined {
+                self.quarantined.push(slot);
+            }
+        } else if let Some(header) = table.header(slot) {
+            let crc_known = header.flags & CRC_UNKNOWN == 0;
+            (s.state, s.generation) = (State::Held, header.generation);
+            (s.data_crc, s.crc_known, s.doubted) = (header.data_crc, crc_known, crc_known);
+            changes.found.push(header);
+        } else if slot < self.born_before {
+            s.state = State::Free;
+            if before != State::Free {
+                self.free.push(slot);
+            }
+        }
+        let left = |list: State| before == list && s.state != list;
+        changes.leaves_lists |= left(State::Free) || left(State::Quarantined);
     }
 
     /// The block of a header that was found is in the index: should the table be asked again, nothing is new there.
@@ -309,9 +335,12 @@ impl HostSlots {
         }
         header
     }
-    /// No other process writes the table any more, and what it said is known.
-    pub fn end_recovery(&mut self) {
-        self.taken = Vec::new();
+    /// No other process writes the table any more, and what it said is known: from now on the process of this epoch does.
+    pub fn end_recovery(&mut self, epoch: u64) {
+        (self.taken, self.seen) = (Vec::new(), None);
+        if let Some(table) = &self.table {
+            table.begin_journal(epoch);
+        }
     }
 
     /// Sessions that may be writing into quarantined slots, each once.

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use kvring_ipc::mapping::Mapping;
-use kvring_ipc::sync::{AtomicU64, Ordering, fence};
+use kvring_ipc::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::header::Header;
 use super::host::SessionId;
@@ -33,6 +33,12 @@ pub const TEXT_BYTES_MAX: usize = TEXT_BYTES - 8;
 const SESSIONS: usize = TEXT + TEXT_BYTES;
 const SESSION_WORDS: usize = 4;
 const WRITERS: usize = (SESSIONS + SESSIONS_MAX * SESSION_WORDS * 8).next_multiple_of(4096);
+/// The journal behind the headers: the epoch of the process that keeps it, how many changes it has noted ever, and the slot
+/// of each of the last ones.
+const JOURNAL_COUNT: usize = 8;
+const JOURNAL_SLOTS: usize = 64;
+/// 1 MiB: at 200,000 blocks stored a second, what half a second changes.
+const JOURNAL_SLOTS_MAX: usize = 1 << 18;
 
 /// What a table is for: another shape's table is not taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,9 +60,19 @@ impl TableShape {
         (self.slots_max as usize * self.tp_size as usize * 4).next_multiple_of(4096)
     }
 
+    /// Bytes of a table without a journal: one of an earlier version.
+    pub fn bytes_without_journal(&self) -> usize {
+        WRITERS + self.writers_bytes() + self.slots_max as usize * 64
+    }
+
+    /// Changes that the journal has room for.
+    fn journal_slots(&self) -> usize {
+        (self.slots_max as usize / 2).next_power_of_two().clamp(64, JOURNAL_SLOTS_MAX)
+    }
+
     /// Bytes of the whole table.
     pub fn bytes(&self) -> usize {
-        WRITERS + self.writers_bytes() + self.slots_max as usize * 64
+        self.bytes_without_journal() + JOURNAL_SLOTS + self.journal_slots() * 4
     }
 
     fn words(&self) -> [u64; HEAD_WORDS - 1] {
@@ -76,6 +92,13 @@ pub struct FormerSession {
     pub started_ticks: u64,
 }
 
+/// How far somebody had read the journal before he looked at the slots, and whose it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    epoch: u64,
+    count: u64,
+}
+
 /// The table.
 #[derive(Debug, Clone)]
 pub struct SlotTable {
@@ -83,12 +106,16 @@ pub struct SlotTable {
     shape: TableShape,
     writers: usize,
     headers: usize,
+    /// Where the journal lies, if there is one.
+    journal: Option<usize>,
 }
 
 impl SlotTable {
     fn over(memory: Arc<Mapping>, shape: TableShape) -> Self {
-        assert!(memory.bytes() >= shape.bytes());
-        Self { memory, shape, writers: WRITERS, headers: WRITERS + shape.writers_bytes() }
+        let before_journal = shape.bytes_without_journal();
+        assert!(memory.bytes() >= before_journal);
+        let journal = (memory.bytes() >= shape.bytes()).then_some(before_journal);
+        Self { memory, shape, writers: WRITERS, headers: WRITERS + shape.writers_bytes(), journal }
     }
 
     /// A new table over zeroed memory, of a pool that has so many slots. `text` says the layout in words, for whoever has to read it again.
@@ -128,7 +155,7 @@ impl SlotTable {
             TableShape { pool_id, layout, slot_bytes, slots_max: (counts >> 32) as u32, tp_size: counts as u32 };
         let sound = words[..HEAD_WORDS - 1] == shape.words()
             && words[HEAD_WORDS - 1] == checksum::of_bytes(bytemuck::cast_slice(&shape.words()));
-        if !sound || shape.bytes() > memory.bytes() {
+        if !sound || shape.bytes_without_journal() > memory.bytes() {
             return Err("its head is damaged".into());
         }
         let mut length = [0; 8];
@@ -149,6 +176,60 @@ impl SlotTable {
         self.memory.words64(self.headers + slot as usize * 64, 8)
     }
 
+    fn journal_slot(&self, journal: usize, nth: u64) -> &AtomicU32 {
+        let place = nth as usize % self.shape.journal_slots();
+        self.memory.word32(journal + JOURNAL_SLOTS + place * 4)
+    }
+
+    /// The slot changes: noted first. Whoever has seen less of the journal than this looks at the slot again.
+    fn note(&self, slot: u32) {
+        let Some(journal) = self.journal.filter(|_| !planted::has(Bug::ChangeNotNoted)) else { return };
+        let count = &self.memory.words64(journal + JOURNAL_COUNT, 1)[0];
+        let noted = count.load(Ordering::Relaxed);
+        // Several changes of a slot come one after another.
+        if noted > 0 && self.journal_slot(journal, noted - 1).load(Ordering::Relaxed) == slot {
+            return;
+        }
+        planted::step();
+        self.journal_slot(journal, noted).store(slot, Ordering::Relaxed);
+        planted::step();
+        // Release: whoever sees this one sees all that changed before it. The change that it announces may come later.
+        count.store(noted + 1, Ordering::Release);
+    }
+
+    /// The engine process of this epoch notes all changes from now on, before any of them.
+    pub fn begin_journal(&self, epoch: u64) {
+        if let Some(journal) = self.journal {
+            self.memory.words64(journal, 1)[0].store(epoch, Ordering::Release);
+        }
+    }
+
+    /// How far the journal is. To be asked before slots are looked at.
+    pub fn seen(&self) -> Option<Seen> {
+        let words = self.memory.words64(self.journal?, 2);
+        Some(Seen { epoch: words[0].load(Ordering::Acquire), count: words[1].load(Ordering::Acquire) })
+    }
+
+    /// The slots that may have changed since, each once, now that the engine process of this epoch, the last that wrote, does
+    /// not any more. `None` if that is not known: it kept no journal, as an earlier version, or there were too many.
+    pub fn changed_since(&self, seen: Seen, last_epoch: u64) -> Option<Vec<u32>> {
+        let now = self.seen()?;
+        if seen.epoch != last_epoch || now.epoch != last_epoch || last_epoch == 0 {
+            return None;
+        }
+        // The last change that was noted may have been under way.
+        let from = seen.count.saturating_sub(1);
+        if now.count.checked_sub(from)? > self.shape.journal_slots() as u64 {
+            return None;
+        }
+        let journal = self.journal?;
+        let slots = (from..now.count).map(|nth| self.journal_slot(journal, nth).load(Ordering::Relaxed));
+        let mut slots: Vec<u32> = slots.collect();
+        slots.sort_unstable();
+        slots.dedup();
+        Some(slots)
+    }
+
     /// Brings a slot's header closer.
     pub fn prefetch(&self, slot: u32) {
         crate::dma::prefetch(&self.header_words(slot)[0]);
@@ -157,11 +238,13 @@ impl SlotTable {
     /// The slot holds nothing that may be believed: before anything writes into it.
     pub fn clear(&self, slot: u32) {
         let words = self.header_words(slot);
+        self.note(slot);
+        planted::step();
+        // The checksum first: whoever has taken the block sees by it that the header is another.
+        words[7].store(0, Ordering::Relaxed);
         planted::step();
         // The generation too: no checksum makes a header of generation 0 sound.
         words[5].store(0, Ordering::Relaxed);
-        planted::step();
-        words[7].store(0, Ordering::Relaxed);
         // Release: what is stored after this, a grant above all, is not seen before it.
         fence(Ordering::Release);
     }
@@ -214,7 +297,10 @@ impl SlotTable {
             return;
         }
         if !planted::has(Bug::ShrinkKeepsHeaders) {
-            (slots.min(before)..slots.max(before)).for_each(|slot| self.clear(slot));
+            // What says nothing is left as it is: there may be many, and nothing changes.
+            let says_something =
+                |slot: &u32| [5, 7].iter().any(|at| self.header_words(*slot)[*at].load(Ordering::Relaxed) != 0);
+            (slots.min(before)..slots.max(before)).filter(says_something).for_each(|slot| self.clear(slot));
         }
         if planted::has(Bug::ShrinkForgetsWriters) {
             let ranks = 0..self.shape.tp_size;
@@ -235,7 +321,7 @@ impl SlotTable {
         self.shape.pool_id.wrapping_add(resizes.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    fn writer_word(&self, slot: u32, rank: u32) -> &kvring_ipc::sync::AtomicU32 {
+    fn writer_word(&self, slot: u32, rank: u32) -> &AtomicU32 {
         self.memory.word32(self.writers + (slot as usize * self.shape.tp_size as usize + rank as usize) * 4)
     }
 
@@ -254,6 +340,7 @@ impl SlotTable {
     /// Who may write a rank's part of a slot from now on.
     pub fn set_writer(&self, slot: u32, rank: u32, session: Option<SessionId>) {
         let value = session.map_or(0, |session| session.0.wrapping_add(1));
+        self.note(slot);
         planted::step();
         // Release: after the slot's header is gone, before the grant is seen.
         self.writer_word(slot, rank).store(value, Ordering::Release);
@@ -348,6 +435,52 @@ mod test {
         assert_eq!(next.session(SessionId(77 + SESSIONS_MAX as u32)), None);
         next.clear(4);
         assert_eq!(table.header(4), None);
+    }
+
+    #[test]
+    fn the_journal_names_what_has_changed_or_says_that_it_does_not_know() {
+        let (memory, table) = table();
+        let (next, _) = SlotTable::open(memory.clone()).unwrap();
+        let header = Header { key: BlockKey::from_words([1, 2]), generation: 3, ..Header::zeroed() };
+        table.describe(9, header);
+        let before = next.seen().unwrap();
+        assert_eq!(next.changed_since(before, 5), None, "nobody keeps it");
+        table.begin_journal(5);
+        let seen = next.seen().unwrap();
+        assert_eq!(next.changed_since(before, 5), None, "whoever served then may have noted nothing");
+        assert_eq!(next.changed_since(seen, 5), Some(vec![9]), "that change may have been under way");
+        table.describe(4, header);
+        table.clear(4);
+        table.set_writer(4, 1, Some(SessionId(3)));
+        table.set_writer(2, 0, None);
+        assert_eq!(next.seen().unwrap().count, seen.count + 2, "a slot once where its changes come one after another");
+        assert_eq!(next.changed_since(seen, 5), Some(vec![2, 4, 9]));
+        assert_eq!(next.changed_since(next.seen().unwrap(), 5), Some(vec![2]));
+        assert_eq!(next.changed_since(seen, 6), None, "another process served last");
+        for at in 0..62 {
+            table.clear(at % 10);
+        }
+        assert_eq!(next.changed_since(seen, 5), None, "more than it has room for");
+        assert!(next.changed_since(next.seen().unwrap(), 5).is_some());
+        // A process of an earlier version serves in between, and one of this version after it.
+        let seen = next.seen().unwrap();
+        table.begin_journal(7);
+        assert_eq!(next.changed_since(seen, 7), None);
+    }
+
+    #[test]
+    fn a_table_of_an_earlier_version_has_no_journal() {
+        let (_, made) = table();
+        let shape = *made.shape();
+        let bytes = shape.bytes_without_journal();
+        let fd = sealed_memfd("test", bytes as u64, Pages::Small).unwrap();
+        let memory = Arc::new(Mapping::new(&fd, bytes).unwrap());
+        let table = SlotTable::create(memory.clone(), shape, 10, "a layout");
+        table.begin_journal(1);
+        table.describe(9, Header { key: BlockKey::from_words([1, 2]), generation: 3, ..Header::zeroed() });
+        let (next, _) = SlotTable::open(memory).unwrap();
+        assert!(next.header(9).is_some());
+        assert_eq!(next.seen(), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use kvring_engine::device::spdk;
 
 /// Every key that is understood, with what it means.
 pub const KEYS: &[(&str, &str)] = &[
+    ("name", "what the job is called"),
     ("rw", "read, write, randread, randwrite, rw (readwrite) or randrw"),
     ("bs", "bytes of one transfer: 4k, 1m; two for reads and writes: 4k,64k"),
     ("bsrange", "least and most bytes of one transfer: 4k-64k"),
@@ -256,6 +257,7 @@ fn job(name: &str, said: &Said, group: &mut u32, is_first: bool) -> Result<Job, 
             format!("{place}: {key}={value}: expected {accepts}")
         })
     }
+    let name = said.get("name").map_or(name, |(name, _)| name);
     let whole = |least: u64, most: u64| move |v: &str| v.parse::<u64>().ok().filter(|n| (least..=most).contains(n));
     let sectors = |v: &str| bytes(v).filter(|b| *b > 0 && b.is_multiple_of(512) && *b <= 1 << 30);
     let pattern = get(said, "rw", Pattern { random: false, reads: true, writes: false }, |v| {

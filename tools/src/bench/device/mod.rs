@@ -2,6 +2,7 @@
 //! the SSD tier: what a device gives before there is a cache over it.
 
 mod cache;
+mod disk_util;
 mod job;
 mod report;
 mod run;
@@ -89,6 +90,7 @@ pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
     };
     let files = args.files.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let jobs = job::jobs(&files, &args.flags)?;
+    let disks = disk_util::DiskUtil::begin(&jobs);
     let mut done: Vec<report::Done> = Vec::new();
     for group in 0..=jobs.last().map_or(0, |job| job.group) {
         let its: Vec<_> = jobs.iter().filter(|job| job.group == group).cloned().collect();
@@ -109,7 +111,9 @@ pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
         }
     }
     let text = if json || args.json {
-        serde_json::to_string_pretty(&report::as_json(&done))? + "\n"
+        let mut report = report::as_json(&done);
+        report["disk_util"] = disks.end().into();
+        serde_json::to_string_pretty(&report)? + "\n"
     } else {
         report::in_words(&done)
     };
