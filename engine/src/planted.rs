@@ -39,7 +39,7 @@ bugs! {
     WriterNotCleared: "the table says for ever that a slot is being filled",
     QuarantineLeaks: "a quarantined slot is never free again",
     BirthForgotten: "a free slot that has pages is not used before they are touched again",
-    ShrinkKeepsHeaders: "a smaller pool leaves in the slot table what lay behind it",
+    GrowthKeepsHeaders: "a pool that has grown again believes what the slot table said of it when it was smaller",
     ShrinkForgetsWriters: "a pool that has grown again does not wait for who may be writing where it grew",
     MovedOnLoan: "a block that is on loan is moved to another slot",
     MovedUncopied: "a block is moved to another slot without its bytes",

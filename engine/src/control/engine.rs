@@ -330,6 +330,8 @@ impl Prepared {
         }
         dma::populate(&prepared.tables(), || false);
         prepared.populated = true;
+        let grows = prepared.table.slots_count()..prepared.pool.slots_count;
+        prepared.table.populate(grows);
         // Last, so that little has changed when it is asked again.
         prepared.cache.follow_pool();
         Ok(Some(prepared))

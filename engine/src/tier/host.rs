@@ -705,6 +705,8 @@ impl HostSlots {
         if self.is_closed(slot) {
             self.closed_free += 1;
             self.closed_busy -= u32::from(was_busy);
+            // Now, or all at once when the pool grows again.
+            self.forget(slot);
         } else {
             self.free.push(slot);
         }

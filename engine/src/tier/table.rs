@@ -289,18 +289,18 @@ impl SlotTable {
         }
     }
 
-    /// The pool has so many slots from now on. What those behind them held is forgotten; who may be writing there is not:
-    /// should they come back, they wait for it. A process that dies in between leaves the old number or the new one.
+    /// The pool has so many slots from now on. What those that come to it held before is forgotten; who may be writing there
+    /// is not: they wait for it. A process that dies in between leaves the old number or the new one.
     pub fn resize(&self, slots: u32) {
         let (slots, before) = (slots.min(self.shape.slots_max), self.slots_count());
         if slots == before {
             return;
         }
-        if !planted::has(Bug::ShrinkKeepsHeaders) {
-            // What says nothing is left as it is: there may be many, and nothing changes.
+        if !planted::has(Bug::GrowthKeepsHeaders) {
+            // Most of them say nothing: that is left as it is.
             let says_something =
                 |slot: &u32| [5, 7].iter().any(|at| self.header_words(*slot)[*at].load(Ordering::Relaxed) != 0);
-            (slots.min(before)..slots.max(before)).filter(says_something).for_each(|slot| self.clear(slot));
+            (before..slots).filter(says_something).for_each(|slot| self.clear(slot));
         }
         if planted::has(Bug::ShrinkForgetsWriters) {
             let ranks = 0..self.shape.tp_size;
@@ -319,6 +319,20 @@ impl SlotTable {
         let resizes = self.memory.words64(RESIZES, 1)[0].load(Ordering::Relaxed);
         // An odd number: no two of 2^64 are the same.
         self.shape.pool_id.wrapping_add(resizes.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    /// Gives pages to what is said of these slots, which may be more than the pool has yet: nothing that it says changes.
+    pub fn populate(&self, slots: std::ops::Range<u32>) {
+        const PAGE: usize = 4096;
+        let rank_bytes = self.shape.tp_size as usize * 4;
+        for (zone, bytes) in [(self.headers, 64), (self.writers, rank_bytes)] {
+            let from = (zone + slots.start as usize * bytes) / PAGE * PAGE;
+            let to = (zone + slots.end.min(self.shape.slots_max) as usize * bytes).min(self.memory.bytes());
+            if from < to {
+                // Before Linux 5.14 pages come when they are used.
+                let _ = self.memory.populate(from, to - from);
+            }
+        }
     }
 
     fn writer_word(&self, slot: u32, rank: u32) -> &AtomicU32 {
