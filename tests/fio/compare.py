@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
 
 # What is promised: bandwidth and IOPS within 3 % of fio's or better, at equal or lower CPU time an I/O.
 HOLDS = {
@@ -58,7 +58,10 @@ def main() -> None:
     parser.add_argument("--iomem", default="mmap", help="fio's memory: mmap, or mmaphuge where hugepages are reserved")
     said = parser.parse_args()
     job_file = said.jobfile.resolve()
-    kvring = [said.kvring, "bench", "device", str(job_file), "--output-format", "json"]
+    program = shutil.which(said.kvring)
+    if program is None:
+        sys.exit(f"--kvring {said.kvring}: no such program: say where it is, or `cargo build --release`")
+    kvring = [str(Path(program).resolve()), "bench", "device", str(job_file), "--output-format", "json"]
     # The same jobs, with the one key that only fio needs.
     for_fio = tempfile.NamedTemporaryFile("w", suffix=".fio")
     for_fio.write(job_file.read_text().replace("[global]", f"[global]\niomem={said.iomem}", 1))
