@@ -75,7 +75,8 @@ fn find(diskstats: &str, major: u32, minor: u32) -> Option<Counts> {
     diskstats.lines().find_map(|line| {
         let mut words = line.split_ascii_whitespace();
         let mut is = |number: u32| words.next()?.parse::<u32>().ok().filter(|found| *found == number);
-        (is(major)?, is(minor)?);
+        is(major)?;
+        is(minor)?;
         Some(Counts { name: words.next()?.to_owned(), counts: words.map_while(|word| word.parse().ok()).collect() })
     })
 }
