@@ -152,6 +152,7 @@ pub struct Config {
     pub allowed_groups: Vec<u32>,
     pub crash_limit: u32,
     pub crash_window: Duration,
+    pub hang_limit: Duration,
     pub client_wait: Duration,
     pub start_wait: Duration,
     pub cuda_driver: Option<PathBuf>,
@@ -627,6 +628,17 @@ pub const SETTINGS: &[Setting] = &[
         Some(())
     }),
     setting!(
+        "hang_limit_s",
+        None,
+        "15",
+        "seconds from 0 to 3600; 0 for ever",
+        "An engine process whose shard does not hear for so long ends itself, as with a crash: the pool stays. One that was stopped as a whole (SIGSTOP) is left alone.",
+        |c, v| {
+            c.hang_limit = Duration::from_secs(v.parse().ok().filter(|n| *n <= 3600)?);
+            Some(())
+        }
+    ),
+    setting!(
         "client_wait_ms",
         None,
         "10",
@@ -914,6 +926,7 @@ impl Default for Config {
             allowed_groups: Vec::new(),
             crash_limit: 0,
             crash_window: Duration::ZERO,
+            hang_limit: Duration::ZERO,
             client_wait: Duration::ZERO,
             start_wait: Duration::ZERO,
             cuda_driver: None,

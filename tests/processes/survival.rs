@@ -5,6 +5,7 @@ use kvring_ipc::instance::{HeldSlot, LoadStep, Reserved};
 use rustix::process::Signal;
 
 const NO_SSD: (&str, &str) = ("ssd_cache_gb", "0");
+const EXTERNAL: (&str, &str) = ("server_launch_mode", "external");
 
 fn slots(reserved: Vec<Reserved>) -> Vec<HeldSlot> {
     let slot = |reserved| match reserved {
@@ -280,6 +281,46 @@ fn one_who_panics() {
 }
 
 /// The second wish is for what lies there by then, whatever became of the first.
+/// A debugger holds one thread of it: the others see that it does not hear.
+#[test]
+fn an_engine_process_whose_shard_hangs_is_replaced_and_one_that_was_stopped_is_not() {
+    use nix::sys::ptrace;
+    use nix::sys::wait::{WaitPidFlag, waitpid};
+    let mut place = Place::new();
+    let pid = place.serve(&["--block-kib", "64", "--hang-limit-s", "2"]);
+    let keys = chain("a", 20);
+    let mut agent = place.agent(0, &[EXTERNAL]);
+    eventually("the blocks are there", || store(&mut agent, &keys) == 20);
+    halt(pid);
+    std::thread::sleep(Duration::from_secs(5));
+    signal(pid, Signal::CONT);
+    eventually("it goes on", || load(&mut agent, &keys) == 20);
+    // Longer than it would take to think otherwise.
+    std::thread::sleep(Duration::from_secs(4));
+    assert_eq!((load(&mut agent, &keys), place.server_pid()), (20, pid));
+
+    let shard = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .flatten()
+        .find(|task| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default().trim() == "kvring-shard");
+    let shard = shard.expect("a shard").file_name().to_str().unwrap().parse().map(nix::unistd::Pid::from_raw).unwrap();
+    let traced = ptrace::seize(shard, ptrace::Options::empty()).and_then(|()| ptrace::interrupt(shard));
+    if traced == Err(nix::errno::Errno::EPERM) {
+        println!("skipped: nobody may trace another process here (Yama, or a container without SYS_PTRACE)");
+        return;
+    }
+    traced.unwrap();
+    waitpid(shard, Some(WaitPidFlag::__WALL)).unwrap();
+    // Whoever traces a thread has to see its end.
+    eventually("it is dead", || {
+        let ended = waitpid(shard, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+        ended.is_ok_and(|how| matches!(how, nix::sys::wait::WaitStatus::Signaled(..)))
+    });
+    eventually("the same blocks are served again", || load(&mut agent, &keys) == 20);
+    let stats = place.stats().unwrap();
+    assert_eq!((stats["crashes"].as_u64(), stats["epoch"].as_u64()), (Some(1), Some(2)));
+}
+
 #[test]
 fn an_upgrade_that_is_asked_for_during_another_follows_it() {
     let mut place = Place::new();

@@ -32,12 +32,14 @@ const LARGEST_BLOCK_MB: u64 = 256;
 fn ask(socket: &Path, request: &Request, patience: Duration) -> Result<Reply, ChannelError> {
     use rustix::io::Errno;
     let until = Instant::now() + patience;
+    let mut left = patience;
     loop {
-        match handshake::ask(socket, request, patience) {
+        match handshake::ask(socket, request, left) {
             Err(ChannelError::Closed | ChannelError::System(Errno::PIPE | Errno::CONNRESET))
-                if Instant::now() < until && !matches!(request, Request::Evict { .. } | Request::Stop) =>
+                if Instant::now() < until && !matches!(request, Request::Evict { .. }) =>
             {
                 std::thread::sleep(Duration::from_millis(5));
+                left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(50));
             }
             answered => return answered,
         }

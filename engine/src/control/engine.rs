@@ -111,6 +111,8 @@ pub enum ToShard {
     Admin(u64, AdminOp),
     /// Use only so many slots of the pool, from the first on, and move what lies behind them; or use all again.
     Vacate(Option<u32>),
+    /// Say that it is heard.
+    Pulse(Arc<AtomicBool>),
     /// Finish writing and return.
     Stop,
     /// Finish what is under way and return: the pool stays, for another engine process.
@@ -1258,6 +1260,7 @@ impl Runner {
                 self.shard.vacate(slots);
                 self.is_vacating = slots.is_some();
             }
+            ToShard::Pulse(is_heard) => is_heard.store(true, Ordering::Release),
             ToShard::Stop => {
                 self.finish(SessionState::Closing, true);
                 return false;

@@ -9,6 +9,7 @@ pub mod verify;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
@@ -155,9 +156,20 @@ pub struct Server {
     resizing: Option<Resizing>,
     /// The pool's file ends behind the pool, and somebody may be using what lies there; from where on it is to be given back.
     tail_from: Option<u64>,
+    pulse: Pulse,
     verify: Arc<VerifyState>,
     /// From whoever waits for the drives.
     flushed: (Sender<Flushed>, Receiver<Flushed>),
+}
+
+/// Whether the shard still hears: asked once a second.
+#[derive(Default)]
+struct Pulse {
+    felt: Option<Instant>,
+    /// It is asked, and has not answered yet.
+    asked: Option<Arc<AtomicBool>>,
+    /// Seconds since the last answer.
+    missed: u64,
 }
 
 /// A reset whose headers the drives have flushed, or not.
@@ -215,13 +227,15 @@ fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> ServeError {
 /// How long a process that dies of a panic may take to say so.
 const LAST_WORDS: Duration = Duration::from_millis(50);
 
+/// Nothing is unwound or unmapped by this process.
+fn end_at_once() {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+}
+
 /// From now on a panic of the shard, or of the main thread, ends the process at once, and the keeper starts the next one.
 /// Else the process would unwind and unmap its pool first, while everybody waits.
 pub fn end_with_a_panic() {
     let tell = std::panic::take_hook();
-    let kill = || {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-    };
     std::panic::set_hook(Box::new(move |panic| {
         if !matches!(std::thread::current().name(), Some("main" | engine::SHARD_THREAD)) {
             return tell(panic);
@@ -230,12 +244,12 @@ pub fn end_with_a_panic() {
         let killer = std::thread::Builder::new().spawn(move || {
             #[expect(clippy::disallowed_methods, reason = "the end of the process")]
             std::thread::sleep(LAST_WORDS);
-            kill();
+            end_at_once();
         });
         tell(panic);
         match killer {
             Ok(killer) => drop(killer.join()),
-            Err(_) => kill(),
+            Err(_) => end_at_once(),
         }
     }));
 }
@@ -284,6 +298,7 @@ impl Server {
             upgrade_failure: None,
             resizing: None,
             tail_from: None,
+            pulse: Pulse::default(),
             verify: Arc::default(),
             flushed: crossbeam_channel::unbounded(),
         };
@@ -543,6 +558,7 @@ impl Server {
             self.give_back_tail();
             self.log_counters();
             self.warn_of_media();
+            self.feel_the_pulse();
             failed = self.engine.as_ref().is_some_and(Engine::has_failed);
         }
         let Some(leaving) = self.leaving.filter(|_| !failed) else { return false };
@@ -553,7 +569,7 @@ impl Server {
             // Nobody finds us any more; then the sessions there are end.
             keeper::remove_socket(&self.config.socket, self.inheritance.socket_id);
         }
-        self.verify.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.verify.stop.store(true, Ordering::Relaxed);
         if let Some(engine) = &mut self.engine {
             let write_back = leaving == Leaving::HandOver { is_awaited: true };
             engine.stop(if hand_over { ToShard::HandOver { write_back } } else { ToShard::Stop });
@@ -575,6 +591,30 @@ impl Server {
             drop(engine);
         }
         true
+    }
+
+    /// A shard that does not hear for `hang_limit_s`, counted in seconds in which this thread ran, serves nobody. Its process ends,
+    /// as with any crash, and the keeper starts the next one over the same pool. One that was stopped as a whole has missed
+    /// one second at the most.
+    #[expect(clippy::disallowed_methods, reason = "the control plane's clock, and the end of the process")]
+    fn feel_the_pulse(&mut self) {
+        let limit_s = self.config.hang_limit.as_secs();
+        let Some(engine) = self.engine.as_ref().filter(|_| limit_s > 0) else { return };
+        if self.pulse.felt.is_some_and(|felt| felt.elapsed() < Duration::from_secs(1)) {
+            return;
+        }
+        self.pulse.felt = Some(Instant::now());
+        if self.pulse.asked.as_ref().is_none_or(|is_heard| is_heard.load(Ordering::Acquire)) {
+            let is_heard = Arc::<AtomicBool>::default();
+            (self.pulse.missed, self.pulse.asked) = (0, Some(is_heard.clone()));
+            return engine.tell(ToShard::Pulse(is_heard));
+        }
+        self.pulse.missed += 1;
+        if self.pulse.missed > limit_s {
+            tracing::error!("the shard has not moved for {limit_s} s: this engine process ends");
+            std::thread::sleep(LAST_WORDS);
+            end_at_once();
+        }
     }
 
     /// Who looks for the server by its lock finds this process.

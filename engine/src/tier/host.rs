@@ -76,6 +76,15 @@ struct Slot {
 
 const _: () = assert!(size_of::<Slot>() == 64);
 
+impl Slot {
+    /// It holds what a header says that another engine process left.
+    fn holds_what(&mut self, header: &Header) {
+        let crc_known = header.flags & CRC_UNKNOWN == 0;
+        (self.state, self.generation) = (State::Held, header.generation);
+        (self.data_crc, self.crc_known, self.doubted) = (header.data_crc, crc_known, crc_known);
+    }
+}
+
 /// What became of a slot when a rank was done with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RankDone {
@@ -304,9 +313,7 @@ impl HostSlots {
                 self.quarantined.push(slot);
             }
         } else if let Some(header) = table.header(slot) {
-            let crc_known = header.flags & CRC_UNKNOWN == 0;
-            (s.state, s.generation) = (State::Held, header.generation);
-            (s.data_crc, s.crc_known, s.doubted) = (header.data_crc, crc_known, crc_known);
+            s.holds_what(&header);
             changes.found.push(header);
         } else if slot < self.born_before {
             s.state = State::Free;
@@ -330,8 +337,10 @@ impl HostSlots {
         let unchanged = s.state == State::Held && std::mem::take(&mut s.block) != 0;
         self.taken[slot as usize] = UNSURE;
         let header = self.table.as_ref().filter(|_| unchanged)?.header(slot);
-        if unchanged && header.is_none() {
-            self.release(slot);
+        match &header {
+            // It may be another one by now.
+            Some(header) => s.holds_what(header),
+            None => self.release(slot),
         }
         header
     }

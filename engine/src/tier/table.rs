@@ -194,7 +194,8 @@ impl SlotTable {
         self.journal_slot(journal, noted).store(slot, Ordering::Relaxed);
         planted::step();
         // Release: whoever sees this one sees all that changed before it. The change that it announces may come later.
-        count.store(noted + 1, Ordering::Release);
+        // Wraps only where the count is damaged: then it is less than anybody has seen.
+        count.store(noted.wrapping_add(1), Ordering::Release);
     }
 
     /// The engine process of this epoch notes all changes from now on, before any of them.
@@ -219,7 +220,8 @@ impl SlotTable {
         }
         // The last change that was noted may have been under way.
         let from = seen.count.saturating_sub(1);
-        if now.count.checked_sub(from)? > self.shape.journal_slots() as u64 {
+        // Not all of the ring: whoever died while he noted one more may have written over the first.
+        if now.count.checked_sub(from)? >= self.shape.journal_slots() as u64 {
             return None;
         }
         let journal = self.journal?;
@@ -325,6 +327,9 @@ impl SlotTable {
     pub fn populate(&self, slots: std::ops::Range<u32>) {
         const PAGE: usize = 4096;
         let rank_bytes = self.shape.tp_size as usize * 4;
+        if slots.is_empty() {
+            return;
+        }
         for (zone, bytes) in [(self.headers, 64), (self.writers, rank_bytes)] {
             let from = (zone + slots.start as usize * bytes) / PAGE * PAGE;
             let to = (zone + slots.end.min(self.shape.slots_max) as usize * bytes).min(self.memory.bytes());
@@ -471,10 +476,11 @@ mod test {
         assert_eq!(next.changed_since(seen, 5), Some(vec![2, 4, 9]));
         assert_eq!(next.changed_since(next.seen().unwrap(), 5), Some(vec![2]));
         assert_eq!(next.changed_since(seen, 6), None, "another process served last");
-        for at in 0..62 {
-            table.clear(at % 10);
-        }
-        assert_eq!(next.changed_since(seen, 5), None, "more than it has room for");
+        let room = u64::from(64 - (next.seen().unwrap().count - (seen.count - 1)) as u32);
+        (0..room - 1).for_each(|at| table.clear((5 + at % 2) as u32));
+        assert_eq!(next.changed_since(seen, 5), Some(vec![2, 4, 5, 6, 9]));
+        table.clear(1);
+        assert_eq!(next.changed_since(seen, 5), None, "a whole round: the first may be another's");
         assert!(next.changed_since(next.seen().unwrap(), 5).is_some());
         // A process of an earlier version serves in between, and one of this version after it.
         let seen = next.seen().unwrap();

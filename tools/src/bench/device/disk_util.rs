@@ -8,10 +8,19 @@ use serde_json::{Value, json};
 
 use super::job::{Engine, Job};
 
-/// Disks and what had been counted of each when the jobs began.
+/// Disks and what was counted of each while jobs ran: their files were there before.
+#[derive(Default)]
 pub struct DiskUtil {
-    begun: Instant,
-    disks: Vec<(u64, Option<Counts>)>,
+    ms: u64,
+    disks: Vec<Disk>,
+}
+
+struct Disk {
+    number: u64,
+    /// What had been counted when the jobs that run now began.
+    before: Option<Counts>,
+    /// In the order of the kernel's line.
+    since: Vec<u64>,
 }
 
 /// One disk's line, from its name on.
@@ -21,34 +30,50 @@ struct Counts {
 }
 
 impl DiskUtil {
-    /// Of the disks that these jobs' files lie on, as far as the kernel knows them.
-    pub fn begin(jobs: &[Job]) -> Self {
+    /// Of the disks that the files of some jobs lie on, as far as the kernel knows them.
+    pub fn of(jobs: &[Job]) -> Self {
         let in_kernel = |job: &&Job| !matches!(job.engine, Engine::Spdk | Engine::Sim | Engine::Kvring);
         let mut disks: Vec<u64> = jobs.iter().filter(in_kernel).filter_map(|job| device_of(&job.filename)).collect();
         disks.sort_unstable();
         disks.dedup();
-        let disks = disks.into_iter().map(|disk| (disk, counts_of(disk))).collect();
-        Self { begun: Instant::now(), disks }
+        let disk = |number| Disk { number, before: None, since: Vec::new() };
+        Self { ms: 0, disks: disks.into_iter().map(disk).collect() }
     }
 
-    /// What was counted since.
-    pub fn end(&self) -> Vec<Value> {
-        let ms = (self.begun.elapsed().as_millis() as u64).max(1);
-        let since = |(disk, before): &(u64, Option<Counts>)| {
-            let (before, now) = (before.as_ref()?, counts_of(*disk)?);
-            let more = |at: usize| now.counts.get(at)?.checked_sub(*before.counts.get(at)?);
-            let busy_ms = more(9)?;
+    /// Counts while this runs.
+    pub fn during<T>(&mut self, run: impl FnOnce() -> T) -> T {
+        for disk in &mut self.disks {
+            disk.before = counts_of(disk.number);
+        }
+        let begun = Instant::now();
+        let result = run();
+        self.ms += begun.elapsed().as_millis() as u64;
+        for disk in &mut self.disks {
+            let (Some(before), Some(now)) = (&disk.before, counts_of(disk.number)) else { continue };
+            disk.since.resize(now.counts.len(), 0);
+            for ((sum, now), before) in disk.since.iter_mut().zip(&now.counts).zip(&before.counts) {
+                *sum += now.saturating_sub(*before);
+            }
+        }
+        result
+    }
+
+    /// What fio calls `disk_util`.
+    pub fn as_json(&self) -> Vec<Value> {
+        let row = |disk: &Disk| {
+            let count = |at: usize| disk.since.get(at).copied();
+            let busy_ms = count(9)?;
             Some(json!({
-                "name": now.name,
-                "read_ios": more(0)?, "write_ios": more(4)?,
-                "read_sectors": more(2)?, "write_sectors": more(6)?,
-                "read_merges": more(1)?, "write_merges": more(5)?,
-                "read_ticks": more(3)?, "write_ticks": more(7)?,
-                "in_queue": more(10)?,
-                "util": (10_000.0 * busy_ms as f64 / ms as f64).round().min(10_000.0) / 100.0,
+                "name": disk.before.as_ref()?.name,
+                "read_ios": count(0)?, "write_ios": count(4)?,
+                "read_sectors": count(2)?, "write_sectors": count(6)?,
+                "read_merges": count(1)?, "write_merges": count(5)?,
+                "read_ticks": count(3)?, "write_ticks": count(7)?,
+                "in_queue": count(10)?,
+                "util": (10_000.0 * busy_ms as f64 / self.ms.max(1) as f64).round().min(10_000.0) / 100.0,
             }))
         };
-        self.disks.iter().filter_map(since).collect()
+        self.disks.iter().filter_map(row).collect()
     }
 }
 

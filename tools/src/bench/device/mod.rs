@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::Outcome;
+use disk_util::DiskUtil;
 use job::{Engine, KEYS, SWITCHES};
 
 /// Arguments of `kvring bench device`.
@@ -73,7 +74,7 @@ impl clap::Args for DeviceArgs {
 /// What one job of these keys moves, in GB a second: a device without a cache over it.
 pub fn rate(keys: &[(&str, String)]) -> Result<f64, Box<dyn std::error::Error>> {
     let keys: Vec<_> = keys.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
-    let done = run::run(&job::jobs(&[], &keys)?)?;
+    let done = run::run(&job::jobs(&[], &keys)?, &mut DiskUtil::default())?;
     if let Some(bad) = done.iter().find(|done| done.error != 0) {
         return Err(std::io::Error::from_raw_os_error(bad.error).into());
     }
@@ -90,7 +91,7 @@ pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
     };
     let files = args.files.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let jobs = job::jobs(&files, &args.flags)?;
-    let disks = disk_util::DiskUtil::begin(&jobs);
+    let mut disks = DiskUtil::of(&jobs);
     let mut done: Vec<report::Done> = Vec::new();
     for group in 0..=jobs.last().map_or(0, |job| job.group) {
         let its: Vec<_> = jobs.iter().filter(|job| job.group == group).cloned().collect();
@@ -98,7 +99,7 @@ pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
         if cache.len() > 1 || !cache.is_empty() && !device.is_empty() {
             return Err("ioengine=kvring: one job at a time: say stonewall".into());
         }
-        let mut ended = run::run(&device)?;
+        let mut ended = run::run(&device, &mut disks)?;
         for job in &cache {
             ended.push(cache::run(job)?);
         }
@@ -112,7 +113,7 @@ pub fn bench(args: &DeviceArgs, json: bool, output: Option<&Path>) -> Outcome {
     }
     let text = if json || args.json {
         let mut report = report::as_json(&done);
-        report["disk_util"] = disks.end().into();
+        report["disk_util"] = disks.as_json().into();
         serde_json::to_string_pretty(&report)? + "\n"
     } else {
         report::in_words(&done)

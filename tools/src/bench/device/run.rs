@@ -19,6 +19,7 @@ use kvring_engine::device::{Device, DeviceMemory, Direction, Io, Region};
 use kvring_ipc::client::monotonic_ns;
 use kvring_ipc::mapping::{Mapping, Pages, sealed_memfd};
 
+use super::disk_util::DiskUtil;
 use super::job::{Engine, Job};
 use super::report::Done;
 use crate::settings::Settings;
@@ -33,7 +34,7 @@ const SIM_LATENCY_NS: u64 = 20_000;
 const SIM_BYTES_MAX: u64 = 4 << 30;
 
 /// Runs jobs at once: those of one group. Reports in their order.
-pub fn run(jobs: &[Job]) -> Result<Vec<Done>, Box<dyn std::error::Error>> {
+pub fn run(jobs: &[Job], disks: &mut DiskUtil) -> Result<Vec<Done>, Box<dyn std::error::Error>> {
     if jobs.is_empty() {
         return Ok(Vec::new());
     }
@@ -57,19 +58,22 @@ pub fn run(jobs: &[Job]) -> Result<Vec<Done>, Box<dyn std::error::Error>> {
             .unwrap_or_else(|_| ProgressStyle::default_bar());
         ProgressBar::new(time.as_secs().max(1)).with_style(style).with_message(jobs[0].name.clone())
     });
-    let ended = std::thread::scope(|scope| {
-        let barrier = &barrier;
-        let run = |(job, size, number): (Job, u64, u32)| scope.spawn(move || Worker::run(job, size, number, barrier));
-        let running: Vec<_> = threads.into_iter().map(run).collect();
-        let started = Instant::now();
-        while running.iter().any(|thread| !thread.is_finished()) {
-            bar.set_position(started.elapsed().as_secs());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        running
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| Err("a thread panicked".into())))
-            .collect::<Vec<_>>()
+    let ended = disks.during(|| {
+        std::thread::scope(|scope| {
+            let barrier = &barrier;
+            let run =
+                |(job, size, number): (Job, u64, u32)| scope.spawn(move || Worker::run(job, size, number, barrier));
+            let running: Vec<_> = threads.into_iter().map(run).collect();
+            let started = Instant::now();
+            while running.iter().any(|thread| !thread.is_finished()) {
+                bar.set_position(started.elapsed().as_secs());
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            running
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|_| Err("a thread panicked".into())))
+                .collect::<Vec<_>>()
+        })
     });
     bar.finish_and_clear();
     ended.into_iter().collect::<Result<_, Failure>>().map_err(|error| -> Box<dyn std::error::Error> { error })
