@@ -129,6 +129,15 @@ pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32, before: u32) -> ru
     Ok(memory)
 }
 
+/// Whether shared memory that asks for them gets transparent hugepages (Linux 4.8, admin-guide/mm/transhuge).
+pub const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// See [`SHMEM_ENABLED`].
+pub fn shared_memory_may_have_hugepages() -> bool {
+    let modes = std::fs::read_to_string(SHMEM_ENABLED).unwrap_or_default();
+    ["[always]", "[within_size]", "[advise]", "[force]"].iter().any(|mode| modes.contains(mode))
+}
+
 /// Why a pool did not grow, with what there is.
 pub fn cannot_grow(config: &Config, errno: rustix::io::Errno) -> PoolError {
     let gb = |bytes: u64| bytes as f64 / f64::from(1 << 30);
@@ -162,10 +171,16 @@ pub fn create(config: &Config, slot_bytes: u64) -> Result<PoolMemory, PoolError>
         if config.hugepages == Hugepages::Require {
             return Err(PoolError::NoHugepages { needed, free, total, page_bytes: huge.bytes(), file });
         }
-        warning = Some(format!(
-            "the pool is on 4 KiB pages: {needed} hugepages of {} bytes are needed and {free} are free; `echo {total} > {file}` for fewer TLB misses",
-            huge.bytes()
-        ));
+        let page = huge.bytes();
+        let wants =
+            format!("{needed} hugepages of {page} bytes are needed and {free} are free; `echo {total} > {file}`");
+        warning = Some(if shared_memory_may_have_hugepages() {
+            format!("the pool is on transparent hugepages, as far as the kernel finds some: {wants} for reserved ones")
+        } else {
+            format!(
+                "the pool is on 4 KiB pages: {wants} for fewer TLB misses, or `echo advise > {SHMEM_ENABLED}` for transparent ones"
+            )
+        });
     }
     let available = available_bytes();
     let no_memory = |errno| PoolError::NoMemory {

@@ -302,6 +302,11 @@ fn look_at_memory(report: &mut Report, config: &Config, serves: bool) {
     } else {
         report.ok("memory", format!("{} for the pool, {} available", gib(pool), gib(available)));
     }
+    if !on_hugepages && !dma::shared_memory_may_have_hugepages() {
+        let found = "a pool without reserved hugepages is on 4 KiB pages: transparent ones are off for shared memory";
+        let file = dma::SHMEM_ENABLED;
+        report.bad("hugepages", Level::Warning, found, format!("echo advise > {file}"));
+    }
     let file = "/sys/kernel/mm/transparent_hugepage/enabled";
     match read(file) {
         Some(modes) if modes.contains("[never]") => {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::{Outcome, cargo, root, step};
+use crate::{Outcome, cargo, program, root, step};
 
 /// A run takes a minute on two idle cores; the counts of `cpu` take ten.
 const TIME_MAX: Duration = Duration::from_secs(420);
@@ -18,7 +18,7 @@ const COUNTS_TIME_MAX: Duration = Duration::from_secs(1200);
 pub fn guest(only: Option<&str>) -> Outcome {
     install()?;
     let (kernel, modules) = kernel()?;
-    step("the program", &mut cargo(&["build", "--release", "-p", "kvring"]))?;
+    step("the program", &mut program())?;
     let suite = suite()?;
     let initrd = initrd(&modules, &suite, only == Some("cpu"))?;
     if let Some(only) = only {
@@ -135,11 +135,12 @@ fn backports() -> Outcome<[String; 4]> {
     ])
 }
 
-/// The conformance suite, as `cargo test` builds it.
+/// The conformance suite, as `cargo test` builds it: with all others, or their packages would be compiled again.
 fn suite() -> Outcome<PathBuf> {
-    let arguments = ["test", "--no-run", "-p", "kvring-tests", "--test", "devices", "--message-format", "json"];
+    let arguments = ["test", "--no-run", "--workspace", "--exclude", "xtask", "--message-format", "json"];
     let messages = told(&mut *cargo(&arguments).current_dir(root()))?;
-    let executable = messages.lines().rev().find_map(|line| line.split_once("\"executable\":\""));
+    let of_suite = messages.lines().filter(|line| line.contains(r#""name":"devices""#));
+    let executable = of_suite.filter_map(|line| line.split_once("\"executable\":\"")).next_back();
     let path = executable.and_then(|(_, rest)| rest.split('"').next());
     path.map(PathBuf::from).ok_or_else(|| "cargo has built no suite".into())
 }

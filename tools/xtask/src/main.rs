@@ -47,9 +47,7 @@ fn main() -> ExitCode {
         ["find-planted"] => bugs::find_all(),
         ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
-        ["pages"] => {
-            step("the program", &mut cargo(&["build", "--release", "-p", "kvring"])).and_then(|()| python::browser())
-        }
+        ["pages"] => step("the program", &mut program()).and_then(|()| python::browser()),
         ["spdk"] => spdk(),
         ["guest"] => guest::guest(None),
         ["guest", stories @ ("stories" | "vfio" | "uio" | "cpu")] => guest::guest(Some(stories)),
@@ -96,6 +94,11 @@ fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
+/// Builds `kvring`, and all else with it: alone it would have its packages compiled again, with fewer features.
+fn program() -> Command {
+    cargo(&["build", "--release", "--workspace"])
+}
+
 fn ci() -> Outcome {
     step("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     step("format of the fuzzers", &mut cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))?;
@@ -103,7 +106,7 @@ fn ci() -> Outcome {
     step("documentation", cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     let loom = ["test", "-p", "kvring-ipc", "--test", "loom", "--release", "--target-dir", "target/loom"];
     step("loom", cargo(&loom).env("RUSTFLAGS", "--cfg loom"))?;
-    step("release build", &mut cargo(&["build", "--release", "--workspace"]))?;
+    step("release build", &mut program())?;
     println!("── simulation");
     simulate_for(Duration::from_secs(30))?;
     step("planted bugs", &mut with_bugs())?;

