@@ -129,10 +129,10 @@ pub fn reopen(fd: OwnedFd, slot_bytes: u64, slots_count: u32, before: u32) -> ru
     Ok(memory)
 }
 
-/// Whether shared memory that asks for them gets transparent hugepages (Linux 4.8, admin-guide/mm/transhuge).
+/// Who gets transparent hugepages for shared memory (Linux 4.8, admin-guide/mm/transhuge).
 pub const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-/// See [`SHMEM_ENABLED`].
+/// Whether shared memory that asks for them gets transparent hugepages, as [`SHMEM_ENABLED`] says.
 pub fn shared_memory_may_have_hugepages() -> bool {
     let modes = std::fs::read_to_string(SHMEM_ENABLED).unwrap_or_default();
     ["[always]", "[within_size]", "[advise]", "[force]"].iter().any(|mode| modes.contains(mode))
