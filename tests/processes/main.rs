@@ -11,6 +11,7 @@ mod golden;
 mod integrity;
 mod lifecycle;
 mod observe;
+mod reaper;
 mod replay;
 mod resize;
 mod security;

@@ -20,8 +20,8 @@ use kvring_ipc::stats::{ServerState, Stats, Text};
 use kvring_spdk::SpdkError;
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
-use super::health;
 use super::verify::{Survey, Surveyed};
+use super::{background, health};
 use crate::cache::Cache;
 use crate::checksum;
 use crate::device::aio::Aio;
@@ -323,20 +323,29 @@ impl Prepared {
         if let Some(geometry) = &geometry {
             files::grow_ahead(&Medium::all(&config.ssd_cache_dirs)?, geometry)?;
         }
-        // Its pages are there; with their places in this process' page table nothing waits for them. In a big pool
-        // on small pages that takes long: the rest follows behind.
-        let until_ns = monotonic_ns() + TOUCH_NS_MAX;
-        let pieces = prepared.pool.pieces_count();
-        while prepared.touched < pieces && monotonic_ns() < until_ns && prepared.pool.touch(prepared.touched).is_ok() {
-            prepared.touched += 1;
-        }
-        dma::populate(&prepared.tables(), || false);
-        prepared.populated = true;
+        prepared.touch();
         let grows = prepared.table.slots_count()..prepared.pool.slots_count;
         prepared.table.populate(grows);
         // Last, so that little has changed when it is asked again.
         prepared.cache.follow_pool();
         Ok(Some(prepared))
+    }
+
+    /// Its pages are there; with their places in this process' page table nothing waits for them. Behind whoever serves
+    /// and is served meanwhile; and in a big pool on small pages it takes long: the rest follows later.
+    fn touch(&mut self) {
+        let until_ns = monotonic_ns() + TOUCH_NS_MAX;
+        let is_late = || monotonic_ns() > until_ns;
+        let (pool, tables) = (&self.pool, self.tables());
+        let touch = || {
+            background::yield_to_others();
+            let populated = dma::populate(&tables, is_late);
+            let touched = (0..pool.pieces_count()).take_while(|piece| pool.touch(*piece, is_late).is_ok()).count();
+            (populated, touched as u32)
+        };
+        let done = std::thread::scope(|scope| std::thread::Builder::new().spawn_scoped(scope, touch).ok()?.join().ok());
+        // Without a thread all of it follows later.
+        (self.populated, self.touched) = done.unwrap_or_default();
     }
 
     fn new(
@@ -460,6 +469,8 @@ pub struct Engine {
     pub metrics: Arc<Metrics>,
     /// What each device is, for the operator.
     pub devices: Vec<String>,
+    /// Whether what they do in a dead process ends with its files, or holds their lock. Else it ends with its memory.
+    pub ends_with_files: bool,
     /// Where blocks lie on them.
     pub geometry: Option<DiskGeometry>,
     /// What the shard hands back.
@@ -467,6 +478,8 @@ pub struct Engine {
     teller: Teller,
     stop_threads: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    /// Closed when the shard is over.
+    over: Receiver<()>,
     /// Gives back the place of slots that are not used any more.
     giver: Option<JoinHandle<()>>,
 }
@@ -556,7 +569,7 @@ impl Engine {
         if forget {
             cache.reset();
         }
-        let Opened { devices, locks, lost } = open_devices(config, &pool, opened, images)?;
+        let Opened { devices, locks, lost, ends_with_files } = open_devices(config, &pool, opened, images)?;
         let (described, devices): (Vec<String>, Vec<AnyDevice>) = devices.into_iter().unzip();
         for line in &described {
             tracing::info!("device {line}");
@@ -615,11 +628,13 @@ impl Engine {
         let first_piece = if is_kept {
             0
         } else {
-            pool.touch(0).map_err(|errno| BuildError::System { what: "touch the pool", errno: errno.into() })?;
+            pool.touch(0, || false)
+                .map_err(|errno| BuildError::System { what: "touch the pool", errno: errno.into() })?;
             shard.bear(0, pool.slots_of(0)).map_err(BuildError::Register)?;
             1
         };
         let (to_control, from_shard) = crossbeam_channel::unbounded();
+        let (is_over, over) = crossbeam_channel::bounded(0);
         let runner = Runner {
             shard,
             for_shard,
@@ -633,7 +648,9 @@ impl Engine {
             retired,
             is_vacating: false,
             recovery_began_ns: with_disk.then(monotonic_ns),
-            _locks: locks,
+            memory_is_awaited: true,
+            locks,
+            is_over,
         };
         // Here, where its lack can be told: a shard that cannot sleep would take a core for nothing.
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC);
@@ -656,11 +673,13 @@ impl Engine {
             stats,
             metrics,
             devices: described,
+            ends_with_files,
             geometry,
             from_shard,
             teller,
             stop_threads,
             thread,
+            over,
             giver,
         };
         if let Some((stats, _)) = &engine.stats {
@@ -669,7 +688,7 @@ impl Engine {
         if let Some(geometry) = geometry {
             read_the_disk(engine.teller.clone(), geometry, fingerprint, to_read, config.checksum);
         }
-        engine.touch_the_rest(first_piece, touched);
+        engine.touch_the_rest(is_kept, first_piece, touched);
         Ok(engine)
     }
 
@@ -692,27 +711,39 @@ impl Engine {
 
     /// Gives the rest of the pool its pages, in parallel and behind; of pieces that were touched the shard is only
     /// told.
-    fn touch_the_rest(&self, first_piece: u32, touched: u32) {
+    fn touch_the_rest(&self, is_kept: bool, first_piece: u32, touched: u32) {
         let next = Arc::new(AtomicU32::new(first_piece));
-        // Prepared, and grown perhaps: others need the cores more right now.
-        let threads = if touched > 0 { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
+        // Of a pool that is served already nobody waits for the rest.
+        let threads = if is_kept { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get().min(4)) };
         for _ in 0..threads.min(self.pool.pieces_count().saturating_sub(first_piece) as usize) {
             let (next, pool, stop) = (next.clone(), self.pool.clone(), self.stop_threads.clone());
             let teller = self.teller.clone();
             let pauses = !self.devices.is_empty();
             let touch = move || {
+                // A little at a time, so that whoever wants the core, or to map something, has it soon. Not at a low
+                // priority: one that has to wait for a core while it holds mmap_lock has all others wait with it.
+                let stop = || {
+                    if is_kept {
+                        #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    stop.load(Ordering::Relaxed)
+                };
                 loop {
                     let piece = next.fetch_add(1, Ordering::Relaxed);
-                    if piece >= pool.pieces_count() || stop.load(Ordering::Relaxed) {
+                    if piece >= pool.pieces_count() || stop() {
                         return;
                     }
                     let has = piece < touched;
-                    if has && pauses || touched > 0 && !has {
-                        // To register one takes the shard a while, and to touch one a core: it serves in between.
+                    if has && pauses {
+                        // To register one takes the shard a while: it serves in between.
                         #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
-                        std::thread::sleep(Duration::from_millis(if has { 2 } else { 5 }));
+                        std::thread::sleep(Duration::from_millis(2));
                     }
-                    let touched = if has { Ok(()) } else { pool.touch(piece) };
+                    let touched = if has { Ok(()) } else { pool.touch(piece, stop) };
+                    if touched == Err(rustix::io::Errno::INTR) {
+                        return;
+                    }
                     if let Err(errno) = touched {
                         tracing::error!("piece {piece} of the pool has no memory ({errno}): its slots are not used");
                         continue;
@@ -731,12 +762,18 @@ impl Engine {
     pub fn stop(&mut self, how: ToShard) {
         self.stop_threads.store(true, Ordering::Relaxed);
         self.tell(how);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        // Whoever panics closes it too.
+        let _ = self.over.recv();
         // Before anybody else uses those slots.
         if let Some(giver) = self.giver.take() {
             let _ = giver.join();
+        }
+    }
+
+    /// Lets go of the memory, which takes long.
+    pub fn end(mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 
@@ -817,7 +854,9 @@ fn read_the_disk(teller: Teller, geometry: DiskGeometry, layout: u64, to_read: V
 
 /// Gives tables their pages while the cache serves: whoever needs one before gets it, and waits for that one.
 fn populate_behind(tables: Vec<Vec<Arc<Mapping>>>, stop: Arc<AtomicBool>) {
-    let populate = move || dma::populate(&tables, || stop.load(Ordering::Relaxed));
+    let populate = move || {
+        dma::populate(&tables, || stop.load(Ordering::Relaxed));
+    };
     if let Err(error) = std::thread::Builder::new().name("kvring-tables".into()).spawn(populate) {
         tracing::warn!("cannot start a thread for the index's memory: {error}: it comes as it is used");
     }
@@ -950,6 +989,8 @@ struct Opened {
     locks: Vec<std::fs::File>,
     /// Those of them that are gone.
     lost: Vec<usize>,
+    /// What is under way ends with the files of this process, or holds their lock: not with its memory.
+    ends_with_files: bool,
 }
 
 fn open_devices(
@@ -974,7 +1015,7 @@ fn open_devices(
         check_memlock(pool.mapping.bytes() as u64)?;
     }
     let mut devices = Vec::new();
-    let (mut locks, mut lost) = (Vec::new(), Vec::new());
+    let (mut locks, mut lost, mut ends_with_files) = (Vec::new(), Vec::new(), true);
     let several = opened.len() > 1;
     for (device, headers) in opened.into_iter().zip(images) {
         let memory = DeviceMemory { pool: pool.mapping.clone(), headers, piece_bytes: pool.piece_bytes as usize };
@@ -991,6 +1032,7 @@ fn open_devices(
             let hugepages = hugepages
                 .transpose()
                 .map_err(|error| BuildError::System { what: "duplicate the pool's file", errno: error })?;
+            ends_with_files = false;
             match Spdk::new(address, memory, hugepages, config.iouring_entries) {
                 Err(error @ (SpdkError::Connect { .. } | SpdkError::Io { .. })) if several => {
                     tracing::error!("{name} is gone ({error}): its blocks are forgotten");
@@ -1003,6 +1045,7 @@ fn open_devices(
             let lock = device.lock.as_ref();
             drive_by_uring(config, &device.medium, device.files, lock, memory, &mut left_out)?
         } else {
+            ends_with_files = false;
             Box::new(Aio::new(device.files, memory, config.iouring_entries).map_err(BuildError::Aio)?)
         };
         let mut described = format!("{name}: {}", opened.describe());
@@ -1013,7 +1056,7 @@ fn open_devices(
         devices.push((described, opened));
         locks.extend(device.lock);
     }
-    Ok(Opened { devices, locks, lost })
+    Ok(Opened { devices, locks, lost, ends_with_files })
 }
 
 /// By commands or by the block layer, polled or not, as it was asked for; what the device does not take is `left_out`.
@@ -1140,7 +1183,11 @@ struct Runner {
     /// Somebody waits for the end of the pool to be empty.
     is_vacating: bool,
     recovery_began_ns: Option<u64>,
-    _locks: Vec<std::fs::File>,
+    /// Whoever comes next waits for the end of this process.
+    memory_is_awaited: bool,
+    locks: Vec<std::fs::File>,
+    /// Closed when nothing of the SSD tier or the pool is used any more.
+    is_over: Sender<()>,
 }
 
 fn describe_namespace(namespace: &Namespace) -> serde_json::Value {
@@ -1160,8 +1207,13 @@ impl Runner {
         loop {
             while let Ok(message) = self.for_shard.try_recv() {
                 last_work_ns = monotonic_ns();
+                let bears = matches!(message, ToShard::Bear(..));
                 if !self.obey(message, &mut sleeper) {
-                    return;
+                    return self.end();
+                }
+                if bears {
+                    // To register a piece takes a millisecond or two: whoever has asked for something is served in between.
+                    break;
                 }
             }
             let now_ns = monotonic_ns();
@@ -1201,6 +1253,18 @@ impl Runner {
             self.shard.retract_sleep();
             last_work_ns = monotonic_ns();
         }
+    }
+
+    /// What others wait for first; the memory behind, where nobody wants the core.
+    fn end(self) {
+        if self.memory_is_awaited {
+            return;
+        }
+        let Self { mut shard, locks, retired, is_over, .. } = self;
+        shard.close_devices();
+        drop((locks, retired, is_over));
+        background::yield_to_others();
+        drop(shard);
     }
 
     /// False: return.
@@ -1267,6 +1331,7 @@ impl Runner {
             }
             ToShard::HandOver { write_back } => {
                 self.finish(SessionState::HandedOver, write_back);
+                self.memory_is_awaited = write_back;
                 return false;
             }
         }

@@ -84,6 +84,8 @@ pub enum ToKeeper {
     /// Keep this, and the one before it: a stats segment comes beside it. What an engine process has done last is to
     /// be read after its death.
     KeepStats,
+    /// Who lets go of its memory after its death comes beside it, to be waited for where nobody else does.
+    Reaper,
     /// Let go of what is kept: it is not what is asked for now.
     LetGo,
     /// It has prepared itself, and waits for its beginning.
@@ -210,6 +212,9 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// Stats segments held: of the engine process that serves, and of the one before it.
 const STATS_KEPT: usize = 2;
 
+/// Reapers held: those of the engine process that serves, and of such as were there shortly before.
+const REAPERS_KEPT: usize = 8;
+
 /// The keeper.
 pub struct Keeper {
     config: Config,
@@ -229,6 +234,9 @@ pub struct Keeper {
     kept: Option<[OwnedFd; 2]>,
     /// Stats segments of the last engine processes, the latest last. Held for others to read (`/proc/PID/fd`).
     stats: VecDeque<OwnedFd>,
+    /// Processes of [`super::reaper`]. Their parent is dead before they end: they are this process' to wait for where
+    /// it is the first of its PID namespace (a container), and each would be a zombie for ever.
+    reapers: VecDeque<OwnedFd>,
     /// Somebody wants an engine process of the program file as it is now, and none was started since.
     wanted: bool,
     /// With these sizes.
@@ -357,6 +365,7 @@ impl Keeper {
             socket_id: id_of(&path),
             kept: None,
             stats: VecDeque::new(),
+            reapers: VecDeque::new(),
             wanted: false,
             wanted_sizes: None,
             sizes: Sizes::default(),
@@ -377,6 +386,7 @@ impl Keeper {
             // The last engine process is dead: what it granted ends before the next one can grant anything.
             self.number += 1;
             self.epoch.advance(self.number);
+            self.wait_for_reapers();
             let (prepared, given) = standby.take().map(|standby| (standby.process, standby.sizes)).unzip();
             // One that does not serve with others is followed by one with those that were served with.
             self.given = given.unwrap_or(self.sizes);
@@ -435,6 +445,18 @@ impl Keeper {
         }
         remove_socket(&self.config.socket, self.socket_id);
         ended
+    }
+
+    /// Nobody else may: see `reapers`.
+    fn wait_for_reapers(&mut self) {
+        use rustix::process::{WaitId, WaitIdOptions, waitid};
+        let has_ended = |reaper: &OwnedFd| {
+            // Another's, or not ended yet, is asked again.
+            let ended = waitid(WaitId::PidFd(reaper.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+            matches!(ended, Ok(Some(_)))
+        };
+        self.reapers.retain(|reaper| !has_ended(reaper));
+        self.reapers.drain(..self.reapers.len().saturating_sub(REAPERS_KEPT));
     }
 
     /// Counts a crash; after too many the pool is given up. One that says that it cannot start does not die of
@@ -643,6 +665,7 @@ impl Keeper {
                 Err(_) => tracing::error!("the pool came without its descriptors: the last one is kept"),
             },
             Ok((ToKeeper::LetGo, _)) => self.let_go(),
+            Ok((ToKeeper::Reaper, fds)) => self.reapers.extend(fds),
             Ok((ToKeeper::KeepStats, fds)) => {
                 self.stats.extend(fds);
                 self.stats.drain(..self.stats.len().saturating_sub(STATS_KEPT));

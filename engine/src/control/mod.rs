@@ -1,9 +1,13 @@
 //! The control plane: who may attach, who has died, what an operator asks. May block, lock, allocate
 //! and log; tells the shard by message and never touches what is its own.
 
+#[expect(unsafe_code, reason = "sched_setscheduler has no safe binding")]
+pub mod background;
 pub mod engine;
 pub mod health;
 pub mod keeper;
+#[expect(unsafe_code, reason = "clone of a process that shares our memory")]
+pub mod reaper;
 pub mod verify;
 
 use std::collections::HashMap;
@@ -32,6 +36,7 @@ use crate::tier::host::{SessionId, Writer};
 use crate::tier::table::FormerSession;
 use engine::{AdminOp, BuildError, Engine, FromShard, Kept, Prepared, ToShard};
 use keeper::{Inheritance, ToEngine, ToKeeper};
+use reaper::Reaper;
 use verify::VerifyState;
 
 /// How long a connection may be silent before it has asked for anything.
@@ -124,6 +129,8 @@ pub struct Server {
     config: Config,
     layout: Option<Layout>,
     engine: Option<Engine>,
+    /// There since there is a pool, unless the system refuses it.
+    reaper: Option<Reaper>,
     epoll: OwnedFd,
     stop: OwnedFd,
     inheritance: Inheritance,
@@ -209,9 +216,6 @@ struct Former {
     pidfd: OwnedFd,
 }
 
-/// How long an engine process that has handed over keeps still before it lets go of its memory.
-const AFTERLIFE: Duration = Duration::from_millis(300);
-
 const LISTENER: u64 = 0;
 const STOP: u64 = 1;
 const KEEPER: u64 = 2;
@@ -274,6 +278,7 @@ impl Server {
             config,
             layout,
             engine: None,
+            reaper: None,
             epoll,
             stop,
             inheritance,
@@ -381,7 +386,20 @@ impl Server {
                 }
             }
         }
+        let may_have_reaper = engine.ends_with_files;
         self.engine = Some(engine);
+        if !may_have_reaper {
+            return;
+        }
+        match Reaper::start(self.inheritance.lock.as_fd()) {
+            Ok(reaper) => {
+                let _ = self.inheritance.channel.send(&ToKeeper::Reaper, &[reaper.as_fd()]);
+                self.reaper = Some(reaper);
+            }
+            Err(errno) => tracing::warn!(
+                "no process that unmaps the pool after this one's death ({errno}): whoever takes over waits for that"
+            ),
+        }
     }
 
     /// What lies behind the pool is the system's again, once nobody is left who had it mapped.
@@ -580,15 +598,18 @@ impl Server {
         }
         // Whoever has asked something of this process asks the next one; and whoever has the lock serves.
         self.connections.clear();
-        let Self { engine, inheritance, .. } = self;
-        if hand_over {
-            drop((inheritance.lock, inheritance.listener));
+        // Whoever waits for the end of this process waits for its memory.
+        if let Some(reaper) = self.reaper.take() {
+            reaper.end();
         }
         if leaving == (Leaving::HandOver { is_awaited: false }) {
-            // Unmapping a big pool takes a core for long: not while everybody is on his way to the next one.
-            #[expect(clippy::disallowed_methods, reason = "the control plane has nothing else to do any more")]
-            std::thread::sleep(AFTERLIFE);
-            drop(engine);
+            // Nobody does. And whoever has the lock serves.
+            let Self { engine, inheritance, .. } = self;
+            drop((inheritance.lock, inheritance.listener));
+            background::yield_to_others();
+            if let Some(engine) = engine {
+                engine.end();
+            }
         }
         true
     }

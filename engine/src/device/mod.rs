@@ -124,6 +124,11 @@ pub trait Device {
     /// # Errors
     /// The kernel refuses to pin it: a memlock limit.
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()>;
+    /// Lets go of its files and of their lock, and is not used any more, if nothing is under way: what is left is memory,
+    /// which takes long to let go of. False: all of it goes with the device.
+    fn close_files(&mut self) -> bool {
+        false
+    }
     /// Hands over what was submitted and waits until something is over, for `at_most` so long: for a caller that has
     /// nothing else to look at. May return early.
     fn wait(&mut self, at_most: Option<Duration>) {
@@ -162,6 +167,9 @@ impl<D: Device + ?Sized> Device for Box<D> {
     }
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
         (**self).register_piece(piece)
+    }
+    fn close_files(&mut self) -> bool {
+        (**self).close_files()
     }
     fn wait(&mut self, at_most: Option<Duration>) {
         (**self).wait(at_most);

@@ -554,6 +554,10 @@ impl Device for Nvme {
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
         self.ring.register_piece(piece)
     }
+
+    fn close_files(&mut self) -> bool {
+        self.ring.close_files()
+    }
 }
 
 #[cfg(test)]

@@ -202,12 +202,23 @@ impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
     }
 }
 
+impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
+    /// As [`super::Device::close_files`].
+    pub fn close_files(&mut self) -> bool {
+        self.inflight == 0 && self.ring.submitter().unregister_files().is_ok()
+    }
+}
+
 impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Drop for Ring<S, C> {
     fn drop(&mut self) {
         // A ring that is closed lets go of its files some time later; one that is told to, at once: whoever
         // comes next need not wait for the lock. While a transfer is under way, he has to.
-        if self.inflight == 0 {
-            let _ = self.ring.submitter().unregister_files();
+        self.close_files();
+        // What it has registered yet, a thread of the kernel would unpin without a pause, 10 ms a GiB of small pages.
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        for piece in (0..).zip(&self.registered).filter_map(|(piece, registered)| registered.then_some(piece)) {
+            // SAFETY: no memory is handed over.
+            let _ = unsafe { self.ring.submitter().register_buffers_update(piece, &[nothing], None) };
         }
     }
 }

@@ -162,4 +162,8 @@ impl Device for Uring {
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
         self.ring.register_piece(piece)
     }
+
+    fn close_files(&mut self) -> bool {
+        self.ring.close_files()
+    }
 }

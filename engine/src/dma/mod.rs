@@ -255,16 +255,19 @@ impl PoolMemory {
         Ok((step < bytes).then_some(from + step))
     }
 
-    /// Gives a piece its pages.
+    /// Gives a piece its pages, unless `stop` says that nobody needs them any more.
     ///
     /// # Errors
-    /// `ENOMEM`.
-    pub fn touch(&self, piece: u32) -> rustix::io::Result<()> {
+    /// `ENOMEM`; `EINTR`: it was stopped.
+    pub fn touch(&self, piece: u32, stop: impl Fn() -> bool) -> rustix::io::Result<()> {
         // In steps: while a range is populated nobody can map anything (mmap_lock), a new session for one.
         const STEP: u64 = 2 << 20;
         let start = u64::from(piece) * self.piece_bytes;
         let end = (start + self.piece_bytes).min(self.mapping.bytes() as u64);
         for offset in (start..end).step_by(STEP as usize) {
+            if stop() {
+                return Err(rustix::io::Errno::INTR);
+            }
             match self.mapping.populate(offset as usize, STEP.min(end - offset) as usize) {
                 // Before Linux 5.14: pages come when they are used.
                 Err(rustix::io::Errno::INVAL) => return Ok(()),

@@ -69,8 +69,8 @@ impl<T> std::fmt::Debug for Table<T> {
 }
 
 /// Gives tables their pages, one after the other, and from the first on those that belong together, unless `stop` says
-/// that nobody needs them any more.
-pub fn populate(tables: &[Vec<Arc<Mapping>>], stop: impl Fn() -> bool) {
+/// that nobody needs them any more. False: some come when they are used.
+pub fn populate(tables: &[Vec<Arc<Mapping>>], stop: impl Fn() -> bool) -> bool {
     // In steps: while a range is populated nobody can map anything (mmap_lock), a new session for one.
     const STEP: usize = 2 << 20;
     for together in tables {
@@ -82,11 +82,12 @@ pub fn populate(tables: &[Vec<Arc<Mapping>>], stop: impl Fn() -> bool) {
                 let to = if step + 1 == steps { table.bytes() } else { at(step + 1) };
                 // Before Linux 5.14, or where there is no memory: pages come when they are used.
                 if from < to && (stop() || table.populate(from, to - from).is_err()) {
-                    return;
+                    return false;
                 }
             }
         }
     }
+    true
 }
 
 /// Brings a value's cache line closer.
@@ -112,8 +113,8 @@ mod test {
         assert!(table.iter().all(|entry| *entry == [0; 3]));
         table[299_999] = [1, 2, 3];
         let small = Table::<u64>::new(10);
-        populate(&[vec![small.memory()], vec![table.memory(), small.memory()]], || false);
-        populate(&[vec![table.memory()]], || true);
+        assert!(populate(&[vec![small.memory()], vec![table.memory(), small.memory()]], || false));
+        assert!(!populate(&[vec![table.memory()]], || true));
         assert_eq!((table.len(), table[0], table[299_999]), (300_000, [0; 3], [1, 2, 3]));
         assert!(Table::<u64>::new(0).is_empty());
     }

@@ -431,6 +431,10 @@ impl<D: Device> Shard<D> {
     pub fn devices(&mut self) -> impl Iterator<Item = &mut D> {
         self.devices.iter_mut().map(|transfers| &mut transfers.device)
     }
+    /// Lets go of what others wait for: nothing is asked of this shard any more, and what is left of it is memory.
+    pub fn close_devices(&mut self) {
+        self.devices.retain_mut(|transfers| transfers.device.close_files());
+    }
     /// Whether something is in flight that nobody would be woken for.
     pub fn must_poll(&self) -> bool {
         let unheard = |transfers: &Transfers<D>| {

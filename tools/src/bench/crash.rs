@@ -26,6 +26,9 @@ pub struct CrashArgs {
     /// GiB of the pool, full.
     #[arg(long, default_value_t = 1.0)]
     size_gb: f64,
+    /// GiB of an SSD tier beside it, in the working directory.
+    #[arg(long, default_value_t = 0.0)]
+    ssd_gb: f64,
     /// KiB of a block.
     #[arg(long, default_value_t = 64)]
     block_kib: u64,
@@ -36,7 +39,7 @@ pub struct CrashArgs {
 
 impl Default for CrashArgs {
     fn default() -> Self {
-        Self { size_gb: 1.0, block_kib: 64, rounds: 20 }
+        Self { size_gb: 1.0, ssd_gb: 0.0, block_kib: 64, rounds: 20 }
     }
 }
 
@@ -50,7 +53,7 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
         args.block_kib,
         &[
             ("cpu_cache_gb", args.size_gb.to_string()),
-            ("ssd_cache_gb", "0".into()),
+            ("ssd_cache_gb", args.ssd_gb.to_string()),
             ("crash_limit", "1000".into()),
             ("client_wait_ms", "500".into()),
             ("writer_grace_ms", "100".into()),
@@ -124,6 +127,7 @@ pub fn measure(_run: &mut Run, args: &CrashArgs) -> Measured {
     };
     Ok(json!({
         "pool_gb": args.size_gb,
+        "ssd_gb": args.ssd_gb,
         "blocks": blocks,
         "rounds": args.rounds,
         "engine_killed_to_served_ms": spread(killed),
