@@ -1,6 +1,6 @@
 //! Bugs that the simulation must find, to know that it would (`cargo xtask bugs`).
 //!
-//! Built in only with `RUSTFLAGS="--cfg planted"`; else every question here is a constant no.
+//! Built in only with the feature `planted`, which is for `xtask` alone; else every question here is a constant no.
 
 macro_rules! bugs {
     ($($name:ident: $doc:literal),* $(,)?) => {
@@ -40,6 +40,7 @@ bugs! {
     QuarantineLeaks: "a quarantined slot is never free again",
     BirthForgotten: "a free slot that has pages is not used before they are touched again",
     GrowthKeepsHeaders: "a pool that has grown again believes what the slot table said of it when it was smaller",
+    ForgetKeepsHeaders: "a block that an operator has had forgotten is found again by the next engine process",
     ShrinkForgetsWriters: "a pool that has grown again does not wait for who may be writing where it grew",
     MovedOnLoan: "a block that is on loan is moved to another slot",
     MovedUncopied: "a block is moved to another slot without its bytes",
@@ -50,53 +51,53 @@ bugs! {
     OrphanLeaks: "a recovered slot whose block has no parent is never free again",
 }
 
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 static PLANTED: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(u32::MAX);
 
 /// From now on the engine has this bug and no other.
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 pub fn plant(bug: Bug) {
     PLANTED.store(bug as u32, std::sync::atomic::Ordering::SeqCst);
 }
 
 /// From now on the engine has no bug.
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 pub fn plant_none() {
     PLANTED.store(u32::MAX, std::sync::atomic::Ordering::SeqCst);
 }
 
 /// Whether the engine has this bug.
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 #[inline]
 pub fn has(bug: Bug) -> bool {
     PLANTED.load(std::sync::atomic::Ordering::Relaxed) == bug as u32
 }
 
 /// Whether the engine has this bug: it has not.
-#[cfg(not(planted))]
+#[cfg(not(feature = "planted"))]
 #[inline]
 pub const fn has(_bug: Bug) -> bool {
     false
 }
 
 /// What a death between two stores is: a panic with this.
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 #[derive(Debug, Clone, Copy)]
 pub struct Died;
 
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 thread_local! {
     static STEPS_LEFT: std::cell::Cell<u32> = const { std::cell::Cell::new(u32::MAX) };
 }
 
 /// The engine process of this thread dies before its `steps`-th next store that the next one will see, or not at all.
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 pub fn die_after(steps: Option<u32>) {
     STEPS_LEFT.set(steps.unwrap_or(u32::MAX));
 }
 
 /// Here a process may die whose next store is seen by the one that follows it, or by an instance.
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 pub fn step() {
     let left = STEPS_LEFT.get();
     if left == u32::MAX {
@@ -110,6 +111,6 @@ pub fn step() {
 }
 
 /// Here a process may die whose next store is seen by the one that follows it, or by an instance: it does not.
-#[cfg(not(planted))]
+#[cfg(not(feature = "planted"))]
 #[inline]
 pub const fn step() {}

@@ -74,7 +74,7 @@ pub enum Request {
         /// How many.
         blocks: u32,
     },
-    /// Forget a block, and all that continues it.
+    /// Forget a block, and all that continues it, on the SSD too.
     Forget {
         /// Its key: 32 hexadecimal digits.
         key: String,
@@ -147,7 +147,7 @@ pub enum Reply {
     Stats(serde_json::Value),
     /// Answer to `StatsSegment`: its descriptor comes beside it.
     StatsSegment,
-    /// Answer to `Reset` and `ResetNamespace`.
+    /// Answer to `Reset`, `ResetNamespace` and `Forget`.
     Reset {
         /// How many blocks were forgotten.
         blocks: u64,
@@ -168,7 +168,7 @@ pub enum Reply {
         #[serde(default)]
         upgrades_failed: u64,
     },
-    /// Answer to `Blocks`, `Evict`, `Forget` and `Drain`.
+    /// Answer to `Blocks`, `Evict` and `Drain`.
     Admin(serde_json::Value),
 }
 

@@ -165,6 +165,14 @@ pub fn reset_namespace(socket: &Path, id: BlockKey) -> Result<u64, String> {
     reset_by(socket, &Request::ResetNamespace { namespace: id.to_string() }, Duration::from_secs(65))
 }
 
+/// Forgets a block and all that continues it. Says how many of them were resident.
+///
+/// # Errors
+/// As [`reset_namespace`].
+pub fn forget(socket: &Path, key: BlockKey) -> Result<u64, String> {
+    reset_by(socket, &Request::Forget { key: key.to_string() }, Duration::from_secs(65))
+}
+
 fn reset_by(socket: &Path, request: &Request, patience: Duration) -> Result<u64, String> {
     match ask(socket, request, patience) {
         Ok(Reply::Reset { blocks, durable: true }) => Ok(blocks),

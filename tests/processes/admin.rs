@@ -66,6 +66,31 @@ fn blocks_are_listed_where_they_are_and_leave_when_they_are_asked_to() {
 }
 
 #[test]
+fn a_block_that_was_forgotten_is_in_no_tier_that_anybody_finds_again() {
+    let mut place = Place::new();
+    place.serve(&["--block-kib", "64"]);
+    let mut agent = place.agent(0, &[]);
+    let (a, b) = (chain("a", 60), chain("b", 30));
+    assert_eq!((store(&mut agent, &a), store(&mut agent, &b)), (60, 30));
+    eventually("all is written", || place.metric("ssd_write_bytes") == 90 * BLOCK as u64);
+    // Some have left the pool, and lie in free slots yet.
+    assert!(say(&place, &["evict", "--tier", "dram", "--blocks", "50"]).1.contains("50 blocks have left DRAM"));
+    let (good, said) = say(&place, &["evict", "--key", &a[40].to_string()]);
+    assert!(good && said.contains("20 blocks forgotten, on the SSD too"), "{said}");
+    assert!(say(&place, &["upgrade"]).0);
+    eventually("the SSD is read", || agent.match_prefix(&b).blocks == 30);
+    assert_eq!(agent.match_prefix(&a).blocks, 40, "the next engine process");
+    signal(place.server_pid(), rustix::process::Signal::KILL);
+    eventually("another one serves what is left", || agent.match_prefix(&b).blocks == 30);
+    eventually("and what is on the SSD", || agent.match_prefix(&a).blocks == 40);
+    assert!(say(&place, &["stop"]).0);
+    place.serve(&["--block-kib", "64"]);
+    eventually("the next server finds what is left", || agent.match_prefix(&a).blocks == 40);
+    assert_eq!(load(&mut agent, &b), 30);
+    assert_eq!(agent.match_prefix(&a).blocks, 40, "and no more");
+}
+
+#[test]
 fn a_drained_server_takes_no_store_serves_what_it_has_and_loses_nothing() {
     let mut place = Place::new();
     place.serve(&["--block-kib", "64"]);

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use kvring_engine::cache::Cache;
 use kvring_engine::device::DeviceMemory;
 use kvring_engine::device::sim::{Chance, Faults, Platter, Sim};
-use kvring_engine::index::{Block, Index, IndexOptions, Place, Tier};
+use kvring_engine::index::{Block, BlockId, Index, IndexOptions, Place, Tier};
 use kvring_engine::limits::SECTOR_BYTES;
 use kvring_engine::metrics::Metrics;
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 use kvring_engine::planted;
 use kvring_engine::shard::session::Session as ServerSession;
 use kvring_engine::shard::{End, Shard, ShardOptions};
@@ -83,7 +83,7 @@ impl Shape {
             may_lie: chance.happens(300),
             may_crash: chance.happens(400),
             // Where bugs are planted most are of this kind.
-            is_restless: chance.happens(if cfg!(planted) { 500 } else { 150 }),
+            is_restless: chance.happens(if cfg!(feature = "planted") { 500 } else { 150 }),
             write_blocks_per_hour: if chance.happens(200) { Some(8 << chance.below(8)) } else { None },
             verify: [Verify::Off, Verify::Crash, Verify::Sampled, Verify::Always][chance.below(4) as usize],
         }
@@ -570,6 +570,7 @@ impl World {
             5..6 if self.shape.may_crash && self.chance.happens(700) => self.die_and_take_over(),
             5..6 if self.shape.may_crash => self.resize(),
             6..7 if self.chance.happens(500) => self.reset(),
+            6..7 if self.chance.happens(500) => self.forget(),
             6..7 => self.reset_namespace(),
             7..8 if self.shape.may_crash && self.prepared.is_some() => self.follow(),
             7..8 if self.shape.may_crash => self.prepare_ahead(),
@@ -1153,13 +1154,13 @@ impl World {
         self.take_over_from(self.host_slots, self.disk_limit, kept);
     }
 
-    #[cfg(not(planted))]
+    #[cfg(not(feature = "planted"))]
     fn dies_within_a_poll(&mut self) -> bool {
         false
     }
 
     /// Whether it did: it is asked for something, and somewhere on the way it is dead. What it was about to do is half done.
-    #[cfg(planted)]
+    #[cfg(feature = "planted")]
     fn dies_within_a_poll(&mut self) -> bool {
         if self.chance.happens(300) || self.clients.is_empty() {
             return false;
@@ -1354,11 +1355,11 @@ impl World {
         self.committed.extend(before);
     }
 
-    /// Forgets a namespace, as [`World::reset`] forgets everything. The others notice nothing.
-    fn reset_namespace(&mut self) {
+    /// Whether somebody can be told now that something is forgotten for good; and what was answered before is heard before.
+    fn may_forget(&mut self) -> bool {
         let faults = self.shape.faults;
         if faults.lost_write_permille + faults.misdirected_permille > 0 || self.shard().cache().is_recovering() {
-            return;
+            return false;
         }
         for at in 0..self.clients.len() {
             self.collect(at);
@@ -1369,6 +1370,14 @@ impl World {
             self.shard().evict(Tier::Host, some);
         }
         self.tally.resets += 1;
+        true
+    }
+
+    /// Forgets a namespace, as [`World::reset`] forgets everything. The others notice nothing.
+    fn reset_namespace(&mut self) {
+        if !self.may_forget() {
+            return;
+        }
         let id = self.namespaces[self.chance.below(self.namespaces.len() as u64) as usize];
         let index = &self.shard.as_ref().expect("it runs").cache().index;
         let of = |key: BlockKey| index.find(key).map(|at| index.namespaces.of(index.block(at).namespace).id);
@@ -1381,17 +1390,52 @@ impl World {
             .copied()
             .collect();
         let others = |index: &Index| index.blocks().filter(|(_, b)| index.namespaces.of(b.namespace).id != id).count();
-        let before = (self.committed.clone(), others(index));
+        let before = others(index);
+        let committed = self.committed.clone();
         self.committed.retain(|key| !its.contains(key));
         self.shard().reset_namespace(id);
+        assert_eq!(others(&self.shard().cache().index), before, "others are forgotten with namespace {id}");
+        self.is_forgotten(committed);
+    }
+
+    /// Forgets a block and all that continues it, as [`World::reset`] forgets everything. The others notice nothing.
+    fn forget(&mut self) {
+        if !self.may_forget() {
+            return;
+        }
+        let chain = &self.chains[self.chance.below(self.chains.len() as u64) as usize];
+        let key = chain[self.chance.below(chain.len() as u64) as usize];
+        let index = &self.shard.as_ref().expect("it runs").cache().index;
+        let continues = |id: BlockId| {
+            std::iter::successors(Some(id), |id| index.block(*id).parent()).any(|id| index.key_of(id) == key)
+        };
+        // Of whoever lies about what a block continues nothing is promised.
+        let its: HashSet<BlockKey> = self
+            .chains
+            .iter()
+            .filter_map(|chain| Some(&chain[chain.iter().position(|at| *at == key)?..]))
+            .flatten()
+            .filter(|key| index.find(**key).is_none_or(continues))
+            .copied()
+            .collect();
+        let all = |index: &Index| index.blocks().filter(|(_, block)| !block.is_detached()).count() as u32;
+        let before = all(index);
+        let committed = self.committed.clone();
+        self.committed.retain(|key| !its.contains(key));
+        let forgotten = self.shard().forget(key);
+        assert_eq!(all(&self.shard().cache().index), before - forgotten, "others are forgotten with block {key}");
+        self.is_forgotten(committed);
+    }
+
+    /// What is not `committed` any more is never resident again, once the devices have been told.
+    fn is_forgotten(&mut self, committed: HashSet<BlockKey>) {
         self.shard().cache().check();
-        assert_eq!(others(&self.shard().cache().index), before.1, "others are forgotten with namespace {id}");
         // What the pool held is forgotten at once, by the next process too.
         if self.shape.may_crash && self.chance.happens(200) {
             self.take_over();
             if self.shard().cache().is_recovering() || self.shape.disk_slots > 0 {
                 // What the disk holds was not told to go yet.
-                self.committed.extend(before.0);
+                self.committed.extend(committed);
             }
             return;
         }
@@ -1405,7 +1449,7 @@ impl World {
             self.now_ns += 10_000;
             self.poll_once();
         }
-        self.committed.extend(before.0);
+        self.committed.extend(committed);
     }
 
     /// Ends every session; then nothing may be left: no lease, no slot that neither is free nor holds a

@@ -364,11 +364,11 @@ pub struct EvictArgs {
 pub fn evict(args: &EvictArgs) -> Outcome {
     let socket = args.settings.load()?.config.socket;
     if let Some(key) = args.key {
-        let answer = administer(&socket, &Request::Forget { key: key.to_string() })?;
-        return match answer["forgotten"].as_u64().unwrap_or(0) {
+        stats(&socket)?;
+        return match kvring_ipc::instance::forget(&socket, key)? {
             0 => Err("there is no such block: `kvring explain --key` says what became of it".into()),
             count => {
-                println!("{count} blocks forgotten: it and what continued it");
+                println!("{count} blocks forgotten, on the SSD too: it and what continued it");
                 Ok(())
             }
         };

@@ -95,6 +95,8 @@ pub enum ToShard {
     Reset(u64),
     /// Forget every block of the namespace with this id; the number names whoever asked.
     ResetNamespace(u64, BlockKey),
+    /// Forget the block with this key, and all that continues it; the number names whoever asked.
+    Forget(u64, BlockKey),
     /// Slots of the SSD that have sound headers.
     FoundOnDisk(HeaderPiece),
     /// Not all headers of a device could be read: what they say is not known.
@@ -146,11 +148,6 @@ pub enum AdminOp {
         tier: Tier,
         /// How many.
         count: u32,
-    },
-    /// Forget a block and what continues it.
-    Forget {
-        /// Its key.
-        key: BlockKey,
     },
     /// Take no stores, or take them again.
     Drain {
@@ -1197,7 +1194,7 @@ fn describe_namespace(namespace: &Namespace) -> serde_json::Value {
 
 /// How long a reset waits for the devices.
 const RESET_NS_MAX: u64 = 5_000_000_000;
-/// How long one of a namespace does: every header of the others is written as well.
+/// How long one of a namespace or of a block does: every header of the others is written as well.
 const NAMESPACE_RESET_NS_MAX: u64 = 60_000_000_000;
 
 impl Runner {
@@ -1294,13 +1291,19 @@ impl Runner {
                 let blocks = self.shard.reset();
                 self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));
             }
-            ToShard::ResetNamespace(asked_by, _) if self.shard.cache().is_recovering() => {
+            ToShard::ResetNamespace(asked_by, _) | ToShard::Forget(asked_by, _)
+                if self.shard.cache().is_recovering() =>
+            {
                 let why =
                     "what the last server left on the SSD is being read: ask again when `kvring stat` says that it was";
                 let _ = self.to_control.send(FromShard::Refused(asked_by, why));
             }
             ToShard::ResetNamespace(asked_by, id) => {
                 let blocks = self.shard.reset_namespace(id);
+                self.resets.push((asked_by, blocks, monotonic_ns() + NAMESPACE_RESET_NS_MAX));
+            }
+            ToShard::Forget(asked_by, key) => {
+                let blocks = self.shard.forget(key);
                 self.resets.push((asked_by, blocks, monotonic_ns() + NAMESPACE_RESET_NS_MAX));
             }
             ToShard::FoundOnDisk(piece) => self.shard.found_on_disk(piece),
@@ -1370,7 +1373,6 @@ impl Runner {
                 let more = evicted == asked && count > asked;
                 serde_json::json!({"evicted": evicted, "more": more})
             }
-            AdminOp::Forget { key } => serde_json::json!({"forgotten": self.shard.forget(key)}),
             AdminOp::Drain { on } => {
                 self.shard.drain(on);
                 let (dirty, clean) = (self.shard.dirty_count(), self.shard.is_clean());

@@ -969,7 +969,10 @@ impl Server {
                 },
                 count: *blocks,
             },
-            Request::Forget { key: text } => AdminOp::Forget { key: key(text)? },
+            Request::Forget { key: text } => {
+                let key = key(text)?;
+                return self.tell_shard(number, ToShard::Forget(number, key));
+            }
             Request::Drain { on } => AdminOp::Drain { on: *on },
             _ => return Ok(()),
         };

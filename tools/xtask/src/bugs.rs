@@ -25,7 +25,7 @@ pub fn find_all() -> Outcome {
     let Found { found, operations, worlds } = find(started, SOUND);
     if let Some(seed) = found {
         return Err(format!(
-            "seed {seed} fails with no bug planted, where processes die between two stores: replay it with `RUSTFLAGS=\"--cfg planted\" cargo run --release -p xtask --target-dir target/planted -- sim {seed}`"
+            "seed {seed} fails with no bug planted, where processes die between two stores: replay it with `cargo run --release -p xtask --features planted -- sim {seed}`"
         ));
     }
     println!("no bug: {operations} operations in {worlds} worlds, with deaths between two stores: nothing wrong");

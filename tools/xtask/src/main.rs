@@ -1,6 +1,6 @@
 //! `cargo xtask`: what the project does to itself. `ci` is the one command that CI calls.
 
-#[cfg(planted)]
+#[cfg(feature = "planted")]
 mod bugs;
 mod fuzz;
 mod guest;
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         }
         ["sim", seed] => parse_seed(seed).map_or_else(usage, |seed| simulate(seed).map(drop)),
         ["bugs"] => step("planted bugs", &mut with_bugs()),
-        #[cfg(planted)]
+        #[cfg(feature = "planted")]
         ["find-planted"] => bugs::find_all(),
         ["fuzz", more @ ..] => fuzz::fuzz(more),
         ["docs"] => write_docs(),
@@ -100,6 +100,8 @@ fn program() -> Command {
 }
 
 fn ci() -> Outcome {
+    // Gigabytes that are fetched while others compile.
+    let engines = std::thread::spawn(python::install);
     step("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     step("format of the fuzzers", &mut cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))?;
     step("lints", &mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
@@ -131,6 +133,7 @@ fn ci() -> Outcome {
     }
     step("replay", &mut replay)?;
     python::browser()?;
+    engines.join().map_err(|_| "a thread panicked")??;
     python::check()?;
     python::e2e(&[])?;
     // Last, so that the runner's closing lines are the last thing said.
@@ -197,10 +200,7 @@ fn simulate_for(time: Duration) -> Outcome {
 
 /// This program again, with bugs to plant.
 fn with_bugs() -> Command {
-    let mut command =
-        cargo(&["run", "--release", "--package", "xtask", "--target-dir", "target/planted", "--", "find-planted"]);
-    command.env("RUSTFLAGS", "--cfg planted");
-    command
+    cargo(&["run", "--release", "--package", "xtask", "--features", "planted", "--", "find-planted"])
 }
 
 /// SPDK, DPDK and our shim in one shared object, which exports the shim alone.

@@ -105,6 +105,12 @@ pub fn browser() -> Outcome {
     step("pages in a browser", Command::new("python3").arg("tests/report/browser.py").arg("--kvring").arg(program))
 }
 
+/// Whatever is installed for the Python side.
+pub fn install() -> Outcome {
+    install_tools()?;
+    install_engines()
+}
+
 /// A virtual environment with a vLLM that generates on a CPU, and the official one beside it, once.
 fn install_engines() -> Outcome {
     let (venv, done) = (engines(), engines().join("installed"));
