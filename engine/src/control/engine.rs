@@ -1,5 +1,6 @@
 //! Building the data plane from a configuration and a layout, and the thread it runs on.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,8 +21,8 @@ use kvring_ipc::stats::{ServerState, Stats, Text};
 use kvring_spdk::SpdkError;
 use rustix::event::{EventfdFlags, Timespec, epoll};
 
+use super::health;
 use super::verify::{Survey, Surveyed};
-use super::{background, health};
 use crate::cache::Cache;
 use crate::checksum;
 use crate::device::aio::Aio;
@@ -266,7 +267,7 @@ fn open_files(
 pub const SHARD_THREAD: &str = "kvring-shard";
 
 /// How long a pool is touched before the engine process that serves is told to hand over.
-const TOUCH_NS_MAX: u64 = 5_000_000_000;
+const TOUCH_NS_MAX: u64 = 10_000_000_000;
 
 /// All of a data plane that needs nobody's leave: an engine process makes it while another one serves.
 pub struct Prepared {
@@ -320,29 +321,23 @@ impl Prepared {
         if let Some(geometry) = &geometry {
             files::grow_ahead(&Medium::all(&config.ssd_cache_dirs)?, geometry)?;
         }
-        prepared.touch();
+        // Its pages are there; with their places in this process' page table nothing waits for them. In a big pool on small
+        // pages that takes long: the rest follows later.
+        let until_ns = monotonic_ns() + TOUCH_NS_MAX;
+        let is_late = || {
+            // Somebody serves meanwhile, and is served.
+            #[expect(clippy::disallowed_methods, reason = "before there is a shard")]
+            std::thread::sleep(dma::PAUSE);
+            monotonic_ns() > until_ns
+        };
+        prepared.populated = dma::populate(&prepared.tables(), is_late);
+        let pieces = 0..prepared.pool.pieces_count();
+        prepared.touched = pieces.take_while(|piece| prepared.pool.touch(*piece, is_late).is_ok()).count() as u32;
         let grows = prepared.table.slots_count()..prepared.pool.slots_count;
         prepared.table.populate(grows);
         // Last, so that little has changed when it is asked again.
         prepared.cache.follow_pool();
         Ok(Some(prepared))
-    }
-
-    /// Its pages are there; with their places in this process' page table nothing waits for them. Behind whoever serves
-    /// and is served meanwhile; and in a big pool on small pages it takes long: the rest follows later.
-    fn touch(&mut self) {
-        let until_ns = monotonic_ns() + TOUCH_NS_MAX;
-        let is_late = || monotonic_ns() > until_ns;
-        let (pool, tables) = (&self.pool, self.tables());
-        let touch = || {
-            background::yield_to_others();
-            let populated = dma::populate(&tables, is_late);
-            let touched = (0..pool.pieces_count()).take_while(|piece| pool.touch(*piece, is_late).is_ok()).count();
-            (populated, touched as u32)
-        };
-        let done = std::thread::scope(|scope| std::thread::Builder::new().spawn_scoped(scope, touch).ok()?.join().ok());
-        // Without a thread all of it follows later.
-        (self.populated, self.touched) = done.unwrap_or_default();
     }
 
     fn new(
@@ -474,9 +469,9 @@ pub struct Engine {
     pub from_shard: Receiver<FromShard>,
     teller: Teller,
     stop_threads: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-    /// Closed when the shard is over.
-    over: Receiver<()>,
+    thread: Option<JoinHandle<Option<Box<AnyShard>>>>,
+    /// What is left of the shard when it has handed over: memory.
+    left: Option<Box<AnyShard>>,
     /// Gives back the place of slots that are not used any more.
     giver: Option<JoinHandle<()>>,
 }
@@ -631,7 +626,6 @@ impl Engine {
             1
         };
         let (to_control, from_shard) = crossbeam_channel::unbounded();
-        let (is_over, over) = crossbeam_channel::bounded(0);
         let runner = Runner {
             shard,
             for_shard,
@@ -646,8 +640,9 @@ impl Engine {
             is_vacating: false,
             recovery_began_ns: with_disk.then(monotonic_ns),
             memory_is_awaited: true,
-            locks,
-            is_over,
+            _locks: locks,
+            waits_for_memory: VecDeque::new(),
+            bears_next_ns: 0,
         };
         // Here, where its lack can be told: a shard that cannot sleep would take a core for nothing.
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC);
@@ -657,7 +652,7 @@ impl Engine {
             if let Some(cpu) = cpu {
                 pin_to(cpu);
             }
-            runner.run(epoll);
+            runner.run(epoll)
         });
         let thread = Some(spawn.map_err(|errno| BuildError::System { what: "start the shard's thread", errno })?);
         let engine = Self {
@@ -676,7 +671,7 @@ impl Engine {
             teller,
             stop_threads,
             thread,
-            over,
+            left: None,
             giver,
         };
         if let Some((stats, _)) = &engine.stats {
@@ -717,12 +712,10 @@ impl Engine {
             let teller = self.teller.clone();
             let pauses = !self.devices.is_empty();
             let touch = move || {
-                // A little at a time, so that whoever wants the core, or to map something, has it soon. Not at a low
-                // priority: one that has to wait for a core while it holds mmap_lock has all others wait with it.
                 let stop = || {
                     if is_kept {
                         #[expect(clippy::disallowed_methods, reason = "a thread of its own")]
-                        std::thread::sleep(Duration::from_millis(1));
+                        std::thread::sleep(dma::PAUSE);
                     }
                     stop.load(Ordering::Relaxed)
                 };
@@ -759,19 +752,23 @@ impl Engine {
     pub fn stop(&mut self, how: ToShard) {
         self.stop_threads.store(true, Ordering::Relaxed);
         self.tell(how);
-        // Whoever panics closes it too.
-        let _ = self.over.recv();
+        self.left = self.thread.take().and_then(|thread| thread.join().ok().flatten());
         // Before anybody else uses those slots.
         if let Some(giver) = self.giver.take() {
             let _ = giver.join();
         }
     }
 
-    /// Lets go of the memory, which takes long.
-    pub fn end(mut self) {
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+    /// Lets go of memory that nobody waits for: what is pinned here, bit by bit, and the rest with the process.
+    pub fn let_go(mut self) {
+        if let Some(shard) = &mut self.left {
+            for piece in 0..self.pool.pieces_count() {
+                shard.devices().for_each(|device| device.unregister_piece(piece));
+                #[expect(clippy::disallowed_methods, reason = "nothing else is to be done any more")]
+                std::thread::sleep(dma::PAUSE);
+            }
         }
+        std::mem::forget(self);
     }
 
     /// Whether the shard's thread is gone without having been told to stop.
@@ -977,6 +974,7 @@ fn make_pool(
 }
 
 type AnyDevice = Box<dyn Device + Send>;
+type AnyShard = Shard<AnyDevice>;
 
 /// What was opened.
 struct Opened {
@@ -1165,7 +1163,7 @@ fn pin_to(cpu: u32) {
 
 /// The thread of a shard.
 struct Runner {
-    shard: Shard<AnyDevice>,
+    shard: AnyShard,
     for_shard: Receiver<ToShard>,
     to_control: Sender<FromShard>,
     bell: Arc<OwnedFd>,
@@ -1182,9 +1180,11 @@ struct Runner {
     recovery_began_ns: Option<u64>,
     /// Whoever comes next waits for the end of this process.
     memory_is_awaited: bool,
-    locks: Vec<std::fs::File>,
-    /// Closed when nothing of the SSD tier or the pool is used any more.
-    is_over: Sender<()>,
+    _locks: Vec<std::fs::File>,
+    /// Pieces that the memlock limit leaves no room for as long as the engine process before has its own pinned, and until when
+    /// they are tried again.
+    waits_for_memory: VecDeque<(u32, std::ops::Range<u32>, u64)>,
+    bears_next_ns: u64,
 }
 
 fn describe_namespace(namespace: &Namespace) -> serde_json::Value {
@@ -1192,13 +1192,15 @@ fn describe_namespace(namespace: &Namespace) -> serde_json::Value {
     serde_json::json!({"namespace": id.to_string(), "blocks": blocks, "hit_blocks": hits, "evicted_blocks": evicted})
 }
 
+/// How long a piece is tried that the memlock limit has no room for: the engine process before lets go of its own.
+const MEMLOCK_NS_MAX: u64 = 30_000_000_000;
 /// How long a reset waits for the devices.
 const RESET_NS_MAX: u64 = 5_000_000_000;
 /// How long one of a namespace or of a block does: every header of the others is written as well.
 const NAMESPACE_RESET_NS_MAX: u64 = 60_000_000_000;
 
 impl Runner {
-    fn run(mut self, epoll: OwnedFd) {
+    fn run(mut self, epoll: OwnedFd) -> Option<Box<AnyShard>> {
         let mut sleeper = Sleeper::new(&mut self.shard, &self.bell, epoll);
         let mut last_work_ns = monotonic_ns();
         loop {
@@ -1217,6 +1219,13 @@ impl Runner {
             self.answer_resets(now_ns);
             for slot in self.shard.take_retired() {
                 let _ = self.retired.send(slot);
+            }
+            // One a round, and not all the time.
+            if now_ns >= self.bears_next_ns
+                && let Some((piece, slots, until_ns)) = self.waits_for_memory.pop_front()
+            {
+                self.bears_next_ns = now_ns + 10_000_000;
+                self.bear(piece, slots, until_ns);
             }
             if self.is_vacating && self.shard.is_vacated() {
                 self.is_vacating = false;
@@ -1252,16 +1261,24 @@ impl Runner {
         }
     }
 
-    /// What others wait for first; the memory behind, where nobody wants the core.
-    fn end(self) {
-        if self.memory_is_awaited {
-            return;
+    /// What others wait for is let go of. `None`: the memory too.
+    fn end(self) -> Option<Box<AnyShard>> {
+        let Self { mut shard, memory_is_awaited, .. } = self;
+        if memory_is_awaited {
+            return None;
         }
-        let Self { mut shard, locks, retired, is_over, .. } = self;
         shard.close_devices();
-        drop((locks, retired, is_over));
-        background::yield_to_others();
-        drop(shard);
+        Some(Box::new(shard))
+    }
+
+    fn bear(&mut self, piece: u32, slots: std::ops::Range<u32>, until_ns: u64) {
+        match self.shard.bear(piece, slots.clone()) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::NOMEM) if monotonic_ns() < until_ns => {
+                self.waits_for_memory.push_back((piece, slots, until_ns));
+            }
+            Err(errno) => drop(self.to_control.send(FromShard::Unregistered(piece, errno))),
+        }
     }
 
     /// False: return.
@@ -1282,11 +1299,7 @@ impl Runner {
                     let _ = self.to_control.send(FromShard::Gone(session));
                 }
             }
-            ToShard::Bear(piece, slots) => {
-                if let Err(errno) = self.shard.bear(piece, slots) {
-                    let _ = self.to_control.send(FromShard::Unregistered(piece, errno));
-                }
-            }
+            ToShard::Bear(piece, slots) => self.bear(piece, slots, monotonic_ns() + MEMLOCK_NS_MAX),
             ToShard::Reset(asked_by) => {
                 let blocks = self.shard.reset();
                 self.resets.push((asked_by, blocks, monotonic_ns() + RESET_NS_MAX));

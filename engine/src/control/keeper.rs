@@ -58,6 +58,9 @@ pub enum ToEngine {
         /// Sizes that were asked for since the server was started, which [`ToKeeper::Resize`] changes.
         #[serde(default)]
         sizes: Option<Sizes>,
+        /// A pool was given up right before: its memory comes back in a moment.
+        #[serde(default)]
+        frees: bool,
     },
     /// Finish what is being written and go.
     Stop,
@@ -136,6 +139,8 @@ pub struct Inheritance {
     pub prepares_upgrades: bool,
     /// Sizes that were asked for since the server was started; `None` of a keeper that knows of none.
     pub sizes: Option<Sizes>,
+    /// A pool was given up right before: its memory comes back in a moment.
+    pub frees: bool,
 }
 
 impl Inheritance {
@@ -173,7 +178,8 @@ impl Inheritance {
     }
 
     fn begin(channel: Channel, said: &ToEngine, fds: Vec<OwnedFd>) -> Result<Self, ChannelError> {
-        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id, prepares_upgrades, sizes } = *said
+        let ToEngine::Begin { epoch, crashes, keeps_pool, fell_back, socket_id, prepares_upgrades, sizes, frees } =
+            *said
         else {
             return Err(ChannelError::Malformed("not a beginning".into()));
         };
@@ -194,6 +200,7 @@ impl Inheritance {
             kept,
             prepares_upgrades,
             sizes,
+            frees,
         })
     }
 }
@@ -211,9 +218,6 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
 /// Stats segments held: of the engine process that serves, and of the one before it.
 const STATS_KEPT: usize = 2;
-
-/// Reapers held: those of the engine process that serves, and of such as were there shortly before.
-const REAPERS_KEPT: usize = 8;
 
 /// The keeper.
 pub struct Keeper {
@@ -234,9 +238,11 @@ pub struct Keeper {
     kept: Option<[OwnedFd; 2]>,
     /// Stats segments of the last engine processes, the latest last. Held for others to read (`/proc/PID/fd`).
     stats: VecDeque<OwnedFd>,
-    /// Processes of [`super::reaper`]. Their parent is dead before they end: they are this process' to wait for where
-    /// it is the first of its PID namespace (a container), and each would be a zombie for ever.
+    /// Processes of [`super::reaper`], the oldest first. Their parent is dead before they end: they are this process' to wait
+    /// for, or each would be a zombie for ever where nobody else asks (the first process of a container).
     reapers: VecDeque<OwnedFd>,
+    /// A pool was given up since an engine process served the last time.
+    frees: bool,
     /// Somebody wants an engine process of the program file as it is now, and none was started since.
     wanted: bool,
     /// With these sizes.
@@ -366,6 +372,7 @@ impl Keeper {
             kept: None,
             stats: VecDeque::new(),
             reapers: VecDeque::new(),
+            frees: false,
             wanted: false,
             wanted_sizes: None,
             sizes: Sizes::default(),
@@ -379,6 +386,8 @@ impl Keeper {
     /// # Errors
     /// The first engine process did not start; it has said why.
     pub fn run(mut self, signals: &Signals, engine: impl Fn(bool) -> Command) -> Result<(), ServeError> {
+        // Whoever loses his parent below this process is its child: reapers.
+        let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
         let mut ever_served = false;
         let mut own_program = false;
         let mut standby: Option<Standby> = None;
@@ -386,7 +395,6 @@ impl Keeper {
             // The last engine process is dead: what it granted ends before the next one can grant anything.
             self.number += 1;
             self.epoch.advance(self.number);
-            self.wait_for_reapers();
             let (prepared, given) = standby.take().map(|standby| (standby.process, standby.sizes)).unzip();
             // One that does not serve with others is followed by one with those that were served with.
             self.given = given.unwrap_or(self.sizes);
@@ -447,16 +455,13 @@ impl Keeper {
         ended
     }
 
-    /// Nobody else may: see `reapers`.
-    fn wait_for_reapers(&mut self) {
+    /// The oldest reaper has ended.
+    fn bury_reaper(&mut self) {
         use rustix::process::{WaitId, WaitIdOptions, waitid};
-        let has_ended = |reaper: &OwnedFd| {
-            // Another's, or not ended yet, is asked again.
-            let ended = waitid(WaitId::PidFd(reaper.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
-            matches!(ended, Ok(Some(_)))
-        };
-        self.reapers.retain(|reaper| !has_ended(reaper));
-        self.reapers.drain(..self.reapers.len().saturating_sub(REAPERS_KEPT));
+        // One that was killed while its parent lives is that one's to wait for.
+        if let Some(reaper) = self.reapers.pop_front() {
+            let _ = waitid(WaitId::PidFd(reaper.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+        }
     }
 
     /// Counts a crash; after too many the pool is given up. One that says that it cannot start does not die of
@@ -497,6 +502,7 @@ impl Keeper {
     /// The pool is given up, and whoever has it mapped is told.
     fn let_go(&mut self) {
         self.epoch.give_up_pool();
+        self.frees = true;
         self.recent_of_pool.clear();
         // To free a big pool takes long, and may be this process' part.
         let kept = self.kept.take();
@@ -555,6 +561,7 @@ impl Keeper {
             socket_id: self.socket_id,
             prepares_upgrades: true,
             sizes: Some(self.given),
+            frees: self.frees,
         };
         let mut fds: Vec<BorrowedFd<'_>> = vec![self.listener.as_fd(), self.lock.as_fd(), self.epoch_fd.as_fd()];
         fds.extend(self.kept.iter().flatten().map(AsFd::as_fd));
@@ -577,12 +584,16 @@ impl Keeper {
             let waits = standby.as_ref().filter(|standby| !standby.ready).map(|standby| &standby.process);
             let next_dead = waits.map_or(dead, |next| next.pidfd.as_fd());
             let next_said = waits.map_or(dead, |next| next.channel.as_fd());
-            let mut fds =
-                [&dead, &stop, &hand_over, &said, &next_dead, &next_said].map(|fd| PollFd::new(fd, PollFlags::IN));
+            let reaper = self.reapers.front().map_or(dead, AsFd::as_fd);
+            let mut fds = [&dead, &stop, &hand_over, &said, &next_dead, &next_said, &reaper]
+                .map(|fd| PollFd::new(fd, PollFlags::IN));
             let timeout = (stop_by.is_some() || !served || waits.is_some()).then_some(&second);
             let _ = poll(&mut fds, timeout);
             let is_ready = |at: usize| !fds[at].revents().is_empty();
             let (died, stop, hand_over, said) = (is_ready(0), is_ready(1), is_ready(2), is_ready(3));
+            if is_ready(6) && !died {
+                self.bury_reaper();
+            }
             #[expect(clippy::disallowed_methods, reason = "the keeper is not simulated")]
             let now = Instant::now();
             if said && channel_open {
@@ -672,6 +683,7 @@ impl Keeper {
             }
             Ok((ToKeeper::Serving, _)) => {
                 *served = true;
+                self.frees = false;
                 self.sizes = self.given;
             }
             Ok((ToKeeper::Upgrade, _)) => self.wanted = true,

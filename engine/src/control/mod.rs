@@ -1,8 +1,6 @@
 //! The control plane: who may attach, who has died, what an operator asks. May block, lock, allocate
 //! and log; tells the shard by message and never touches what is its own.
 
-#[expect(unsafe_code, reason = "sched_setscheduler has no safe binding")]
-pub mod background;
 pub mod engine;
 pub mod health;
 pub mod keeper;
@@ -353,7 +351,7 @@ impl Server {
                 None
             }
         });
-        let frees = had_pool && kept.is_none();
+        let frees = had_pool && kept.is_none() || self.inheritance.frees;
         let (forget, epoch) = (self.forget_at_start, self.inheritance.epoch);
         let engine = Engine::start(&self.config, layout, on_mismatch, forget, kept, frees, epoch)?;
         self.has_engine(engine);
@@ -387,11 +385,12 @@ impl Server {
             }
         }
         let may_have_reaper = engine.ends_with_files;
+        let pool = engine.pool.clone();
         self.engine = Some(engine);
         if !may_have_reaper {
             return;
         }
-        match Reaper::start(self.inheritance.lock.as_fd()) {
+        match Reaper::start(self.inheritance.lock.as_fd(), &pool) {
             Ok(reaper) => {
                 let _ = self.inheritance.channel.send(&ToKeeper::Reaper, &[reaper.as_fd()]);
                 self.reaper = Some(reaper);
@@ -598,18 +597,16 @@ impl Server {
         }
         // Whoever has asked something of this process asks the next one; and whoever has the lock serves.
         self.connections.clear();
-        // Whoever waits for the end of this process waits for its memory.
-        if let Some(reaper) = self.reaper.take() {
-            reaper.end();
-        }
-        if leaving == (Leaving::HandOver { is_awaited: false }) {
-            // Nobody does. And whoever has the lock serves.
-            let Self { engine, inheritance, .. } = self;
+        let Self { engine, reaper, inheritance, .. } = self;
+        if hand_over {
             drop((inheritance.lock, inheritance.listener));
-            background::yield_to_others();
-            if let Some(engine) = engine {
-                engine.end();
-            }
+        }
+        match (engine, reaper) {
+            // Nobody waits for it any more.
+            (Some(engine), _) if leaving == (Leaving::HandOver { is_awaited: false }) => engine.let_go(),
+            // Whoever waits for the end of this process waits for its memory.
+            (_, Some(reaper)) => reaper.end(),
+            _ => {}
         }
         true
     }
@@ -673,6 +670,10 @@ impl Server {
     /// How long nothing can be missed. Without sessions: for ever, at no cost.
     fn nap(&self) -> Option<Timespec> {
         let silent = self.connections.values().any(|connection| connection.session.is_none());
+        if self.connections.values().any(|connection| connection.awaits_shard) {
+            // What the shard says is heard without a bell.
+            return Some(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
+        }
         if self.may_give_back_tail() {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }

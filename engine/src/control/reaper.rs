@@ -3,7 +3,7 @@
 //! The kernel tells of a death after the dead has let go of its memory (kernel/exit.c: `exit_mm` comes long before
 //! `exit_notify`), and to unmap a pool on 4 KiB pages takes 20 to 45 ms a GiB. Memory is let go by the last of its users.
 //! So the engine process has a child that shares its address space (clone(2), `CLONE_VM`), has none of its descriptors,
-//! and does nothing as long as it lives: the death is told at once, and the child unmaps behind, where nobody wants the core.
+//! and does nothing as long as it lives: the death is told at once, and the child unmaps behind, a little at a time.
 //! What the death is told for, that all its threads have ended and all its files are closed, is as true as before, but for
 //! what the kernel keeps with the memory: the file of an io_uring is open as long as its rings are mapped, so those are
 //! unmapped first; a context of libaio waits for its requests only with the memory, and a device of VFIO goes on by
@@ -12,13 +12,20 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use kvring_ipc::mapping::Pages;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, Result};
 use rustix::process::{PidfdFlags, Signal};
 
+use crate::dma::{PAUSE, PoolMemory};
+
 /// What the process is called (`/proc/PID/comm`).
 pub const NAME: &std::ffi::CStr = c"kvring-reaper";
 
+/// What is unmapped at once of a pool on small pages: less than a millisecond's work.
+const STEP_BYTES: usize = 16 << 20;
+/// How long all pauses take together, however large the pool is: whoever starts a server anew waits for the memory.
+const PAUSES_MAX_NS: u64 = 2_000_000_000;
 /// Three system calls deep.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -34,17 +41,30 @@ struct Told {
     lives: RawFd,
     /// Stays locked until the memory is let go.
     lock: RawFd,
+    /// Where the pool lies.
+    pool: usize,
+    bytes: usize,
+    step_bytes: usize,
 }
 
 impl Reaper {
-    /// For this process. Whoever waits for `lock` waits until the memory is let go of as well.
+    /// For this process, which has mapped this pool and does not unmap it before its end. Whoever waits for `lock` waits until the
+    /// memory is let go of as well.
     ///
     /// # Errors
     /// What clone(2) says: no process more, or a container that forbids it. Then a death is told late.
-    pub fn start(lock: BorrowedFd<'_>) -> Result<Self> {
+    pub fn start(lock: BorrowedFd<'_>, pool: &PoolMemory) -> Result<Self> {
         let lives = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
         // Both are the child's for as long as it lives, which is longer than this process does.
-        let told = Box::into_raw(Box::new(Told { lives: lives.as_raw_fd(), lock: lock.as_raw_fd() }));
+        let bytes = pool.mapping.bytes();
+        let told = Box::into_raw(Box::new(Told {
+            lives: lives.as_raw_fd(),
+            lock: lock.as_raw_fd(),
+            pool: pool.mapping.address(0, bytes).addr(),
+            bytes,
+            // Of hugepages there are few.
+            step_bytes: if pool.pages == Pages::Small { STEP_BYTES } else { 1 << 30 },
+        }));
         let stack = Box::leak(vec![0_u128; STACK_BYTES / size_of::<u128>()].into_boxed_slice());
         let top = stack.as_mut_ptr_range().end.cast::<c_void>();
         let mut pidfd: RawFd = -1;
@@ -96,7 +116,7 @@ fn with_signals_blocked(run: impl FnOnce() -> c_int) -> c_int {
 /// The child's life: system calls without allocation, locks or TLS, which it would share with a running process.
 extern "C" fn wait_and_go(told: *mut c_void) -> c_int {
     // SAFETY: what `start` has left to us.
-    let Told { lives, lock } = unsafe { std::ptr::read(told.cast::<Told>()) };
+    let Told { lives, lock, pool, bytes, step_bytes } = unsafe { std::ptr::read(told.cast::<Told>()) };
     let (low, high) = (lives.min(lock), lives.max(lock));
     let _ = rustix::thread::set_name(NAME);
     let gaps = [(0, low - 1), (low + 1, high - 1), (high + 1, RawFd::MAX)];
@@ -108,8 +128,18 @@ extern "C" fn wait_and_go(told: *mut c_void) -> c_int {
     let lives = unsafe { BorrowedFd::borrow_raw(lives) };
     while poll(&mut [PollFd::new(&lives.as_fd(), PollFlags::IN)], None).is_err() {}
     // The next engine process waits for what they hold: the lock of each directory of the SSD tier.
-    let _ = unmap_rings();
-    super::background::yield_to_others();
+    if unmap_rings().is_err() {
+        // They go with the rest: soon, then.
+        return 0;
+    }
+    let steps = bytes.div_ceil(step_bytes).max(1);
+    let pause_ns = (PAUSES_MAX_NS / steps as u64).min(PAUSE.as_nanos() as u64);
+    for offset in (0..bytes).step_by(step_bytes) {
+        let first = std::ptr::without_provenance_mut(pool + offset);
+        // SAFETY: nobody but this function runs in this address space, and it uses nothing of the pool.
+        let _ = unsafe { rustix::mm::munmap(first, step_bytes.min(bytes - offset)) };
+        let _ = rustix::thread::nanosleep(&Timespec { tv_sec: 0, tv_nsec: pause_ns as i64 });
+    }
     0
 }
 

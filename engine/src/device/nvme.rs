@@ -555,6 +555,10 @@ impl Device for Nvme {
         self.ring.register_piece(piece)
     }
 
+    fn unregister_piece(&mut self, piece: u32) {
+        self.ring.unregister_piece(piece);
+    }
+
     fn close_files(&mut self) -> bool {
         self.ring.close_files()
     }

@@ -203,6 +203,16 @@ impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
 }
 
 impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
+    /// As [`super::Device::unregister_piece`].
+    pub fn unregister_piece(&mut self, piece: u32) {
+        if !std::mem::take(&mut self.registered[piece as usize]) {
+            return;
+        }
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: no memory is handed over.
+        let _ = unsafe { self.ring.submitter().register_buffers_update(piece, &[nothing], None) };
+    }
+
     /// As [`super::Device::close_files`].
     pub fn close_files(&mut self) -> bool {
         self.inflight == 0 && self.ring.submitter().unregister_files().is_ok()
@@ -214,11 +224,5 @@ impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Drop for Ring<S, C> {
         // A ring that is closed lets go of its files some time later; one that is told to, at once: whoever
         // comes next need not wait for the lock. While a transfer is under way, he has to.
         self.close_files();
-        // What it has registered yet, a thread of the kernel would unpin without a pause, 10 ms a GiB of small pages.
-        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        for piece in (0..).zip(&self.registered).filter_map(|(piece, registered)| registered.then_some(piece)) {
-            // SAFETY: no memory is handed over.
-            let _ = unsafe { self.ring.submitter().register_buffers_update(piece, &[nothing], None) };
-        }
     }
 }

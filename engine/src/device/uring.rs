@@ -2,7 +2,7 @@
 //! polled for.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -26,7 +26,13 @@ pub struct Uring {
 /// # Errors
 /// What the kernel says.
 pub fn probe() -> Result<(), UringError> {
-    IoUring::new(2).map(drop).map_err(|errno| UringError { what: "io_uring_setup", errno })
+    // Once, by a process that prepares itself before its turn: a ring takes a millisecond.
+    static IS_THERE: OnceLock<()> = OnceLock::new();
+    if IS_THERE.get().is_none() {
+        IoUring::new(2).map(drop).map_err(|errno| UringError { what: "io_uring_setup", errno })?;
+        let _ = IS_THERE.set(());
+    }
+    Ok(())
 }
 
 /// Whether a device has queues that can be polled, as far as the kernel says.
@@ -161,6 +167,10 @@ impl Device for Uring {
 
     fn register_piece(&mut self, piece: u32) -> rustix::io::Result<()> {
         self.ring.register_piece(piece)
+    }
+
+    fn unregister_piece(&mut self, piece: u32) {
+        self.ring.unregister_piece(piece);
     }
 
     fn close_files(&mut self) -> bool {

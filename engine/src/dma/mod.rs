@@ -12,6 +12,11 @@ use kvring_ipc::mapping::{Mapping, Pages, growing_memfd, is_sealed};
 
 pub use table::{Table, populate, prefetch};
 
+/// Between steps of work on all of a pool, each of which takes less than a millisecond. Whoever pauses leaves the core to who
+/// has a request to answer; at any priority, one that works in the kernel and does not pause is left its slice, for which
+/// requests wait (two ticks, 8 ms, with a kernel of 250 Hz).
+pub const PAUSE: std::time::Duration = std::time::Duration::from_micros(500);
+
 /// Pieces of the pool are touched and registered one by one, so that serving starts with the first.
 /// io_uring takes 16,384 buffers of at most 1 GiB (io_uring/rsrc.c).
 const PIECE_BYTES: u64 = 64 << 20;
