@@ -11,7 +11,7 @@
 //! lost), its slots are never given back: the server takes them when this process has died.
 //!
 //! What the caller's memory needs to know is when it is no longer read: [`Agent::fence`] returns when
-//! the stores it names have been copied, or makes them stop. Before the memory goes, [`Agent::suspend`].
+//! the stores it names have been copied, or makes them stop, or store nothing that is read from then on. Before the memory goes, [`Agent::suspend`].
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
@@ -240,6 +240,8 @@ struct Shared {
     drained: AtomicBool,
     /// Stores whose pages may still be read.
     reading: Mutex<HashSet<Ticket>>,
+    /// Stores whose pages may have been written while they were read: what is copied from now on is not committed.
+    overwritten: Mutex<HashSet<Ticket>>,
     /// Tickets of which something is in flight: they do not end before it has, whoever dies.
     moving: Mutex<HashSet<Ticket>>,
     /// Held by who suspends or resumes.
@@ -260,6 +262,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while the lock was held leaves a set that is still a set.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// How long a fence waits for copies that are in flight: they take milliseconds, unless the device is stuck.
+const IN_FLIGHT_MAX: Duration = Duration::from_secs(1);
 
 /// Bounds of an agent's patience.
 #[derive(Debug, Clone, Copy)]
@@ -285,6 +290,7 @@ impl Shared {
         if !is_load {
             // Under the lock: the name may be another store's a moment later.
             lock(&self.reading).remove(&ticket);
+            lock(&self.overwritten).remove(&ticket);
             self.copied.notify_all();
         }
         drop(intake);
@@ -317,6 +323,7 @@ impl Drop for LastWords {
             }
             if !is_load {
                 lock(&self.0.reading).remove(&ticket);
+                lock(&self.0.overwritten).remove(&ticket);
                 self.0.copied.notify_all();
             }
             add(
@@ -366,6 +373,7 @@ impl Agent {
             stopping: AtomicBool::new(false),
             drained: AtomicBool::new(false),
             reading: Mutex::default(),
+            overwritten: Mutex::default(),
             moving: Mutex::default(),
             going: Mutex::default(),
             copied: Condvar::new(),
@@ -526,10 +534,9 @@ impl Agent {
         self.shared.finished.1.try_iter().collect()
     }
 
-    /// Waits until these stores read no page any more; those that are not done after `patience` are
-    /// stopped. Says whether all were copied in time.
-    ///
-    /// The wait after that is for the copies in flight.
+    /// Waits until these stores read no page any more; those that are not done after `patience` are stopped, and copies
+    /// that are in flight have another second. What a device that is stuck has not read by then is read of pages that are
+    /// written meanwhile, and stored nowhere. Says whether all were copied in time.
     pub fn fence(&self, tickets: &[Ticket], patience: Duration) -> bool {
         let is_reading = |reading: &HashSet<Ticket>| tickets.iter().any(|ticket| reading.contains(ticket));
         let wait = |patience| {
@@ -540,11 +547,15 @@ impl Agent {
         if wait(patience) {
             return true;
         }
-        while lock(&self.shared.intake).open.is_some() && self.process == std::process::id() {
-            self.cancel(tickets);
-            if wait(Duration::from_secs(1)) {
-                break;
-            }
+        if self.process != std::process::id() {
+            return false;
+        }
+        self.cancel(tickets);
+        if !wait(IN_FLIGHT_MAX) {
+            // A store that has ended meanwhile gives its name away: under the lock under which it does.
+            let reading = lock(&self.shared.reading);
+            let late = tickets.iter().filter(|ticket| reading.contains(ticket));
+            lock(&self.shared.overwritten).extend(late);
         }
         false
     }
@@ -1154,6 +1165,14 @@ impl<B: CopyBackend> Transfer<B> {
                     if job.came(copy.index, copy.group, came) {
                         let counters = &self.shared.counters;
                         add(if copy.from_disk { &counters.blocks_loaded_ssd } else { &counters.blocks_loaded_dram }, 1);
+                    }
+                }
+                // Asked after the copy: what had ended before the pages were given back was theirs.
+                Direction::Store
+                    if outcome == Outcome::Copied && lock(&self.shared.overwritten).contains(&copy.ticket) =>
+                {
+                    if is_ours {
+                        refused.push(copy.grant);
                     }
                 }
                 Direction::Store if outcome == Outcome::Copied && is_ours => {

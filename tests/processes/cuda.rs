@@ -401,6 +401,43 @@ fn a_ticket_that_is_cancelled_ends_when_the_device_has_let_go_of_its_pages() {
 }
 
 #[test]
+fn a_fence_is_bounded_and_what_is_read_after_it_is_stored_nowhere() {
+    let place = Place::new();
+    let keys = chain("fence", 10);
+    let pages: Vec<u32> = (0..10).collect();
+    let mut other = place.agent(1, &[NO_SSD, SMALL_POOL]);
+    let mut gpu = Gpu::new(place.config(0, &[NO_SSD, SMALL_POOL]), Fake::new(), Calibration::default());
+    gpu.begin_store(&chain("first", 10), &pages);
+    gpu.end();
+    for (key, page) in keys.iter().zip(&pages) {
+        gpu.compute(*page as usize, *key);
+    }
+    gpu.fake.set("stall", "true");
+    let calls = gpu.fake.calls("cuMemcpyDtoHAsync");
+    let watch = gpu.begin_store(&keys, &pages);
+    eventually("it is handed over", || gpu.fake.calls("cuMemcpyDtoHAsync") > calls);
+    let began = Instant::now();
+    assert!(!gpu.agent.fence(&[gpu.next], Duration::from_millis(50)), "not in time");
+    assert!(began.elapsed() < Duration::from_secs(5), "and bounded: {:?}", began.elapsed());
+    assert!(!watch.is_ended(), "the device may read yet");
+    // The engine does what it was told that it may: other blocks lie there now, and the device reads those.
+    for (key, page) in chain("others", 10).iter().zip(&pages) {
+        gpu.compute(*page as usize, *key);
+    }
+    gpu.fake.set("stall", "false");
+    assert_eq!(gpu.end().missed.len(), 10, "nothing of it is stored");
+    assert_eq!(load(&mut other, &keys), 0);
+    eventually("no slot is kept", || {
+        ["host_slots_filling_count", "host_slots_quarantined_count"].iter().all(|name| place.metric(name) == 0)
+    });
+    // The name is free again, and so is the device.
+    gpu.begin_store(&chain("others", 10), &pages);
+    assert_eq!(gpu.end().missed, [0u32; 0]);
+    assert_eq!(load(&mut other, &chain("others", 10)), 10, "byte by byte");
+    assert_eq!(gpu.fake.crimes(), 0);
+}
+
+#[test]
 fn a_device_that_is_stuck_at_the_end_keeps_what_it_may_still_touch() {
     let place = Place::new();
     let keys = chain("stuck", 10);
