@@ -250,7 +250,10 @@ impl Cache {
         if let Some(disk) = &mut self.disk
             && !planted::has(Bug::NamespaceKeepsHeaders)
         {
-            disk.rewrite_headers();
+            for slot in self.index.detached().filter_map(|block| block.place(Tier::Disk).ready()) {
+                disk.is_stale(slot);
+            }
+            disk.clear_stale_headers();
         }
     }
 

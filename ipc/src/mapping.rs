@@ -237,6 +237,17 @@ impl Mapping {
         unsafe { rustix::mm::madvise(address.cast(), bytes, rustix::mm::Advice::LinuxPopulateWrite) }
     }
 
+    /// Takes the pages of a range out of this process' page table. Of a shared mapping they stay what they are.
+    ///
+    /// # Panics
+    /// If the range is not inside the mapping.
+    pub fn let_go(&self, offset: usize, bytes: usize) {
+        let address = self.address(offset, bytes);
+        // SAFETY: the range is inside our mapping, which is of a file (a private one would be zeroed: nobody has a reference to
+        // it). A refusal (a part of a hugepage) costs nothing.
+        let _ = unsafe { rustix::mm::madvise(address.cast(), bytes, rustix::mm::Advice::LinuxDontNeed) };
+    }
+
     /// Asks for transparent hugepages, where the kernel grants them for shared memory.
     pub fn advise_hugepages(&self) {
         // SAFETY: advice about our whole mapping; changes no byte. A refusal costs nothing.

@@ -1283,6 +1283,9 @@ impl World {
         self.platters = devices.into_iter().map(Sim::power_cut).collect();
         self.punch();
         (self.host_slots, self.disk_limit) = (host_slots, disk_limit);
+        // Whose grace was over has written its last: the last process may have given its slots to others.
+        let now_ns = self.now_ns;
+        self.zombies.retain(|zombie| zombie.until_ns.is_none_or(|until| until > now_ns));
         for zombie in &mut self.zombies {
             // Whose death the last process knew of is dead to this one from its start on: another grace.
             let dead = zombie.until_ns.is_some_and(|until| until > 0);
@@ -1494,7 +1497,8 @@ impl World {
         cache.check_at_rest();
         // Nobody uses anything: then everything can go, or a pool full of what cannot takes nothing any more.
         let slots = self.host_slots;
-        for _ in 0..1000 {
+        // What goes may have to be written first, one after the other, to a device that is slow.
+        for _ in 0..20_000 {
             self.shard().evict(Tier::Host, slots);
             self.now_ns += 10_000;
             self.poll_once();

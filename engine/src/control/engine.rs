@@ -269,6 +269,9 @@ pub const SHARD_THREAD: &str = "kvring-shard";
 /// How long a pool is touched before the engine process that serves is told to hand over.
 const TOUCH_NS_MAX: u64 = 10_000_000_000;
 
+/// How long the pauses of a process that lets go of its memory take together, for each device.
+const LET_GO_MAX: Duration = Duration::from_secs(2);
+
 /// All of a data plane that needs nobody's leave: an engine process makes it while another one serves.
 pub struct Prepared {
     layout: Layout,
@@ -759,13 +762,22 @@ impl Engine {
         }
     }
 
-    /// Lets go of memory that nobody waits for: what is pinned here, bit by bit, and the rest with the process.
-    pub fn let_go(mut self) {
-        if let Some(shard) = &mut self.left {
-            for piece in 0..self.pool.pieces_count() {
-                shard.devices().for_each(|device| device.unregister_piece(piece));
-                #[expect(clippy::disallowed_methods, reason = "nothing else is to be done any more")]
-                std::thread::sleep(dma::PAUSE);
+    /// Lets go of memory that nobody waits for, bit by bit: what is pinned here, with `maps` the pool's pages too, and the
+    /// rest with the process.
+    pub fn let_go(mut self, maps: bool) {
+        let pieces = self.pool.pieces_count();
+        let pause = dma::PAUSE.min(LET_GO_MAX / pieces.max(1));
+        let pauses = || {
+            #[expect(clippy::disallowed_methods, reason = "nothing else is to be done any more")]
+            std::thread::sleep(pause);
+        };
+        for piece in 0..pieces {
+            for device in self.left.iter_mut().flat_map(|shard| shard.devices()) {
+                device.unregister_piece(piece);
+                pauses();
+            }
+            if maps {
+                self.pool.let_go(piece, pauses);
             }
         }
         std::mem::forget(self);
@@ -1194,6 +1206,8 @@ fn describe_namespace(namespace: &Namespace) -> serde_json::Value {
 
 /// How long a piece is tried that the memlock limit has no room for: the engine process before lets go of its own.
 const MEMLOCK_NS_MAX: u64 = 30_000_000_000;
+/// Between two tries: each may pin a piece before the kernel finds that it may not.
+const MEMLOCK_PAUSE_NS: u64 = 100_000_000;
 /// How long a reset waits for the devices.
 const RESET_NS_MAX: u64 = 5_000_000_000;
 /// How long one of a namespace or of a block does: every header of the others is written as well.
@@ -1220,11 +1234,10 @@ impl Runner {
             for slot in self.shard.take_retired() {
                 let _ = self.retired.send(slot);
             }
-            // One a round, and not all the time.
+            // One a round.
             if now_ns >= self.bears_next_ns
                 && let Some((piece, slots, until_ns)) = self.waits_for_memory.pop_front()
             {
-                self.bears_next_ns = now_ns + 10_000_000;
                 self.bear(piece, slots, until_ns);
             }
             if self.is_vacating && self.shard.is_vacated() {
@@ -1253,6 +1266,7 @@ impl Runner {
             if self.shard.poll(monotonic_ns()) == 0 && self.for_shard.is_empty() {
                 self.metrics.sleeps_count.add(1);
                 let ns_max = self.shard.sleep_ns_max();
+                let ns_max = if self.waits_for_memory.is_empty() { ns_max } else { ns_max.min(MEMLOCK_PAUSE_NS) };
                 self.shard.tell_sleep(monotonic_ns() + ns_max);
                 sleeper.sleep(Duration::from_nanos(ns_max));
             }
@@ -1276,6 +1290,7 @@ impl Runner {
             Ok(()) => {}
             Err(rustix::io::Errno::NOMEM) if monotonic_ns() < until_ns => {
                 self.waits_for_memory.push_back((piece, slots, until_ns));
+                self.bears_next_ns = monotonic_ns() + MEMLOCK_PAUSE_NS;
             }
             Err(errno) => drop(self.to_control.send(FromShard::Unregistered(piece, errno))),
         }

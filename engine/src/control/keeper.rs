@@ -458,7 +458,7 @@ impl Keeper {
     /// The oldest reaper has ended.
     fn bury_reaper(&mut self) {
         use rustix::process::{WaitId, WaitIdOptions, waitid};
-        // One that was killed while its parent lives is that one's to wait for.
+        // One that ended before its parent is that one's to wait for.
         if let Some(reaper) = self.reapers.pop_front() {
             let _ = waitid(WaitId::PidFd(reaper.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
         }

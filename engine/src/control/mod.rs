@@ -351,7 +351,8 @@ impl Server {
                 None
             }
         });
-        let frees = had_pool && kept.is_none() || self.inheritance.frees;
+        // The first time, and not when an instance comes hours later.
+        let frees = had_pool && kept.is_none() || std::mem::take(&mut self.inheritance.frees);
         let (forget, epoch) = (self.forget_at_start, self.inheritance.epoch);
         let engine = Engine::start(&self.config, layout, on_mismatch, forget, kept, frees, epoch)?;
         self.has_engine(engine);
@@ -603,7 +604,9 @@ impl Server {
         }
         match (engine, reaper) {
             // Nobody waits for it any more.
-            (Some(engine), _) if leaving == (Leaving::HandOver { is_awaited: false }) => engine.let_go(),
+            (Some(engine), reaper) if leaving == (Leaving::HandOver { is_awaited: false }) => {
+                engine.let_go(reaper.is_none());
+            }
             // Whoever waits for the end of this process waits for its memory.
             (_, Some(reaper)) => reaper.end(),
             _ => {}

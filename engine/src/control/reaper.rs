@@ -90,6 +90,16 @@ impl Reaper {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let a_while = Timespec { tv_sec: 1, tv_nsec: 0 };
         let _ = killed.and_then(|()| poll(&mut fds, Some(&a_while)));
+        // Else it is the keeper's to wait for, who does not know of it any more. It ends without a signal: __WALL (wait(2)).
+        // SAFETY: asks for a child of ours; nothing is written.
+        unsafe {
+            libc::waitid(
+                libc::P_PIDFD,
+                self.pidfd.as_raw_fd() as libc::id_t,
+                std::ptr::null_mut(),
+                libc::WEXITED | libc::WNOHANG | libc::__WALL,
+            )
+        };
     }
 }
 

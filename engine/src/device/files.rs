@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 
 use bytemuck::Zeroable;
 use kvring_ipc::config::OnMismatch;
@@ -428,9 +428,8 @@ fn make_files(medium: &Medium, geometry: &DiskGeometry, reuse: bool) -> Result<(
         options.create(true).truncate(false).read(true).write(true).mode(0o600);
         let file = options.open(&path).map_err(io)?;
         let bytes = geometry.file_bytes(number);
-        let found = file.metadata().map_err(io)?;
-        // What is not used has no place there; else it has its place, or is given it.
-        if reuse && found.len() >= bytes && (geometry.surplus() > 0 || found.blocks() * 512 >= bytes) {
+        if reuse && geometry.surplus() > 0 && file.metadata().map_err(io)?.len() >= bytes {
+            // What is not used has no place there.
             continue;
         }
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {

@@ -260,20 +260,32 @@ impl PoolMemory {
         Ok((step < bytes).then_some(from + step))
     }
 
+    /// Takes the pages of a piece out of this process' page table, a little at a time. They stay what they are.
+    pub fn let_go(&self, piece: u32, pauses: impl Fn()) {
+        const STEP: u64 = 16 << 20;
+        let start = u64::from(piece) * self.piece_bytes;
+        let end = (start + self.piece_bytes).min(self.mapping.bytes() as u64);
+        for offset in (start..end).step_by(STEP as usize) {
+            self.mapping.let_go(offset as usize, STEP.min(end - offset) as usize);
+            pauses();
+        }
+    }
+
     /// Gives a piece its pages, unless `stop` says that nobody needs them any more.
     ///
     /// # Errors
     /// `ENOMEM`; `EINTR`: it was stopped.
     pub fn touch(&self, piece: u32, stop: impl Fn() -> bool) -> rustix::io::Result<()> {
-        // In steps: while a range is populated nobody can map anything (mmap_lock), a new session for one.
-        const STEP: u64 = 2 << 20;
+        // In steps: while a range is populated nobody can map anything (mmap_lock), a new session for one. New hugepages are
+        // to be cleared as small ones are; those that are there take nothing.
+        let step = if self.pages == Pages::Small { 2 << 20 } else { 16 << 20 };
         let start = u64::from(piece) * self.piece_bytes;
         let end = (start + self.piece_bytes).min(self.mapping.bytes() as u64);
-        for offset in (start..end).step_by(STEP as usize) {
+        for offset in (start..end).step_by(step as usize) {
             if stop() {
                 return Err(rustix::io::Errno::INTR);
             }
-            match self.mapping.populate(offset as usize, STEP.min(end - offset) as usize) {
+            match self.mapping.populate(offset as usize, step.min(end - offset) as usize) {
                 // Before Linux 5.14: pages come when they are used.
                 Err(rustix::io::Errno::INVAL) => return Ok(()),
                 result => result?,

@@ -125,6 +125,8 @@ struct Headers {
     queue: VecDeque<u32>,
     /// Sectors whose image is made.
     made: Box<[bool]>,
+    /// Sectors that may have a header of a block that has left since their image was made.
+    stale: Box<[bool]>,
     /// Sectors that may hold anything on the device.
     held: Box<[bool]>,
     /// The sector that is being written was empty when its write began.
@@ -186,6 +188,7 @@ impl DiskSlots {
             sectors: vec![Sector::Clean; sectors].into_boxed_slice(),
             queue: VecDeque::with_capacity(sectors),
             made: vec![false; sectors].into_boxed_slice(),
+            stale: vec![false; sectors].into_boxed_slice(),
             held: vec![false; sectors].into_boxed_slice(),
             writing_nothing: false,
             uncleared: vec![false; sectors].into_boxed_slice(),
@@ -335,11 +338,18 @@ impl DiskSlots {
     /// bytes are the block's, or fail their checksum.
     pub fn release(&mut self, slot: u32) {
         self.slots[slot as usize].block = 0;
+        self.is_stale(slot);
         // During a recovery it is found to be free when it is looked at, unless it was looked at before.
         let looked_at = (0..self.swept).contains(&self.swept_as(slot));
         if !self.recovering || looked_at {
             self.free[self.geometry.device_of(slot)].push(self.geometry.local_of(slot));
         }
+    }
+
+    /// The slot's header says what is not so any more.
+    pub fn is_stale(&mut self, slot: u32) {
+        let sector = self.geometry.header_sector_of(slot);
+        self.headers[self.geometry.device_of(slot)].stale[sector as usize] = true;
     }
 
     /// The bytes about to be written have this checksum.
@@ -405,6 +415,7 @@ impl DiskSlots {
             self.headers[device].image.copy_in(offset as usize, bytemuck::bytes_of(&header));
         }
         self.headers[device].made[sector as usize] = true;
+        self.headers[device].stale[sector as usize] = false;
     }
 
     /// Wipes every header: a restart finds nothing, once [`DiskSlots::is_cleared`]. The index has let go of
@@ -414,17 +425,26 @@ impl DiskSlots {
             self.clear_when_read = true;
             return;
         }
-        self.rewrite_headers();
+        self.rewrite_headers(|_| true);
     }
 
-    /// Writes every header anew, of what the index has then: a restart finds nothing else, once
-    /// [`DiskSlots::is_cleared`]. Not while the devices are read.
-    pub fn rewrite_headers(&mut self) {
+    /// Has a restart find what the index has then and nothing else, once [`DiskSlots::is_cleared`]: writes every header anew
+    /// that may say anything else. Not while the devices are read.
+    pub fn clear_stale_headers(&mut self) {
+        self.rewrite_headers(|is_stale| is_stale);
+    }
+
+    fn rewrite_headers(&mut self, wants: impl Fn(bool) -> bool) {
         for device in &mut self.headers {
             for index in 0..device.sectors.len() {
                 // What is empty there stays so, unless something is on its way.
                 let held = device.held[index] || device.unread;
                 if !held && device.sectors[index] == Sector::Clean && !device.uncleared[index] {
+                    continue;
+                }
+                // What is on its way is not there yet.
+                let is_old = device.stale[index] || !device.made[index] || device.sectors[index] != Sector::Clean;
+                if !wants(is_old) {
                     continue;
                 }
                 // One that was never made is nothing.

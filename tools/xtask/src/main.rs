@@ -100,6 +100,8 @@ fn program() -> Command {
 }
 
 fn ci() -> Outcome {
+    // One that installs packages of the system at a time: the other stages do.
+    python::install_libnuma()?;
     // Gigabytes that are fetched while others compile.
     let engines = std::thread::spawn(python::install);
     step("format", &mut cargo(&["fmt", "--all", "--check"]))?;

@@ -153,7 +153,7 @@ fn site_packages(venv: &Path) -> Outcome<PathBuf> {
 }
 
 /// vLLM's CPU kernels link to it; Debian's package is small.
-fn install_libnuma() -> Outcome {
+pub fn install_libnuma() -> Outcome {
     let known =
         Command::new("ldconfig").arg("-p").output().map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
     if known.is_ok_and(|known| known.contains("libnuma.so.1")) {
