@@ -107,7 +107,7 @@ pub struct Changes {
     leaves_lists: bool,
 }
 
-/// No header has this checksum, but for one of 2^64: then it is looked at once more for nothing.
+/// Nothing is known of the header, whatever its checksum is.
 const UNSURE: u64 = u64::MAX;
 
 /// All slots of the pool.
@@ -295,7 +295,7 @@ impl HostSlots {
             }
         }
         let taken = &mut self.taken[slot as usize];
-        let same = table.seal(slot) == *taken || planted::has(Bug::ChangesMissed) && *taken != 0;
+        let same = *taken != UNSURE && table.seal(slot) == *taken || planted::has(Bug::ChangesMissed) && *taken != 0;
         if suspects == 0 && same {
             return;
         }
