@@ -484,8 +484,10 @@ class Agent:
         return self._native.wait(at_most_ms)
 
     def fence(self, tickets: Iterable[int], patience_ms: int) -> bool:
-        """Waits until these stores read no page any more; stops those that take longer, and stores nothing of what a stuck
-        device reads more than a second after that. Whether all were copied."""
+        """Waits until these stores read no page any more; stops those that take longer. Whether all were copied.
+
+        What a stuck device reads more than a second after that is stored nowhere.
+        """
         return self._native.fence(list(tickets), patience_ms)
 
     @property
