@@ -11,7 +11,8 @@
 //! lost), its slots are never given back: the server takes them when this process has died.
 //!
 //! What the caller's memory needs to know is when it is no longer read: [`Agent::fence`] returns when
-//! the stores it names have been copied, or makes them stop, or store nothing that is read from then on. Before the memory goes, [`Agent::suspend`].
+//! the stores it names have been copied, or makes them stop, or store nothing that is read from then on.
+//! Before the memory goes, [`Agent::suspend`].
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;

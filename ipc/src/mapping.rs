@@ -96,6 +96,7 @@ pub fn is_sealed(fd: impl AsFd, bytes: u64) -> Result<bool> {
 pub struct Mapping {
     base: NonNull<u8>,
     bytes: usize,
+    is_shared: bool,
 }
 
 // SAFETY: the mapping is owned and lives until drop; every access goes through atomics or through
@@ -136,7 +137,7 @@ impl Mapping {
             )?
         };
         let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
-        Ok(Self { base, bytes })
+        Ok(Self { base, bytes, is_shared: false })
     }
 
     fn with(fd: impl AsFd, bytes: usize, protection: ProtFlags) -> Result<Self> {
@@ -144,7 +145,7 @@ impl Mapping {
         // pointer is owned by the value returned, which alone unmaps it.
         let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0)? };
         let base = NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?;
-        Ok(Self { base, bytes })
+        Ok(Self { base, bytes, is_shared: true })
     }
 
     /// Length of the mapping.
@@ -237,14 +238,15 @@ impl Mapping {
         unsafe { rustix::mm::madvise(address.cast(), bytes, rustix::mm::Advice::LinuxPopulateWrite) }
     }
 
-    /// Takes the pages of a range out of this process' page table. Of a shared mapping they stay what they are.
+    /// Takes the pages of a range out of this process' page table. They stay what they are.
     ///
     /// # Panics
-    /// If the range is not inside the mapping.
+    /// If the range is not inside the mapping, or the mapping is private: its pages would be lost.
     pub fn let_go(&self, offset: usize, bytes: usize) {
+        assert!(self.is_shared, "of memory that nobody else has");
         let address = self.address(offset, bytes);
-        // SAFETY: the range is inside our mapping, which is of a file (a private one would be zeroed: nobody has a reference to
-        // it). A refusal (a part of a hugepage) costs nothing.
+        // SAFETY: the range is inside our mapping, which is of a file by the assert: no byte changes. A refusal (a part of a
+        // hugepage) costs nothing.
         let _ = unsafe { rustix::mm::madvise(address.cast(), bytes, rustix::mm::Advice::LinuxDontNeed) };
     }
 

@@ -160,6 +160,10 @@ fn unmap_rings() -> Result<()> {
     let maps = rustix::fs::open(c"/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let (mut buffer, mut held) = ([0; 4096], 0);
     loop {
+        if held == buffer.len() {
+            // A line that has no room: what follows it is not known.
+            return Err(Errno::NAMETOOLONG);
+        }
         let read = rustix::io::read(&maps, buffer.get_mut(held..).unwrap_or_default())?;
         if read == 0 {
             return Ok(());
