@@ -1,5 +1,5 @@
 //! Everybody is killed at random moments, again and again; every byte that anybody loads is compared, and
-//! at the end nothing is left behind. `KVTEST_KILLS=1000` for a night, `KVRING_SEED` for the same moments.
+//! at the end nothing is left behind. `KVTEST_KILLS=1000` for a night, `KVTEST_SEED` for the same moments.
 
 use super::*;
 use kvring_engine::device::sim::Chance;
@@ -110,8 +110,8 @@ fn the_killing() {
     let told = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let kills = told("KVTEST_KILLS").unwrap_or(50);
     let seed =
-        told("KVRING_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ kvring_ipc::client::monotonic_ns());
-    println!("KVRING_SEED={seed} KVTEST_KILLS={kills}");
+        told("KVTEST_SEED").unwrap_or_else(|| u64::from(std::process::id()) ^ kvring_ipc::client::monotonic_ns());
+    println!("KVTEST_SEED={seed} KVTEST_KILLS={kills}");
     let hugepages = free_hugepages();
     let mut chance = Chance::new(seed);
     let mut stage = Stage { place: Place::new(), actors: Vec::new(), seeds: seed & 0xffff_ffff, spawned: Vec::new() };

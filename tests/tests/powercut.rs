@@ -209,8 +209,8 @@ fn leave(images: &mut [Vec<u8>], log: &[Written], cut: usize, flushed: Option<us
 
 #[test]
 fn at_every_moment_of_a_run() {
-    let seed = std::env::var("KVRING_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(monotonic_ns);
-    println!("KVRING_SEED={seed}");
+    let seed = std::env::var("KVTEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(monotonic_ns);
+    println!("KVTEST_SEED={seed}");
     let mut chance = Chance::new(seed);
     let root = tempfile::Builder::new().prefix("powercut").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (log, dirs) = (Log::default(), dirs_in(root.path()));
